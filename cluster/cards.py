@@ -1,0 +1,118 @@
+"""The cards of this machine: one per GPU, or without a GPU two shares of the CPU.
+
+Knows nvidia-smi and pools. Does not know Ray: `cluster.session` starts one raylet for each card found here.
+"""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+import psutil
+
+from cluster.home import BYTES_PER_GIB
+from configs.errors import ClusterError
+from configs.schema import CardConfig, MachineConfig
+
+GPU_QUERY = "index,name,memory.total,memory.free,driver_version,compute_cap"
+MIB_PER_GIB = 1024
+MIN_BF16_CAPABILITY = 8.0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as nvidia-smi tells of it; `index` is what CUDA_VISIBLE_DEVICES takes."""
+
+    index: str
+    name: str
+    memory_gib: float
+    memory_free_gib: float
+    driver: str
+    compute_capability: float
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether the GPU computes in bf16."""
+        return self.compute_capability >= MIN_BF16_CAPABILITY
+
+
+@dataclass(frozen=True)
+class Card:
+    """One card of a pool: a GPU or part of one, or a share of the CPU; its raylet sees nothing else."""
+
+    name: str
+    pool: str
+    num_cpus: int
+    memory_gib: float
+    gpu: Gpu | None = None
+    gpu_share: float = 1.0
+
+    @property
+    def accelerator(self) -> str:
+        """Name of the accelerator as a Ray label allows it: letters, digits and dashes."""
+        return "-".join(self.gpu.name.split()) if self.gpu else "cpu"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Labels by which Ray places work."""
+        share = {"gpu-share": f"{self.gpu_share:g}"} if self.gpu else {}
+        return {"pool": self.pool, "card": self.name, "accelerator": self.accelerator, "memory-gib": f"{self.memory_gib:.0f}", **share}
+
+
+def find_gpus() -> list[Gpu]:
+    """Ask nvidia-smi for the GPUs that CUDA_VISIBLE_DEVICES leaves visible; none where there is no driver."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    if answer.returncode:
+        return []
+    gpus = []
+    for line in answer.stdout.strip().splitlines():
+        index, name, total_mib, free_mib, driver, capability = (part.strip() for part in line.split(","))
+        gpus.append(Gpu(index, name, float(total_mib) / MIB_PER_GIB, float(free_mib) / MIB_PER_GIB, driver, float(capability)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return gpus if visible is None else [gpu for gpu in gpus if gpu.index in visible.split(",")]
+
+
+def find_cards(machine: MachineConfig, gpus: list[Gpu] | None = None) -> list[Card]:
+    """Make the machine's cards, serve cards first.
+
+    Raises:
+        ClusterError: The config names a GPU that is not there, or names one GPU twice.
+    """
+    gpus = find_gpus() if gpus is None else gpus
+    wanted = _auto(gpus) if machine.cards == "auto" else machine.cards
+    num_cpus, memory_gib = max(1, (os.cpu_count() or 1) // len(wanted)), psutil.virtual_memory().total / BYTES_PER_GIB / len(wanted)
+    cards: list[Card] = []
+    left = {gpu.index: gpu for gpu in gpus}
+    for number, card in enumerate(sorted(wanted, key=lambda entry: entry.pool)):
+        if card.gpu is None:
+            cards.append(Card(f"card{number}", card.pool, num_cpus, memory_gib))
+            continue
+        shared_by = sum(other.gpu == card.gpu for other in wanted) if machine.cards == "auto" else 1
+        gpu = _pick(card.gpu, left, gpus)
+        if shared_by == 1:
+            del left[gpu.index]
+        cards.append(Card(f"card{number}", card.pool, num_cpus, gpu.memory_gib / shared_by, gpu, 1 / shared_by))
+    return cards
+
+
+def _auto(gpus: list[Gpu]) -> list[CardConfig]:
+    """Largest GPU trains, the next answers, and so on in turn; a single GPU is shared half and half."""
+    if not gpus:
+        return [CardConfig(pool="serve"), CardConfig(pool="train")]
+    if len(gpus) == 1:
+        return [CardConfig(pool="serve", gpu=gpus[0].index), CardConfig(pool="train", gpu=gpus[0].index)]
+    by_memory = sorted(gpus, key=lambda gpu: -gpu.memory_gib)
+    return [CardConfig(pool="train" if place % 2 == 0 else "serve", gpu=gpu.index) for place, gpu in enumerate(by_memory)]
+
+
+def _pick(wanted: str, left: dict[str, Gpu], gpus: list[Gpu]) -> Gpu:
+    by_name = [gpu for gpu in left.values() if wanted == gpu.index or wanted.lower() in gpu.name.lower()]
+    # A number names a GPU exactly, even where it stands in another's name ("5090").
+    exact = [gpu for gpu in by_name if gpu.index == wanted]
+    if not by_name:
+        there = ", ".join(f"{gpu.index}: {gpu.name}" for gpu in gpus) or "none"
+        raise ClusterError(f"no free GPU {wanted!r} on this machine", f"GPUs here: {there}", "`python -m cluster up auto` takes what is there")
+    return (exact or by_name)[0]

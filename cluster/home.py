@@ -1,0 +1,79 @@
+"""The one folder for everything that a run leaves behind, and how to write into it without half-written files.
+
+Knows places. Does not know what is kept there.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from configs.errors import ClusterError
+from configs.schema import Environment
+
+BYTES_PER_GIB = 2**30
+
+
+def home_folder() -> Path:
+    """Return `.tandem` (or TANDEM_HOME) as an absolute path, made if it is not there."""
+    home = Environment().tandem_home.expanduser().resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    return home
+
+
+def log_folder() -> Path:
+    """Return the folder for logs: LOG_DIR, or `logs` inside the home folder."""
+    folder = (Environment().log_dir or home_folder() / "logs").expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside `target` that takes its place at the end, whole or not at all.
+
+    If another process made `target` meanwhile, its folder stays: both wrote the same thing.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        try:
+            draft.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_text(file: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file whole or not at all; `mode` holds from its first byte."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, draft = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            os.fchmod(stream.fileno(), mode)
+            stream.write(text)
+        Path(draft).replace(file)
+    finally:
+        Path(draft).unlink(missing_ok=True)
+
+
+def require_disk(num_free_gib: float) -> None:
+    """Refuse to start what the disk has no room for.
+
+    Raises:
+        ClusterError: Less than `num_free_gib` is free where the home folder lies.
+    """
+    home = home_folder()
+    free_gib = shutil.disk_usage(home).free / BYTES_PER_GIB
+    if free_gib < num_free_gib:
+        raise ClusterError(
+            f"no room on disk: {free_gib:.1f} GiB free under {home}",
+            f"{num_free_gib:.1f} GiB are wanted (min_disk_free_gib)",
+            "delete old runs there, or set TANDEM_HOME to a folder on a larger disk",
+        )

@@ -1,0 +1,173 @@
+"""The registry of adapters, in MLflow: chatbots, immutable versions with their manifests, and aliases.
+
+Knows names, versions and files. Does not know how an adapter was made or who serves it.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.home import home_folder, new_folder
+from configs.errors import RegistryError
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+LIVE, PREVIOUS = "live", "previous"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MANIFEST_FILE = "manifest.json"
+VERSION_NAME = re.compile(r"^(?P<chatbot>[a-z0-9][a-z0-9._-]{0,63})(:(?P<number>[1-9][0-9]{0,8}))?$")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a version was made from; kept beside the adapter, and as tags of the version."""
+
+    chatbot: str
+    base_model: str
+    base_fingerprint: str
+    rank: int
+    target_modules: list[str]
+    quantization: str
+    data_fingerprint: str
+    config_fingerprint: str
+    git_commit: str
+    run_id: str
+    finished_s: float
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Version:
+    """One immutable version of a chatbot's adapter, written `helpdesk:3`."""
+
+    chatbot: str
+    number: int
+    run_id: str
+    tags: dict[str, str]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name by which requests ask for exactly this version."""
+        return f"{self.chatbot}:{self.number}"
+
+
+class Registry:
+    """The registry behind one MLflow server; every method raises RegistryError with a remedy."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._client: MlflowClient | None = None
+
+    @property
+    def client(self) -> "MlflowClient":
+        """The MLflow client, made at its first use: importing MLflow takes seconds."""
+        if self._client is None:
+            from mlflow.tracking import MlflowClient
+
+            self._client = MlflowClient(self.url)
+        return self._client
+
+    def register(self, manifest: Manifest, adapter: Path) -> Version:
+        """Store an adapter and its manifest under its run, and make the next version of it.
+
+        Args:
+            manifest: What the adapter was made from.
+            adapter: Folder with PEFT's config and safetensors; only these two files are taken.
+        """
+        from mlflow.exceptions import MlflowException
+
+        with new_folder(home_folder() / "outbox" / manifest.run_id) as draft:
+            for name in ADAPTER_FILES:
+                (draft / name).write_bytes((adapter / name).read_bytes())
+            (draft / MANIFEST_FILE).write_text(json.dumps(asdict(manifest), indent=2))
+            self.client.log_artifacts(manifest.run_id, str(draft), "adapter")
+        try:
+            self.client.create_registered_model(manifest.chatbot)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        tags = {key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(manifest).items()}
+        source = f"runs:/{manifest.run_id}/adapter"
+        made = self.client.create_model_version(manifest.chatbot, source, run_id=manifest.run_id, tags=tags)
+        return _version(made)
+
+    def versions(self) -> list[Version]:
+        """Return every version of every chatbot, with the aliases that name it; one request."""
+        aliases: dict[str, list[str]] = {}
+        for chatbot in self._pages(self.client.search_registered_models):
+            for alias, number in dict(chatbot.aliases).items():
+                aliases.setdefault(f"{chatbot.name}:{number}", []).append(alias)
+        found = [_version(entry) for entry in self._pages(self.client.search_model_versions)]
+        return [
+            Version(entry.chatbot, entry.number, entry.run_id, entry.tags, tuple(sorted(aliases.get(entry.name, []))))
+            for entry in sorted(found, key=lambda entry: (entry.chatbot, entry.number))
+        ]
+
+    def find(self, name: str, versions: Iterable[Version] | None = None) -> Version:
+        """Return the version that `helpdesk:3` names, or for `helpdesk` the live one."""
+        match = VERSION_NAME.match(name)
+        if not match:
+            raise RegistryError(f"{name!r} names no version", "", "write helpdesk:3 for version 3, or helpdesk for the live one")
+        known = [entry for entry in (self.versions() if versions is None else versions) if entry.chatbot == match["chatbot"]]
+        if not known:
+            raise RegistryError(f"no chatbot named {match['chatbot']}", "the registry has no version of it", "python -m serve status")
+        numbers = ", ".join(str(entry.number) for entry in known)
+        wanted = [entry for entry in known if (match["number"] or LIVE) in (str(entry.number), *entry.aliases)]
+        if not wanted:
+            missing = f"version {match['number']}" if match["number"] else "live version"
+            raise RegistryError(f"{match['chatbot']} has no {missing}", f"versions: {numbers}", f"python -m serve promote {known[-1].name}")
+        return wanted[0]
+
+    def promote(self, name: str) -> Version:
+        """Make a version live; the one that was live becomes `previous`."""
+        versions = self.versions()
+        wanted = self.find(name, versions)
+        live = [entry for entry in versions if entry.chatbot == wanted.chatbot and LIVE in entry.aliases]
+        if live and live[0].number == wanted.number:
+            return wanted
+        if live:
+            self.client.set_registered_model_alias(wanted.chatbot, PREVIOUS, str(live[0].number))
+        self.client.set_registered_model_alias(wanted.chatbot, LIVE, str(wanted.number))
+        return wanted
+
+    def rollback(self, chatbot: str) -> Version:
+        """Make the previous version live again."""
+        previous = [entry for entry in self.versions() if entry.chatbot == chatbot and PREVIOUS in entry.aliases]
+        if not previous:
+            raise RegistryError(f"{chatbot} has no previous version", "nothing was live before", "python -m serve status")
+        return self.promote(previous[0].name)
+
+    def download(self, version: Version) -> Path:
+        """Return the local folder of a version's adapter, fetched at its first use; versions never change, so it never goes stale."""
+        target = home_folder() / "adapters" / version.chatbot / str(version.number)
+        # Two registries may number alike; the run's id tells them apart.
+        target = target.with_name(f"{version.number}-{version.run_id[:8]}")
+        if not target.is_dir():
+            from mlflow.artifacts import download_artifacts
+
+            with new_folder(target) as draft:
+                download_artifacts(artifact_uri=f"runs:/{version.run_id}/adapter", dst_path=str(draft), tracking_uri=self.url)
+                for file in (draft / "adapter").iterdir():
+                    file.rename(draft / file.name)
+                (draft / "adapter").rmdir()
+        return target
+
+    @staticmethod
+    def _pages(search: Any) -> list[Any]:
+        """Collect all pages of a search."""
+        found, token = [], None
+        while True:
+            page = search(max_results=1000, page_token=token)
+            found += list(page)
+            token = page.token
+            if not token:
+                return found
+
+
+def _version(entry: Any) -> Version:
+    return Version(entry.name, int(entry.version), entry.run_id, dict(entry.tags))

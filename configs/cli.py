@@ -1,0 +1,53 @@
+"""What every command line of Tandem shares: help, errors without a traceback, and a default command.
+
+Knows typer and the error tree. Does not know any command.
+"""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from configs.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, TandemError
+
+console = Console(highlight=False, soft_wrap=True)
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted path.")]
+
+
+def make_app(help_text: str, default: str | None = None) -> typer.Typer:
+    """Make a command line; words that name no command go to the command `default`."""
+
+    class Group(TyperGroup):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            if default and args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+                args = [default, *args]
+            return super().parse_args(ctx, args)
+
+    return typer.Typer(
+        help=help_text,
+        cls=Group,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,  # a bug's traceback stays plain, and shows no values
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def run_app(app: typer.Typer, module: str) -> None:
+    """Run a command line as `python -m MODULE`; a `TandemError` ends it with status 2 and no traceback."""
+    try:
+        app(prog_name=f"python -m {module}")
+    except TandemError as error:
+        print_error(error)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def print_error(error: TandemError) -> None:
+    """Print what, why and remedy on standard error."""
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr.print("error: ", style="bold red", end="")
+    stderr.print(str(error), markup=False)

@@ -1,0 +1,200 @@
+"""Reads a config file and its overrides into the schema, or reports every mistake at once.
+
+Knows YAML, dotted paths and where each value came from. Does not know what a setting means.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from configs.errors import ConfigError
+from configs.schema import ChatbotConfig, Environment, MachineConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T", bound=BaseModel)
+Dotted = tuple[str | int, ...]
+
+
+@dataclass
+class Source:
+    """Values of one config, and for each dotted path the place that set it."""
+
+    file: str
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[Dotted, str] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)
+
+    def place(self, path: Dotted) -> str:
+        """Return `file:line`, or the override, that set `path` or its nearest parent."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.places:
+                return self.places[path[:end]]
+        return self.file
+
+
+def load_chatbot(file: str | Path, overrides: Sequence[str] = ()) -> ChatbotConfig:
+    """Read one chatbot's config; `overrides` are `dotted.path=value`.
+
+    Raises:
+        ConfigError: All mistakes at once, each with file, line, path, what is allowed and the nearest valid name.
+    """
+    source = read_source(Path(file))
+    base_model = Environment().base_model_name
+    if base_model:
+        _set(source, ("model", "name"), base_model, "BASE_MODEL_NAME in the environment")
+    return _validate(ChatbotConfig, source, overrides)
+
+
+def load_machine(name: str | Path = "auto", overrides: Sequence[str] = ()) -> MachineConfig:
+    """Read a machine's config: a file, or the name of one in `configs/machines`.
+
+    Raises:
+        ConfigError: As for `load_chatbot`.
+    """
+    named = ROOT / "configs" / "machines" / f"{name}.yaml"
+    if not Path(name).is_file() and named.is_file():
+        name = named
+    elif not Path(name).suffix:
+        known = [path.stem for path in named.parent.glob("*.yaml")]
+        raise ConfigError(f"no machine named {name!r}", f"known: {', '.join(sorted(known))}", _nearest(str(name), known))
+    return _validate(MachineConfig, read_source(Path(name)), overrides)
+
+
+def read_source(file: Path) -> Source:
+    """Parse a YAML file and remember the line of each value.
+
+    Raises:
+        ConfigError: The file is missing, or is no YAML mapping.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        presets = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
+        raise ConfigError(f"no config file {file}", f"presets: {', '.join(presets)}", _nearest(str(file), presets)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}", str(error), "a readable YAML file in UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML", str(error), "mend the line named above; indent with spaces") from None
+    source = Source(str(file))
+    if node is None:
+        return source
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{file} is not a mapping of settings", "expected lines like `name: helpdesk`", "see configs/helpdesk.yaml")
+    source.values = _build(node, (), source)
+    return source
+
+
+def _build(node: yaml.Node, path: Dotted, source: Source) -> Any:
+    """Turn a YAML node into plain values; note each path's line, and keys that stand twice."""
+    source.places[path] = f"{source.file}:{node.start_mark.line + 1}"
+    if isinstance(node, yaml.MappingNode):
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            if key in values:
+                source.mistakes.append(f"{source.file}:{key_node.start_mark.line + 1}: {_dotted((*path, key))}: stands twice")
+            values[key] = _build(value_node, (*path, key), source)
+            source.places[(*path, key)] = f"{source.file}:{key_node.start_mark.line + 1}"
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(item, (*path, index), source) for index, item in enumerate(node.value)]
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    except (yaml.YAMLError, ValueError) as error:  # such as `!!python/object`, or the date 2026-99-99
+        source.mistakes.append(f"{source.places[path]}: {_dotted(path)}: cannot be read ({str(error).splitlines()[0]})")
+        return None
+
+
+def _validate(model: type[T], source: Source, overrides: Sequence[str]) -> T:
+    for override in overrides:
+        _apply_override(source, override)
+    mistakes = list(source.mistakes)
+    try:
+        config = model.model_validate(source.values)
+    except ValidationError as error:
+        mistakes += [_explain(model, source, detail) for detail in error.errors()]
+    if mistakes:
+        count = "one mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        remedy = "`python -m configs schema` lists every setting" if model is ChatbotConfig else "see configs/machines/auto.yaml"
+        raise ConfigError(f"{count} in {source.file}", "\n".join(f"  {mistake}" for mistake in mistakes), remedy)
+    return config
+
+
+def _apply_override(source: Source, override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path or path.startswith("-"):
+        source.mistakes.append(f"command line: {override!r} is no setting; write dotted.path=value")
+        return
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    _set(source, tuple(path.split(".")), value, f"command line: {override!r}")
+
+
+def _set(source: Source, path: Dotted, value: Any, place: str) -> None:
+    values: Any = source.values
+    for key in path[:-1]:
+        inner = values.get(key)
+        if not isinstance(inner, dict):
+            inner = values[key] = {}
+        values = inner
+    values[path[-1]] = value
+    source.places[path] = place
+
+
+def _explain(model: type[BaseModel], source: Source, detail: ErrorDetails) -> str:
+    """One line for one mistake: place, dotted path, what is wrong, what is allowed."""
+    path = tuple(part for part in detail["loc"] if not _is_union_tag(part))
+    place, dotted = source.place(path), _dotted(path)
+    if detail["type"] == "extra_forbidden":
+        known = list(setting_paths(model))
+        hint = _nearest(dotted, known) or _nearest(str(path[-1]), known, by_last=True)
+        return f"{place}: {dotted}: no such setting{f'; did you mean {hint}?' if hint else ''}"
+    if detail["type"] == "missing":
+        setting = dict(setting_paths(model)).get(dotted)
+        return f"{place}: {dotted}: is missing{f' ({setting.description})' if setting and setting.description else ''}"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not path or detail["type"] == "value_error":
+        return f"{place}: {message}"
+    setting = dict(setting_paths(model)).get(dotted)
+    about = f". {setting.description}" if setting and setting.description else ""
+    return f"{place}: {dotted}: {message}, not {detail['input']!r}{about}"
+
+
+def _is_union_tag(part: str | int) -> bool:
+    """Pydantic names the tried member of a union in the path; users never wrote it."""
+    return isinstance(part, str) and (part.startswith(("literal[", "list[", "function-")) or part in {"int", "str", "float"})
+
+
+def setting_paths(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every dotted path of a schema with its field, groups included."""
+    for name, info in model.model_fields.items():
+        yield f"{prefix}{name}", info
+        group = info.annotation
+        if isinstance(group, type) and issubclass(group, BaseModel):
+            yield from setting_paths(group, f"{prefix}{name}.")
+
+
+def _dotted(path: Dotted) -> str:
+    return ".".join(map(str, path))
+
+
+def _nearest(name: str, known: Sequence[Any], by_last: bool = False) -> str:
+    """Return the known name most like `name`, or nothing where none is near."""
+    names = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in known]
+    if by_last:
+        by_leaf = {full.rpartition(".")[2]: full for full in reversed(names)}
+        found = difflib.get_close_matches(name, by_leaf, n=1, cutoff=0.7)
+        return by_leaf[found[0]] if found else ""
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    return found[0] if found else ""

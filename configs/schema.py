@@ -1,0 +1,266 @@
+"""Every setting of Tandem, each declared once: name, type, unit, bound, default.
+
+A chatbot is one `ChatbotConfig`, a machine one `MachineConfig`, secrets and places one `Environment`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+Port = Annotated[int, Field(ge=1024, le=65535)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Settings(BaseModel):
+    """What all groups of settings share: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelConfig(Settings):
+    """The base model that adapters are made for."""
+
+    name: str = Field("smollm2-135m", min_length=1)
+    """Hub id, local folder, or `smollm2-135m`, the small model that comes with Tandem's packages."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; the hub's default if empty."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of the base weights; `auto` takes bf16 wherever the card computes in it."""
+
+
+class DataConfig(Settings):
+    """The conversations, and how they become training rows."""
+
+    source: str = Field(min_length=1)
+    """File, folder, or Hugging Face dataset id (`owner/name`)."""
+    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "question_answer"] = "auto"
+    """Shape of a row; `auto` recognises it by its columns."""
+    system_prompt: str | None = None
+    """System message put before conversations that have none; the model's own default if empty."""
+    split: Literal["row", "group", "marked"] = "row"
+    """What held-out conversations are drawn by: rows, whole groups, or the rows' own `split` field."""
+    heldout_share: Share = 0.1
+    """Share of rows or groups held out of training; of no effect with `split: marked`."""
+    split_seed: int = Field(0, ge=0)
+    """Seed of the split."""
+    max_length_tokens: int = Field(2048, ge=16, le=1_048_576)
+    """Longest training row, in tokens."""
+    too_long: Literal["drop", "cut"] = "drop"
+    """What happens to a longer conversation: left out, or cut at the end."""
+    deduplicate: bool = True
+    """Keep one of several equal conversations."""
+    skip_bad: bool = False
+    """Set bad rows aside with their reason, instead of refusing the file."""
+
+
+class LoraConfig(Settings):
+    """The shape of the adapter."""
+
+    rank: int = Field(16, ge=1, le=512)
+    """Rank of the two small matrices beside each weight."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale of the adapter: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of adapter inputs zeroed in training."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the linear layers that get an adapter."""
+    use_rslora: bool = False
+    """Rank-stabilised scale; better at high ranks."""
+    use_dora: bool = False
+    """Refused: vLLM cannot serve DoRA."""
+    modules_to_save: list[str] = []
+    """Refused: vLLM cannot serve fully trained extra modules."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Anything but `none` is refused: vLLM cannot serve trained biases."""
+
+    @model_validator(mode="after")
+    def _servable(self) -> Self:
+        """Refuse before training what vLLM would refuse after it."""
+        reasons = []
+        if self.use_dora:
+            reasons.append("train.lora.use_dora: vLLM cannot serve DoRA; use plain LoRA or use_rslora")
+        if self.modules_to_save:
+            reasons.append("train.lora.modules_to_save: vLLM cannot serve fully trained modules; leave it empty")
+        if self.bias != "none":
+            reasons.append(f"train.lora.bias={self.bias}: vLLM cannot serve trained biases; use none")
+        if reasons:
+            raise ValueError("; ".join(reasons))
+        return self
+
+
+class TrainConfig(Settings):
+    """How the adapter is trained."""
+
+    lora: LoraConfig = LoraConfig()
+    """The shape of the adapter."""
+    quantization: Literal["none", "nf4"] = "none"
+    """Format of the frozen base in training; `nf4` is QLoRA (4 bit, by bitsandbytes)."""
+    double_quantization: bool = True
+    """Quantise the scales of an nf4 base too; saves 0.4 bit a weight."""
+    learning_rate: float = Field(2e-4, gt=0.0, le=1.0)
+    """Highest learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    warmup_share: float = Field(0.03, ge=0.0, lt=1.0)
+    """Share of the steps in which the rate rises."""
+    num_epochs: float = Field(3.0, gt=0.0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many steps, whatever `num_epochs` says."""
+    batch_size: int = Field(16, ge=1)
+    """Conversations a step, over all workers."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Conversations computed at once on one worker; the whole share of the batch if empty."""
+    gradient_checkpointing: bool = False
+    """Recompute activations to save memory; about 30 % slower."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Join a batch's conversations to one row without padding, each blind to the others; `auto` does so where the model allows it."""
+    weight_decay: float = Field(0.0, ge=0.0)
+    """Decay of the adapter's weights."""
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    """Gradients are clipped to this norm."""
+    seed: int = Field(0, ge=0)
+    """Seed of the adapter's start and of the order of rows."""
+    eval_every_steps: int | None = Field(None, ge=1)
+    """Measure the held-out loss each so many steps; at the end only, if empty."""
+    log_every_steps: int = Field(10, ge=1)
+    """Report loss and speed each so many steps."""
+    checkpoint_every_steps: int = Field(50, ge=1)
+    """Save adapter, optimizer and position each so many steps."""
+    num_checkpoints_kept: int = Field(2, ge=1)
+    """Older checkpoints are deleted."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after so many evaluations without a better held-out loss, and register the best checkpoint."""
+    num_workers: int = Field(1, ge=1)
+    """Train cards used at once, each with its share of the batch."""
+    max_failures: int = Field(2, ge=0)
+    """Restarts from the last checkpoint after a worker died."""
+
+
+class ServeConfig(Settings):
+    """How the base model and its adapters are served."""
+
+    host: str = "127.0.0.1"
+    """Address that the chat endpoint listens on."""
+    port: Port = 8000
+    """Port of the chat endpoint."""
+    max_model_len_tokens: int = Field(2048, ge=16, le=1_048_576)
+    """Longest prompt plus answer, in tokens."""
+    max_num_seqs: int = Field(32, ge=1)
+    """Requests that the engine computes at once."""
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
+    """Highest adapter rank that the engine makes room for."""
+    max_loras: int = Field(4, ge=1)
+    """Adapters that one batch may mix."""
+    max_cpu_loras: int = Field(16, ge=1)
+    """Adapters kept in host memory; the least used leaves first."""
+    kv_cache_gib: int = Field(1, ge=1)
+    """Memory for the key-value cache on a card without a GPU, in whole GiB."""
+    quantization: Literal["none", "fp8", "bitsandbytes"] = "none"
+    """Format of the base in serving, on a card with a GPU: 8 bit (fp8) or 4 bit (bitsandbytes)."""
+    gpu_memory_share: Share = 0.9
+    """Share of the card's memory that the engine takes, on a card with a GPU."""
+    enforce_eager: bool = False
+    """Skip torch.compile and CUDA graphs: starts sooner, answers slower. Without a GPU always so."""
+    max_body_bytes: int = Field(4 * 2**20, ge=1024)
+    """Largest request body."""
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Self:
+        if self.max_cpu_loras < self.max_loras:
+            raise ValueError(f"max_cpu_loras ({self.max_cpu_loras}) must be at least max_loras ({self.max_loras})")
+        return self
+
+
+class ChatbotConfig(Settings):
+    """One chatbot: its base model, data, training and serving."""
+
+    name: Name
+    """Name in the registry and in requests: small letters, digits, dots and dashes."""
+    model: ModelConfig = ModelConfig()
+    """The base model that adapters are made for."""
+    data: DataConfig
+    """The conversations, and how they become training rows."""
+    train: TrainConfig = TrainConfig()
+    """How the adapter is trained."""
+    serve: ServeConfig = ServeConfig()
+    """How the base model and its adapters are served."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        """Check across groups: what is trained must be served."""
+        lora, reasons = self.train.lora, []
+        if lora.rank > self.serve.max_lora_rank:
+            reasons.append(
+                f"train.lora.rank={lora.rank} is over serve.max_lora_rank={self.serve.max_lora_rank}; lower the one or raise the other"
+            )
+        if self.data.max_length_tokens > self.serve.max_model_len_tokens:
+            reasons.append(
+                f"data.max_length_tokens={self.data.max_length_tokens} is over "
+                f"serve.max_model_len_tokens={self.serve.max_model_len_tokens}: the engine could not answer what was trained"
+            )
+        if self.train.batch_size % self.train.num_workers:
+            reasons.append(f"train.batch_size={self.train.batch_size} must be a multiple of train.num_workers={self.train.num_workers}")
+        if self.train.micro_batch_size and (self.train.batch_size // self.train.num_workers) % self.train.micro_batch_size:
+            reasons.append(
+                f"train.micro_batch_size={self.train.micro_batch_size} must divide a worker's share of train.batch_size={self.train.batch_size}"
+            )
+        if reasons:
+            raise ValueError("; ".join(reasons))
+        return self
+
+
+class CardConfig(Settings):
+    """One card: a GPU, or a share of the CPU."""
+
+    pool: Literal["serve", "train"]
+    """What the card is for."""
+    gpu: str | None = None
+    """Part of the GPU's name (`RTX 5090`) or its number; a share of the CPU if empty."""
+
+
+class MachineConfig(Settings):
+    """The cards of one machine, and where its services listen."""
+
+    cards: Literal["auto"] | list[CardConfig] = "auto"
+    """`auto` makes a card of each GPU, or two of the CPU, and gives the largest to training."""
+    listen_host: str = "127.0.0.1"
+    """Address that dashboard, job API and MLflow listen on."""
+    ray_port: Port = 6379
+    """Port of Ray's global control service."""
+    dashboard_port: Port = 8265
+    """Port of Ray's dashboard and job API."""
+    mlflow_port: Port = 5000
+    """Port of MLflow; unused where MLFLOW_TRACKING_URI names another server."""
+    object_store_gib: float = Field(0.25, ge=0.1)
+    """Shared memory for Ray's objects, each card, in GiB."""
+    min_disk_free_gib: float = Field(2.0, ge=0.0)
+    """`up` and `train` refuse to start with less room than this, in GiB."""
+    job_stop_wait_s: int = Field(60, ge=3)
+    """How long `ray job stop` waits for a run to save its checkpoint, in seconds."""
+
+    @model_validator(mode="after")
+    def _both_pools(self) -> Self:
+        if self.cards != "auto" and {card.pool for card in self.cards} != {"serve", "train"}:
+            raise ValueError("cards: at least one card of each pool is needed, serve and train")
+        return self
+
+
+class Environment(BaseSettings):
+    """Secrets and places, from the environment or from `.env`."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+    huggingface_token: SecretStr | None = None
+    """Token for gated models of the Hugging Face hub."""
+    mlflow_tracking_uri: str | None = None
+    """Another MLflow server; `up` starts none then."""
+    base_model_name: str | None = None
+    """Overrides `model.name` of every config."""
+    tandem_home: Path = Path(".tandem")
+    """Folder for everything that a run leaves behind."""
+    log_dir: Path | None = None
+    """Folder for logs; `logs` inside TANDEM_HOME if empty."""

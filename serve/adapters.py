@@ -1,0 +1,151 @@
+"""Which names may be asked for, which version each means now, and where its files lie.
+
+Knows the registry and adapter files. Does not know HTTP or vLLM.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.registry import ADAPTER_FILES, LIVE, VERSION_NAME, Registry, Version
+
+REFRESH_S = 1.0
+MIN_REFRESH_S = 0.2
+log = logging.getLogger("tandem.serve")
+
+
+class UnknownNameError(Exception):
+    """No base, chatbot or version of this name."""
+
+
+class BrokenAdapterError(Exception):
+    """The version exists, but the engine cannot serve it; the message says why."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of one engine."""
+
+    name: str
+    fingerprint: str
+    max_lora_rank: int
+
+
+class Adapters:
+    """Names and adapters of one engine.
+
+    The registry is read each second in the background, so that a request never waits for it: a promotion reaches every replica within
+    about a second. If the registry does not answer, the last known names stay.
+    """
+
+    def __init__(self, registry: Registry, base: Base) -> None:
+        self.registry, self.base = registry, base
+        self._versions: dict[str, Version] = {}
+        self._live: dict[str, Version] = {}
+        self._folders: dict[str, Path] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._refresh_lock = asyncio.Lock()
+        self._refreshed_s = 0.0
+
+    async def watch(self) -> None:
+        """Read the registry for ever."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(REFRESH_S)
+
+    async def refresh(self) -> None:
+        """Read the registry once, and fetch adapters that have become live, so that their first request finds them here."""
+        async with self._refresh_lock:
+            if time.monotonic() - self._refreshed_s < MIN_REFRESH_S:
+                return
+            try:
+                self._take(await asyncio.to_thread(self.registry.versions))
+            except Exception as error:  # whatever a registry that is down may raise: serving goes on without it
+                log.warning("the registry does not answer, the known names stay: %s", error)
+            self._refreshed_s = time.monotonic()
+        for version in [live for live in self._live.values() if live.name not in self._folders]:
+            try:
+                await self._fetch(version)
+            except BrokenAdapterError as error:
+                log.warning("%s is live, but cannot be served: %s", version.name, error)
+
+    def _take(self, versions: Iterable[Version]) -> None:
+        self._versions = {version.name: version for version in versions}
+        self._live = {version.chatbot: version for version in self._versions.values() if LIVE in version.aliases}
+
+    def names(self) -> list[str]:
+        """Return every name that may be asked for: the base, live chatbots, versions."""
+        own = [version for version in self._versions.values() if self._is_ours(version)]
+        return [self.base.name, *(chatbot for chatbot, version in self._live.items() if self._is_ours(version)), *(entry.name for entry in own)]
+
+    async def resolve(self, name: str) -> str:
+        """Return the name that the engine knows: the base's, or that of a fetched version.
+
+        Raises:
+            UnknownNameError: No such base, chatbot or version.
+            BrokenAdapterError: The version cannot be served here.
+        """
+        if name == self.base.name or name in self._folders:
+            return name
+        version = self._find(name)
+        if version is None and VERSION_NAME.match(name):
+            await self.refresh()  # it may be younger than the last look at the registry
+            version = self._find(name)
+        if version is None:
+            raise UnknownNameError(name)
+        await self._fetch(version)
+        return version.name
+
+    def fetched(self, name: str) -> Path | None:
+        """Return the folder of a version that was fetched and checked."""
+        return self._folders.get(name)
+
+    def _find(self, name: str) -> Version | None:
+        return self._live.get(name) or self._versions.get(name)
+
+    def _is_ours(self, version: Version) -> bool:
+        return version.tags.get("base_fingerprint") == self.base.fingerprint
+
+    async def _fetch(self, version: Version) -> None:
+        if version.name in self._folders:
+            return
+        async with self._locks.setdefault(version.name, asyncio.Lock()):
+            if version.name in self._folders:
+                return
+            if not self._is_ours(version):
+                made_for = version.tags.get("base_model", "another base model")
+                raise BrokenAdapterError(f"it was made for {made_for}, and this engine serves {self.base.name} ({self.base.fingerprint})")
+            try:
+                folder = await asyncio.to_thread(self.registry.download, version)
+            except Exception as error:  # MLflow raises its own, requests' and the system's
+                raise BrokenAdapterError(f"its files cannot be had from the registry: {error}") from error
+            await asyncio.to_thread(check_adapter, folder, self.base.max_lora_rank)
+            self._folders[version.name] = folder
+
+
+def check_adapter(folder: Path, max_lora_rank: int) -> None:
+    """Check that an adapter's files can be read and suit the engine.
+
+    Raises:
+        BrokenAdapterError: They cannot, and why.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if missing := [name for name in ADAPTER_FILES if not (folder / name).is_file()]:
+        raise BrokenAdapterError(f"{' and '.join(missing)} missing")
+    try:
+        settings = json.loads((folder / ADAPTER_FILES[0]).read_text())
+        with safe_open(folder / ADAPTER_FILES[1], "numpy") as weights:
+            ranks = {weights.get_slice(name).get_shape()[0] for name in weights.keys() if ".lora_A." in name}  # noqa: SIM118
+    except (ValueError, OSError, SafetensorError) as error:
+        raise BrokenAdapterError(f"its files cannot be read: {error}") from error
+    if not ranks or settings.get("peft_type") != "LORA":
+        raise BrokenAdapterError("it is no LoRA adapter")
+    if max(ranks) > max_lora_rank:
+        raise BrokenAdapterError(f"its rank is {max(ranks)}, and the engine makes room for {max_lora_rank} (serve.max_lora_rank)")
+    if settings.get("use_dora") or settings.get("modules_to_save") or settings.get("bias", "none") != "none":
+        raise BrokenAdapterError("it has parts that vLLM cannot serve (DoRA, modules_to_save or biases)")

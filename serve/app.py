@@ -1,0 +1,82 @@
+"""The Serve deployment: one replica is one engine on one serve card, with the front before it.
+
+Knows Ray Serve. Does not know how it is put into the cluster: see `serve.deploy`.
+"""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+from ray import serve as ray_serve
+
+from cluster.models import ensure_model, model_fingerprint
+from cluster.registry import Registry
+from configs.loader import ROOT
+from configs.schema import ChatbotConfig
+from serve.adapters import Adapters, Base
+from serve.engine import engine_arguments, engine_environment, start_engine
+from serve.front import Front
+
+MAX_CONSTRUCTOR_RETRIES = 3
+HEALTH_PERIOD_S = 5.0
+
+
+class Engine:
+    """One vLLM engine; returns vLLM's own OpenAI application behind our front."""
+
+    def __init__(self, config: dict[str, Any], base_name: str, gpu_share: float | None) -> None:
+        self.config = ChatbotConfig.model_validate(config)
+        self.base_name, self.gpu_share = base_name, gpu_share
+        self.engine: Any = None
+        self.watcher: asyncio.Task[None] | None = None
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """Start the engine; Serve calls this once, after the constructor."""
+        folder = await asyncio.to_thread(ensure_model, self.config.model)
+        base = Base(self.base_name, await asyncio.to_thread(model_fingerprint, folder), self.config.serve.max_lora_rank)
+        adapters = Adapters(Registry(os.environ["MLFLOW_TRACKING_URI"]), base)
+        arguments = engine_arguments(self.config.model, self.config.serve, folder, self.base_name, self.gpu_share)
+        self.engine, app = await start_engine(arguments, adapters)
+        await adapters.refresh()
+        self.watcher = asyncio.create_task(adapters.watch())
+        return Front(app, adapters, self.config.serve.max_body_bytes)
+
+    async def check_health(self) -> None:
+        """Tell Serve to replace this replica if its engine has died."""
+        if self.engine is not None:
+            await self.engine.check_health()
+
+    def __del__(self) -> None:
+        """End the engine's own process, which holds the card's memory."""
+        if self.engine is not None:
+            self.engine.shutdown()
+
+
+def served_base_name(name: str) -> str:
+    """Return the name by which requests ask for the base: a hub id as it is, a folder's last part."""
+    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
+
+
+def build(args: dict[str, Any]) -> Any:
+    """Build the Serve application; its arguments come as JSON from `serve.deploy`."""
+    config = ChatbotConfig.model_validate(args["config"])
+    gpu_share: float | None = args["gpu_share"]
+    on_gpu = gpu_share is not None
+    environment = engine_environment(config.serve, on_gpu, num_threads=os.cpu_count() or 1)
+    deployment = ray_serve.deployment(
+        ray_serve.ingress()(Engine),
+        name="engine",
+        num_replicas=1,
+        max_ongoing_requests=args["max_ongoing_requests"],
+        max_constructor_retry_count=MAX_CONSTRUCTOR_RETRIES,
+        health_check_period_s=HEALTH_PERIOD_S,
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": 1 if on_gpu else 0,
+            "resources": {"card": 1},
+            "label_selector": {"pool": "serve"},
+            "runtime_env": {"env_vars": {**environment, "PYTHONPATH": str(ROOT)}},
+        },
+    )
+    return deployment.bind(args["config"], served_base_name(config.model.name), gpu_share)

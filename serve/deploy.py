@@ -1,0 +1,105 @@
+"""Puts the chat application into the cluster, through Serve's declarative API, and looks at it.
+
+Knows the dashboard's HTTP API. Does not import Ray, which would take seconds.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from cluster.models import check_model
+from cluster.session import Session, port_owner
+from configs.errors import ClusterError
+from configs.schema import ChatbotConfig
+
+APPLICATION = "chat"
+API = "/api/serve/applications/"
+POLL_S = 0.5
+START_TIMEOUT_S = 900
+REQUESTS_WAITING_FACTOR = 4
+MESSAGE_LINES = 12
+
+
+def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], wait: bool = True) -> str:
+    """Serve a chatbot's base model and every adapter for it; return the endpoint's address.
+
+    Idempotent: the same config again changes nothing, another one takes the place of the last.
+
+    Raises:
+        ClusterError: The port is taken, or the engine did not start; its reason is in the message.
+        ModelError: The base model cannot be had.
+    """
+    check_model(config.model)
+    with session.dashboard() as client:
+        running = _details(client)
+        if not running.get("applications") and (owner := port_owner(config.serve.host, config.serve.port)):
+            problem = f"port {config.serve.port} (serve.port) is held by {owner}"
+            raise ClusterError("a port is taken", problem, f"end that process, or choose another port: serve.port={config.serve.port + 1}")
+        answer = client.put(API, json=_wanted(config, session))
+        if answer.is_error:
+            raise ClusterError("Ray Serve refused the application", answer.text[:2000], "python -m cluster status")
+        if wait:
+            wait_until_running(client, say)
+    return endpoint(config)
+
+
+def endpoint(config: ChatbotConfig) -> str:
+    """Return the address of the OpenAI-compatible endpoint."""
+    return f"http://{config.serve.host}:{config.serve.port}/v1"
+
+
+def wait_until_running(client: httpx.Client, say: Callable[[str], None]) -> None:
+    """Wait until the application answers.
+
+    Raises:
+        ClusterError: It failed, or took too long.
+    """
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        application = _details(client).get("applications", {}).get(APPLICATION, {})
+        status = application.get("status", "NOT_STARTED")
+        if status == "RUNNING":
+            return
+        if status in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > deadline:
+            raise ClusterError(f"the engine did not start ({status})", failure_reason(application), "python -m serve CONFIG, with the reason mended")
+        say(f"the engine is starting ({status.lower()})")
+        time.sleep(POLL_S)
+
+
+def failure_reason(application: dict[str, Any]) -> str:
+    """Return the last lines of what Serve says of a failed application."""
+    deployments = application.get("deployments", {}).values()
+    messages = [application.get("message", ""), *(entry.get("message", "") for entry in deployments)]
+    lines = [line for line in max(messages, key=len).splitlines() if line.strip()]
+    return "\n".join(f"  {line}" for line in lines[-MESSAGE_LINES:])
+
+
+def application_status(session: Session) -> tuple[str, str]:
+    """Return the application's status and message; NOT_STARTED where there is none."""
+    with session.dashboard() as client:
+        application = _details(client).get("applications", {}).get(APPLICATION, {})
+    return application.get("status", "NOT_STARTED"), failure_reason(application) if application else ""
+
+
+def _details(client: httpx.Client) -> dict[str, Any]:
+    answer = client.get(API)
+    if answer.is_error:
+        raise ClusterError("Ray Serve does not answer", answer.text[:500], "python -m cluster status")
+    details: dict[str, Any] = answer.json()
+    return details
+
+
+def _wanted(config: ChatbotConfig, session: Session) -> dict[str, Any]:
+    shares = [float(card["gpu-share"]) for card in session.cards if card["pool"] == "serve" and "gpu-share" in card]
+    arguments = {
+        "config": config.model_dump(mode="json"),
+        "gpu_share": min(shares) if shares else None,
+        "max_ongoing_requests": config.serve.max_num_seqs * REQUESTS_WAITING_FACTOR,
+    }
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": config.serve.host, "port": config.serve.port},
+        "applications": [{"name": APPLICATION, "route_prefix": "/", "import_path": "serve.app:build", "args": arguments}],
+    }

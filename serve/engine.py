@@ -1,0 +1,97 @@
+"""vLLM's engine and its own OpenAI application, for the versions of vLLM that Tandem runs with.
+
+Knows vLLM's import paths and arguments; nothing else in Tandem imports vLLM. Does not know Ray.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from configs.schema import ModelConfig, ServeConfig
+from serve.adapters import Adapters
+
+
+def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> dict[str, str]:
+    """Return the environment that an engine's process needs before vLLM is imported."""
+    shared = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # lets the resolver be asked; the routes of that name are closed in front
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",  # the base is local by now
+    }
+    if on_gpu:
+        return shared
+    # Left alone, vLLM takes a large share of memory, and binds its threads to cores that others use too.
+    return shared | {
+        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(num_threads),
+    }
+
+
+def engine_arguments(model: ModelConfig, config: ServeConfig, folder: Path, base_name: str, gpu_share: float | None) -> list[str]:
+    """Return vLLM's command line for a base model; `gpu_share` is the card's share of its GPU, None without one."""
+    arguments = {
+        "--model": str(folder),
+        "--served-model-name": base_name,
+        "--dtype": {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}[model.precision],
+        "--max-model-len": str(config.max_model_len_tokens),
+        "--max-num-seqs": str(config.max_num_seqs),
+        "--max-lora-rank": str(config.max_lora_rank),
+        "--max-loras": str(config.max_loras),
+        "--max-cpu-loras": str(config.max_cpu_loras),
+    }
+    flags = ["--enable-lora", "--disable-uvicorn-access-log"]
+    if gpu_share is not None:
+        arguments["--gpu-memory-utilization"] = f"{config.gpu_memory_share * gpu_share:.3f}"
+        if config.quantization != "none":
+            arguments["--quantization"] = config.quantization
+    if gpu_share is None or config.enforce_eager:
+        flags.append("--enforce-eager")
+    return [*(word for pair in arguments.items() for word in pair), *flags]
+
+
+async def start_engine(arguments: list[str], adapters: Adapters) -> tuple[Any, Any]:
+    """Start the engine and build vLLM's application on it, with adapters found by name; return (engine, ASGI application)."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.lora.resolver import LoRAResolverRegistry
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    build_app, init_app_state, make_arg_parser = _entry_points()
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    engine_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    engine = AsyncLLM.from_vllm_config(engine_config)
+    tasks = await engine.get_supported_tasks()
+    # Before init_app_state, which asks once for the resolvers there are.
+    LoRAResolverRegistry.register_resolver("tandem", _make_resolver(adapters))
+    app = build_app(args, supported_tasks=tasks)
+    await init_app_state(engine, app.state, args, supported_tasks=tasks)
+    return engine, app
+
+
+def _entry_points() -> tuple[Any, Any, Any]:
+    """Return build_app, init_app_state and make_arg_parser, which moved between vLLM 0.26 and 0.29."""
+    try:
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:
+        from vllm.entrypoints.openai.api_server import build_app, init_app_state
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+    return build_app, init_app_state, make_arg_parser
+
+
+def _make_resolver(adapters: Adapters) -> Any:
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.resolver import LoRAResolver
+
+    class RegistryResolver(LoRAResolver):  # type: ignore[misc]
+        """Finds an adapter that the front has already fetched and checked."""
+
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+            folder = adapters.fetched(lora_name)
+            # vLLM gives the request a number of its own afterwards.
+            return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder)) if folder else None
+
+    return RegistryResolver()

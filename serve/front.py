@@ -1,0 +1,139 @@
+"""What stands before vLLM's application: only the routes that are meant, names that mean versions, errors in OpenAI's shape.
+
+Pure ASGI: a stream passes through untouched. Knows HTTP and names. Does not know the engine.
+"""
+
+import json
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from serve.adapters import Adapters, BrokenAdapterError, UnknownNameError
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+MODEL_HEADER = b"x-tandem-model"
+
+
+class RefusedError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.message, self.param = status, kind, message, param
+
+    def body(self) -> dict[str, Any]:
+        """Return the error in OpenAI's shape."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}}
+
+
+class Front:
+    """Wraps vLLM's application."""
+
+    def __init__(self, app: App, adapters: Adapters, max_body_bytes: int) -> None:
+        self.app, self.adapters, self.max_body_bytes = app, adapters, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, refuse, or hand on to vLLM."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        try:
+            await self._route(scope, receive, send)
+        except RefusedError as refusal:
+            await _send_json(send, refusal.status, refusal.body())
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method, path = scope["method"], scope["path"]
+        if path in GENERATE_PATHS:
+            if method != "POST":
+                raise RefusedError(405, "invalid_request_error", f"{path} takes POST, not {method}")
+            await self._generate(scope, receive, send)
+        elif path == "/v1/models" and method == "GET":
+            await _send_json(send, 200, {"object": "list", "data": [_model_card(name) for name in self.adapters.names()]})
+        elif path == "/health" and method == "GET":
+            await self.app(scope, receive, send)
+        else:
+            raise RefusedError(404, "invalid_request_error", f"no such route: {method} {path}")
+
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = _parse(await self._read_body(receive))
+        name = request.get("model") or self.adapters.base.name
+        if not isinstance(name, str):
+            raise RefusedError(400, "invalid_request_error", "model must be a string", "model")
+        request["model"] = version = await self._resolve(name)
+        body = json.dumps(request, ensure_ascii=False).encode()
+        headers = [(key, value) for key, value in scope["headers"] if key not in (b"content-length", b"transfer-encoding", MODEL_HEADER)]
+        scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), (MODEL_HEADER, version.encode())]}
+            await send(message)
+
+        await self.app(scope, _replay(body, receive), send_named)
+
+    async def _resolve(self, name: str) -> str:
+        try:
+            return await self.adapters.resolve(name)
+        except UnknownNameError:
+            known = ", ".join(self.adapters.names()[:10])
+            raise RefusedError(404, "not_found_error", f"The model `{name[:100]}` does not exist. There are: {known}", "model") from None
+        except BrokenAdapterError as error:
+            raise RefusedError(400, "invalid_request_error", f"The model `{name}` cannot be served: {error}", "model") from None
+
+    async def _read_body(self, receive: Receive) -> bytes:
+        chunks, num_bytes, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise RefusedError(400, "invalid_request_error", "the client went away")
+            chunks.append(message.get("body", b""))
+            num_bytes += len(chunks[-1])
+            if num_bytes > self.max_body_bytes:
+                raise RefusedError(413, "invalid_request_error", f"the body is over {self.max_body_bytes} bytes (serve.max_body_bytes)")
+            more = message.get("more_body", False)
+        return b"".join(chunks)
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, "invalid_request_error", f"the body is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise RefusedError(400, "invalid_request_error", "the body is not a JSON object")
+    return request
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body once, and then whatever comes after it (a client that goes away)."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _model_card(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tandem"}
+
+
+async def _send_json(send: Send, status: int, content: dict[str, Any]) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,54 @@
+"""The line between a run's driver and its workers: progress goes up, the wish to stop comes down.
+
+Knows one named Ray actor for each run. Does not know what a step is.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+NAMESPACE = "tandem"
+WORKER_WAIT_S = 30
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; losses are means over the tokens since the last report."""
+
+    step: int
+    num_steps: int
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    eval_loss: float | None = None
+
+
+class Control:
+    """State of one run, kept in an actor of its own."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+        self.stop_reason: str | None = None
+
+    def report(self, progress: Progress) -> str | None:
+        """Take a worker's progress; return why it should stop, if it should."""
+        self.progress = progress
+        return self.stop_reason
+
+    def read(self) -> Progress | None:
+        """Return the newest progress."""
+        return self.progress
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Let the workers save and leave after the step they are in."""
+        self.stop_reason = self.stop_reason or reason
+
+
+def make_control(run_id: str) -> Any:
+    """Start the actor of a run; it takes no card and ends with its driver."""
+    return ray.remote(Control).options(name=f"run-{run_id}", namespace=NAMESPACE, num_cpus=0, get_if_exists=True).remote()
+
+
+def find_control(run_id: str) -> Any:
+    """Return the actor of a run, from anywhere in the cluster."""
+    return ray.get_actor(f"run-{run_id}", namespace=NAMESPACE)

@@ -1,0 +1,212 @@
+"""One training run from config to registered version: check, prepare, train on a train card, register.
+
+Knows Ray Train and the order of things. Does not know the step.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from cluster.home import home_folder, require_disk
+from cluster.models import check_model, ensure_model, model_fingerprint
+from cluster.registry import Manifest, Registry, Version
+from cluster.session import Session, require_session
+from configs.errors import ClusterError, RunError
+from configs.schema import ChatbotConfig, MachineConfig
+from data.prepare import Prepared, check_source, prepare
+from train.record import FAILED, FINISHED, STOPPED, Record, config_fingerprint, git_commit
+
+if TYPE_CHECKING:
+    from train.control import Progress
+
+POLL_S = 0.5
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: a registered version, or the reason why it stopped before its end."""
+
+    run_id: str
+    metrics: dict[str, float]
+    version: Version | None = None
+    stop_reason: str | None = None
+
+
+def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], resume: str | None = None) -> Outcome:
+    """Train one adapter and register it.
+
+    Args:
+        config: The chatbot; with `resume` the run's own config takes its place.
+        say: Told of each stage, in words.
+        show: Told how far the run is, about twice a second.
+        resume: Id of a stopped or failed run to go on with.
+
+    Raises:
+        TandemError: What the user can mend; nothing was registered.
+    """
+    session = require_session()
+    require_disk(MachineConfig().min_disk_free_gib)
+    registry = Registry(session.mlflow_url)
+    record: Record | None = None
+    if resume:
+        record, config = Record.resume(registry.client, resume)
+        say(f"going on with run {resume}")
+    check_source(config.data)
+    check_model(config.model)
+    say(f"base model {config.model.name}")
+    folder = ensure_model(config.model)
+    data = prepare(config, folder)
+    say(f"data {data.fingerprint}: {data.num_train} conversations to train on, {data.num_heldout} held out")
+    base_fingerprint = model_fingerprint(folder)
+    with _ray(session):
+        _require_cards(config.train.num_workers)
+        record = record or Record.begin(registry.client, config, data, base_fingerprint)
+        say(f"run {record.run_id}")
+        try:
+            checkpoint, metrics, stop_reason = _fit(config, session, record.run_id, folder, data, show)
+        except BaseException as error:
+            record.end(STOPPED if isinstance(error, KeyboardInterrupt) else FAILED, str(error))
+            raise
+    if stop_reason:
+        record.end(STOPPED, stop_reason)
+        return Outcome(record.run_id, metrics, stop_reason=stop_reason)
+    say("registering the adapter")
+    manifest = _manifest(config, record.run_id, base_fingerprint, data, checkpoint, metrics)
+    version = registry.register(manifest, checkpoint)
+    record.end(FINISHED)
+    return Outcome(record.run_id, metrics, version)
+
+
+@contextmanager
+def _ray(session: Session) -> Iterator[None]:
+    """Connect to the cluster, as part of a Ray job or straight."""
+    # Ray reads these as it is imported, and talks to no cluster without them.
+    os.environ.update({key: value for key, value in session.environment().items() if key.startswith("RAY_AUTH")})
+    import ray
+
+    inside_job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    try:
+        ray.init(address=None if inside_job else session.ray_address, namespace="tandem", log_to_driver=False, logging_level="warning")
+    except ConnectionError as error:
+        raise ClusterError("the cluster does not answer", str(error), "python -m cluster down, then python -m cluster up") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_cards(num_workers: int) -> None:
+    """Refuse what would wait for ever: more workers than the cluster has train cards."""
+    import ray
+
+    num_cards = sum(node["Alive"] and node["Labels"].get("pool") == "train" for node in ray.nodes())
+    if num_cards < num_workers:
+        why = f"the cluster has {num_cards} of them; a worker would wait for ever"
+        raise ClusterError(f"train.num_workers={num_workers} wants as many train cards", why, f"train.num_workers={max(1, num_cards)}")
+
+
+def _fit(
+    config: ChatbotConfig, session: Session, run_id: str, folder: Path, data: Prepared, show: Callable[["Progress"], None]
+) -> tuple[Path, dict[str, float], str | None]:
+    """Run the workers; return the checkpoint to register, its metrics, and why the run was stopped if it was."""
+    from ray import train as ray_train
+    from ray.train.torch import TorchTrainer
+
+    from train.control import make_control
+    from train.worker import Task, train_worker
+
+    has_heldout = data.num_heldout > 0
+    task = Task(config, run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url, has_heldout)
+    control = make_control(run_id)
+    keep_best = bool(config.train.early_stopping_patience) and has_heldout
+    ranking = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"} if keep_best else {}
+    on_gpu = any("gpu-share" in card for card in session.cards)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=task,
+        scaling_config=ray_train.ScalingConfig(
+            num_workers=config.train.num_workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"card": 1, "CPU": 1, **({"GPU": 1} if on_gpu else {})},
+            label_selector={"pool": "train"},
+        ),
+        run_config=ray_train.RunConfig(
+            name=run_id,
+            storage_path=str(home_folder() / "runs"),
+            checkpoint_config=ray_train.CheckpointConfig(num_to_keep=config.train.num_checkpoints_kept, **ranking),
+            failure_config=ray_train.FailureConfig(max_failures=config.train.max_failures),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(psutil.cpu_count() or 1)}} if not on_gpu else None,
+        ),
+    )
+    with _watch(control, show) as stop_reason:
+        result = trainer.fit()
+    if result.error or result.checkpoint is None:
+        raise RunError("training failed", str(result.error or "it ended without a checkpoint"), f"python -m train CONFIG --resume {run_id}")
+    best = result.get_best_checkpoint("eval_loss", "min") if keep_best else result.checkpoint
+    checkpoint, metrics = next((kept, found) for kept, found in result.best_checkpoints if kept == best)
+    finished = metrics["step"] >= metrics["num_steps"]
+    return Path(checkpoint.path), metrics, None if finished or keep_best and not stop_reason() else stop_reason() or "stopped"
+
+
+@contextmanager
+def _watch(control: Any, show: Callable[["Progress"], None]) -> Iterator[Callable[[], str | None]]:
+    """Show progress while the run goes on, and pass SIGTERM (which `ray job stop` sends) on to the workers as a wish to stop."""
+    import ray
+
+    done, asked = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        shown, passed_on = None, False
+        while not done.wait(POLL_S):
+            if asked.is_set() and not passed_on:
+                ray.get(control.ask_to_stop.remote("the job was asked to stop"))
+                passed_on = True
+            progress = ray.get(control.read.remote())
+            if progress and progress != shown:
+                shown = progress
+                show(progress)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: "the job was asked to stop" if asked.is_set() else None
+    finally:
+        done.set()
+        watcher.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _manifest(
+    config: ChatbotConfig, run_id: str, base_fingerprint: str, data: Prepared, checkpoint: Path, metrics: dict[str, float]
+) -> Manifest:
+    import json
+
+    modules = json.loads((checkpoint / "adapter_config.json").read_text())["target_modules"]
+    return Manifest(
+        chatbot=config.name,
+        base_model=config.model.name,
+        base_fingerprint=base_fingerprint,
+        rank=config.train.lora.rank,
+        target_modules=sorted(modules),
+        quantization=config.train.quantization,
+        data_fingerprint=data.fingerprint,
+        config_fingerprint=config_fingerprint(config),
+        git_commit=git_commit(),
+        run_id=run_id,
+        finished_s=metrics["saved_s"],
+        scores={name: metrics[name] for name in ("loss", "eval_loss", "tokens_per_s") if name in metrics},
+    )

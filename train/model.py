@@ -1,0 +1,108 @@
+"""The base model with its adapter, ready for training.
+
+Knows transformers, PEFT and bitsandbytes. Does not know the step or where the data comes from.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from configs.errors import ModelError
+from configs.schema import LoraConfig, ModelConfig, TrainConfig
+
+IGNORED_LABEL = -100
+# Settings with which a model changes its logits after the head; the shortcut below would leave that out.
+LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+
+
+def pick_dtype(config: ModelConfig) -> torch.dtype:
+    """Return the number format of the base: bf16 where the device computes in it, unless the config says otherwise."""
+    if config.precision != "auto":
+        return torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def load_base(folder: Path, model: ModelConfig, train: TrainConfig) -> Any:
+    """Load the frozen base, in 4 bit if the config says so, on the worker's one device."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = pick_dtype(model)
+    settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    if train.quantization == "nf4":
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=train.double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if torch.cuda.is_available():
+        settings["device_map"] = {"": 0}
+    try:
+        base = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the base model from {folder}", str(error), "python -m cluster doctor") from error
+    base.config.use_cache = False
+    return base
+
+
+def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool) -> Any:
+    """Put a fresh adapter beside the base's linear layers, and make its forward pass compute only the logits that carry loss."""
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    if gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    settings = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(base, settings)
+    except ValueError as error:  # no layer has one of the names
+        linear = sorted({name.rpartition(".")[2] for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear)})
+        remedy = f"train.lora.target_modules=all-linear, or some of: {', '.join(linear)}"
+        raise ModelError("train.lora.target_modules names no layer of this model", str(error), remedy) from error
+    if not any(getattr(base.config, name, None) for name in LOGIT_SETTINGS):
+        # An instance attribute: forward() of this one model, not of its class.
+        base.forward = MethodType(_answer_forward(type(base).forward), base)
+    return model
+
+
+def packs_safely(base: Any) -> bool:
+    """Whether rows packed in one stay blind to each other: pure attention through SDPA, which masks by position."""
+    kinds = set(getattr(base.config, "layer_types", None) or ["full_attention"])
+    return kinds <= {"full_attention", "sliding_attention"} and base.config._attn_implementation == "sdpa"
+
+
+def _answer_forward(full_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a causal model's forward pass: given labels, compute logits only where the next token carries loss.
+
+    On chat rows a third of the tokens carry loss, and logits over a vocabulary of 50 to 150 thousand are among the largest
+    things in training; the loss is the same.
+    """
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    def forward(self: Any, labels: torch.Tensor | None = None, num_items_in_batch: torch.Tensor | int | None = None, **inputs: Any) -> Any:
+        if labels is None:
+            return full_forward(self, **inputs)
+        inputs.pop("return_dict", None)
+        hidden = self.get_decoder()(**inputs).last_hidden_state  # (rows, tokens, width)
+        targets = labels[:, 1:]
+        carries_loss = targets != IGNORED_LABEL
+        logits = self.get_output_embeddings()(hidden[:, :-1][carries_loss])  # (loss tokens, vocabulary)
+        total = cross_entropy(logits.float(), targets[carries_loss], reduction="sum")
+        count = carries_loss.sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=total / count)
+
+    return forward

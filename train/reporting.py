@@ -1,0 +1,109 @@
+"""What a run tells while it runs: progress to its driver, curves to MLflow, checkpoints to Ray Train.
+
+Knows transformers' callbacks. Does not know how the loss is made.
+"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import torch
+from transformers import TrainerCallback
+
+from train.control import Progress
+
+if TYPE_CHECKING:
+    from train.worker import Task
+
+
+class ReportCallback(TrainerCallback):  # type: ignore[misc]
+    """Reports after each step, and stops the run when its driver asks for it.
+
+    Speed is tokens over the time spent in steps; evaluation and saving are not counted.
+    """
+
+    def __init__(self, task: "Task", control: Any, is_first: bool, num_workers: int) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self.task, self.control, self.is_first, self.num_workers = task, control, is_first, num_workers
+        self.mlflow = MlflowClient(task.mlflow_url)
+        self.step_started_s = 0.0
+        self.steps_s = 0.0
+        self.tokens_before = 0
+        self.newest: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count speed from here, not from what an earlier process did before a resume."""
+        self.tokens_before = state.num_input_tokens_seen
+        self._send(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock of a step."""
+        self.step_started_s = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Send progress; save and leave if the driver asks for it; evaluate at the end."""
+        self.steps_s += time.perf_counter() - self.step_started_s
+        if self._asked_to_stop(state):
+            control.should_save = control.should_training_stop = True
+        elif state.global_step >= state.max_steps and self.task.has_heldout:
+            control.should_evaluate = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Write losses, rate and speed to MLflow."""
+        names = {"loss": "loss", "eval_loss": "eval_loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "epoch": "epoch"}
+        found = {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
+        if "loss" in found:
+            found["tokens_per_s"] = self._tokens_per_s(state)
+        if not found:
+            return
+        self.newest.update(found)
+        if self.is_first:
+            from mlflow.entities import Metric
+
+            now_ms = int(time.time() * 1000)
+            metrics = [Metric(name, value, now_ms, state.global_step) for name, value in found.items()]
+            self.mlflow.log_batch(self.task.run_id, metrics=metrics)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop early where the held-out loss has not got better for so many evaluations; save each one's adapter to choose from."""
+        patience = self.task.config.train.early_stopping_patience
+        if not patience:
+            return
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        control.should_save = True
+        if len(losses) - 1 - losses.index(min(losses)) >= patience:
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Hand the checkpoint to Ray Train, which keeps it where a restarted worker finds it."""
+        from ray import train as ray_train
+
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        # transformers pickles its own arguments here; nothing of ours reads them.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        tokens_per_s = self._tokens_per_s(state)
+        metrics = {**self.newest, "step": state.global_step, "num_steps": state.max_steps, "tokens_per_s": tokens_per_s, "saved_s": time.time()}
+        metrics["num_tokens"] = state.num_input_tokens_seen
+        checkpoint = ray_train.Checkpoint.from_directory(str(folder)) if self.is_first else None
+        ray_train.report(metrics, checkpoint=checkpoint)
+
+    def _tokens_per_s(self, state: Any) -> float:
+        return (state.num_input_tokens_seen - self.tokens_before) / self.steps_s if self.steps_s else 0.0
+
+    def _send(self, state: Any) -> str | None:
+        progress = Progress(
+            state.global_step, state.max_steps, self.newest.get("loss"), self._tokens_per_s(state) or None, self.newest.get("eval_loss")
+        )
+        reason: str | None = ray.get(self.control.report.remote(progress))
+        return reason
+
+    def _asked_to_stop(self, state: Any) -> bool:
+        """Ask the driver; with several workers the first one asks for all, since all must leave after the same step."""
+        asked = bool(self._send(state)) if self.is_first else False
+        if self.num_workers == 1:
+            return asked
+        flag = torch.tensor([int(asked)], device="cuda" if torch.cuda.is_available() else "cpu")
+        torch.distributed.broadcast(flag, src=0)
+        return bool(flag.item())

@@ -1,0 +1,119 @@
+"""What runs on a train card: load, train, report; called by Ray Train, or straight by a sweep's trial.
+
+Knows transformers' Trainer. Does not know how its card was found or what becomes of the adapter.
+
+transformers' Trainer does the step. TRL's SFTTrainer on top of it was measured at 0.6 of its speed on this work (entropy and accuracy of
+every token), and its switch for loss on the answers alone refuses templates without marks.
+"""
+
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.schema import ChatbotConfig
+from train.control import find_control
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker needs to know; plain values, so that Ray can send it."""
+
+    config: ChatbotConfig
+    run_id: str
+    model_folder: str
+    train_file: str
+    heldout_file: str
+    mlflow_url: str
+    has_heldout: bool
+
+
+def train_worker(task: Task) -> None:
+    """Train one adapter; report metrics and checkpoints to Ray Train, progress to the driver, curves to MLflow."""
+    from ray import train as ray_train
+
+    context = ray_train.get_context()
+    if context.get_world_size() == 1:
+        # With these set, accelerate would wrap a lone worker for data-parallel training.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+    checkpoint = ray_train.get_checkpoint()
+    with tempfile.TemporaryDirectory(prefix="tandem-train-") as scratch:
+        trainer = _make_trainer(task, Path(scratch), context.get_world_size(), context.get_world_rank() == 0)
+        if checkpoint:
+            with checkpoint.as_directory() as folder:
+                trainer.train(resume_from_checkpoint=folder)
+        else:
+            trainer.train()
+
+
+def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -> Any:
+    from transformers import Trainer, set_seed
+
+    from data.template import load_tokenizer
+    from train.model import add_adapter, load_base, packs_safely
+    from train.reporting import ReportCallback
+    from train.rows import Packer, Padder, read_rows
+
+    train = task.config.train
+    set_seed(train.seed)
+    tokenizer = load_tokenizer(Path(task.model_folder))
+    rows = read_rows(Path(task.train_file), tokenizer, task.config.data)
+    heldout = read_rows(Path(task.heldout_file), tokenizer, task.config.data)
+    base = load_base(Path(task.model_folder), task.config.model, train)
+    packing = packs_safely(base) if train.packing == "auto" else train.packing == "on"
+    model = add_adapter(base, train.lora, train.gradient_checkpointing)
+    arguments = _arguments(task.config, scratch, num_workers, len(rows), bool(heldout))
+    reporter = ReportCallback(task, find_control(task.run_id), is_first, num_workers)
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=heldout or None,
+        data_collator=Packer() if packing else Padder(tokenizer.pad_token_id or tokenizer.eos_token_id),
+        callbacks=[reporter],
+    )
+
+
+def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows: int, has_heldout: bool) -> Any:
+    """Translate our settings into transformers' own."""
+    import torch
+    from transformers import TrainingArguments
+
+    train = config.train
+    on_gpu = torch.cuda.is_available()
+    per_worker = train.batch_size // num_workers
+    micro_batch = train.micro_batch_size or per_worker
+    num_steps = train.max_steps or max(1, math.ceil(num_rows / train.batch_size) * train.num_epochs)
+    return TrainingArguments(
+        output_dir=str(scratch),
+        per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
+        gradient_accumulation_steps=per_worker // micro_batch,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=round(num_steps * train.warmup_share),
+        num_train_epochs=train.num_epochs,
+        max_steps=train.max_steps or -1,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        bf16=on_gpu and torch.cuda.is_bf16_supported() and config.model.precision != "fp32",
+        use_cpu=not on_gpu,
+        eval_strategy="steps" if train.eval_every_steps and has_heldout else "no",
+        eval_steps=train.eval_every_steps,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=train.checkpoint_every_steps,
+        save_total_limit=1,
+        logging_steps=train.log_every_steps,
+        include_num_input_tokens_seen="non_padding",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+    )
