@@ -37,6 +37,7 @@ class Manifest:
     git_commit: str
     run_id: str
     finished_s: float
+    system_prompt: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
 
 
@@ -91,7 +92,7 @@ class Registry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        tags = {key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(manifest).items()}
+        tags = {key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(manifest).items() if key != "system_prompt"}
         source = f"runs:/{manifest.run_id}/adapter"
         made = self.client.create_model_version(manifest.chatbot, source, run_id=manifest.run_id, tags=tags)
         return _version(made)

@@ -253,6 +253,7 @@ def _stack_environment(machine: MachineConfig) -> dict[str, str]:
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
         "RAY_prestart_worker_first_driver": "0",
+        "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",

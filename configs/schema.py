@@ -117,7 +117,7 @@ class TrainConfig(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations to save memory; about 30 % slower."""
     packing: Literal["auto", "on", "off"] = "auto"
-    """Join a batch's conversations to one row without padding, each blind to the others; `auto` does so where the model allows it."""
+    """Join a batch's conversations to one row without padding, each blind to the others; `auto` does so on a GPU, where the model allows it."""
     weight_decay: float = Field(0.0, ge=0.0)
     """Decay of the adapter's weights."""
     max_grad_norm: float = Field(1.0, gt=0.0)

@@ -30,6 +30,17 @@ def run(
 
 
 @app.command()
+def demo(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The chatbot's YAML file.")] = "configs/helpdesk.yaml",
+    overrides: Overrides = None,
+) -> None:
+    """Run the whole job once, from nothing to a live chatbot, and tell it as a story."""
+    from serve.demo import tell
+
+    tell(load_chatbot(config, overrides or []), config, overrides or [])
+
+
+@app.command()
 def promote(version: VersionName) -> None:
     """Make a version live: requests for the chatbot's name go to it within two seconds, and no engine restarts."""
     promoted = Registry(require_session().mlflow_url).promote(version)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.registry import ADAPTER_FILES, LIVE, VERSION_NAME, Registry, Version
+from cluster.registry import ADAPTER_FILES, LIVE, MANIFEST_FILE, VERSION_NAME, Registry, Version
 
 REFRESH_S = 1.0
 MIN_REFRESH_S = 0.2
@@ -47,6 +47,7 @@ class Adapters:
         self._versions: dict[str, Version] = {}
         self._live: dict[str, Version] = {}
         self._folders: dict[str, Path] = {}
+        self._system_prompts: dict[str, str] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._refresh_lock = asyncio.Lock()
         self._refreshed_s = 0.0
@@ -104,6 +105,10 @@ class Adapters:
         """Return the folder of a version that was fetched and checked."""
         return self._folders.get(name)
 
+    def system_prompt(self, name: str) -> str | None:
+        """Return the system message that a fetched version was trained with."""
+        return self._system_prompts.get(name)
+
     def _find(self, name: str) -> Version | None:
         return self._live.get(name) or self._versions.get(name)
 
@@ -124,7 +129,15 @@ class Adapters:
             except Exception as error:  # MLflow raises its own, requests' and the system's
                 raise BrokenAdapterError(f"its files cannot be had from the registry: {error}") from error
             await asyncio.to_thread(check_adapter, folder, self.base.max_lora_rank)
+            if prompt := _read_system_prompt(folder):
+                self._system_prompts[version.name] = prompt
             self._folders[version.name] = folder
+
+
+def _read_system_prompt(folder: Path) -> str | None:
+    file = folder / MANIFEST_FILE
+    prompt = json.loads(file.read_text()).get("system_prompt") if file.is_file() else None
+    return str(prompt) if prompt else None
 
 
 def check_adapter(folder: Path, max_lora_rank: int) -> None:

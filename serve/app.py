@@ -5,7 +5,6 @@ Knows Ray Serve. Does not know how it is put into the cluster: see `serve.deploy
 
 import asyncio
 import os
-from pathlib import Path
 from typing import Any
 
 from ray import serve as ray_serve
@@ -53,11 +52,6 @@ class Engine:
             self.engine.shutdown()
 
 
-def served_base_name(name: str) -> str:
-    """Return the name by which requests ask for the base: a hub id as it is, a folder's last part."""
-    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
-
-
 def build(args: dict[str, Any]) -> Any:
     """Build the Serve application; its arguments come as JSON from `serve.deploy`."""
     config = ChatbotConfig.model_validate(args["config"])
@@ -79,4 +73,4 @@ def build(args: dict[str, Any]) -> Any:
             "runtime_env": {"env_vars": {**environment, "PYTHONPATH": str(ROOT)}},
         },
     )
-    return deployment.bind(args["config"], served_base_name(config.model.name), gpu_share)
+    return deployment.bind(args["config"], args["base_name"], gpu_share)

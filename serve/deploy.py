@@ -5,6 +5,7 @@ Knows the dashboard's HTTP API. Does not import Ray, which would take seconds.
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -48,6 +49,11 @@ def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], 
 def endpoint(config: ChatbotConfig) -> str:
     """Return the address of the OpenAI-compatible endpoint."""
     return f"http://{config.serve.host}:{config.serve.port}/v1"
+
+
+def served_base_name(name: str) -> str:
+    """Return the name by which requests ask for the base: a hub id as it is, a folder's last part."""
+    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
 
 
 def wait_until_running(client: httpx.Client, say: Callable[[str], None]) -> None:
@@ -95,6 +101,7 @@ def _wanted(config: ChatbotConfig, session: Session) -> dict[str, Any]:
     shares = [float(card["gpu-share"]) for card in session.cards if card["pool"] == "serve" and "gpu-share" in card]
     arguments = {
         "config": config.model_dump(mode="json"),
+        "base_name": served_base_name(config.model.name),
         "gpu_share": min(shares) if shares else None,
         "max_ongoing_requests": config.serve.max_num_seqs * REQUESTS_WAITING_FACTOR,
     }

@@ -70,6 +70,7 @@ class Front:
         if not isinstance(name, str):
             raise RefusedError(400, "invalid_request_error", "model must be a string", "model")
         request["model"] = version = await self._resolve(name)
+        self._add_system_prompt(request, version)
         body = json.dumps(request, ensure_ascii=False).encode()
         headers = [(key, value) for key, value in scope["headers"] if key not in (b"content-length", b"transfer-encoding", MODEL_HEADER)]
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
@@ -80,6 +81,16 @@ class Front:
             await send(message)
 
         await self.app(scope, _replay(body, receive), send_named)
+
+    def _add_system_prompt(self, request: dict[str, Any], version: str) -> None:
+        """Begin a conversation as the version was trained to: with its own system message, unless the request brings one."""
+        messages, prompt = request.get("messages"), self.adapters.system_prompt(version)
+        if not prompt or not isinstance(messages, list) or not messages:
+            return
+        first = messages[0]
+        if isinstance(first, dict) and first.get("role") in ("system", "developer"):
+            return
+        request["messages"] = [{"role": "system", "content": prompt}, *messages]
 
     async def _resolve(self, name: str) -> str:
         try:

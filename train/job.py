@@ -208,5 +208,6 @@ def _manifest(
         git_commit=git_commit(),
         run_id=run_id,
         finished_s=metrics["saved_s"],
-        scores={name: metrics[name] for name in ("loss", "eval_loss", "tokens_per_s") if name in metrics},
+        system_prompt=config.data.system_prompt,
+        scores={name: metrics[name] for name in ("loss", "eval_loss", "tokens_per_s", "peak_memory_gib") if name in metrics},
     )

@@ -48,7 +48,18 @@ def load_base(folder: Path, model: ModelConfig, train: TrainConfig) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the base model from {folder}", str(error), "python -m cluster doctor") from error
     base.config.use_cache = False
+    if torch.cuda.is_available():
+        _fuse_kernels(base)
     return base
+
+
+def _fuse_kernels(base: Any) -> None:
+    """Put Liger's fused norms, rotations and gates into a model that it knows; the loss stays ours."""
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError:
+        return
+    _apply_liger_kernel_to_instance(model=base, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
 def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool) -> Any:
@@ -73,6 +84,10 @@ def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool) -> An
         linear = sorted({name.rpartition(".")[2] for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear)})
         remedy = f"train.lora.target_modules=all-linear, or some of: {', '.join(linear)}"
         raise ModelError("train.lora.target_modules names no layer of this model", str(error), remedy) from error
+    for layer in model.modules():
+        # PEFT would copy each input to the adapter's fp32; under autocast the product is bf16 anyway.
+        if hasattr(layer, "cast_input_dtype_enabled"):
+            layer.cast_input_dtype_enabled = base.dtype == torch.float32
     if not any(getattr(base.config, name, None) for name in LOGIT_SETTINGS):
         # An instance attribute: forward() of this one model, not of its class.
         base.forward = MethodType(_answer_forward(type(base).forward), base)

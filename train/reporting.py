@@ -3,6 +3,7 @@
 Knows transformers' callbacks. Does not know how the loss is made.
 """
 
+import resource
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,14 @@ import ray
 import torch
 from transformers import TrainerCallback
 
+from cluster.home import BYTES_PER_GIB
 from train.control import Progress
 
 if TYPE_CHECKING:
     from train.worker import Task
+
+
+KIB = 1024
 
 
 class ReportCallback(TrainerCallback):  # type: ignore[misc]
@@ -85,7 +90,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         (folder / "training_args.bin").unlink(missing_ok=True)
         tokens_per_s = self._tokens_per_s(state)
         metrics = {**self.newest, "step": state.global_step, "num_steps": state.max_steps, "tokens_per_s": tokens_per_s, "saved_s": time.time()}
-        metrics["num_tokens"] = state.num_input_tokens_seen
+        metrics |= {"num_tokens": state.num_input_tokens_seen, "peak_memory_gib": peak_memory_gib()}
         checkpoint = ray_train.Checkpoint.from_directory(str(folder)) if self.is_first else None
         ray_train.report(metrics, checkpoint=checkpoint)
 
@@ -107,3 +112,10 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         flag = torch.tensor([int(asked)], device="cuda" if torch.cuda.is_available() else "cpu")
         torch.distributed.broadcast(flag, src=0)
         return bool(flag.item())
+
+
+def peak_memory_gib() -> float:
+    """Return the most memory that this process held: on its GPU, or resident without one, in GiB."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / BYTES_PER_GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB / BYTES_PER_GIB

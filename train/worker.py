@@ -50,6 +50,7 @@ def train_worker(task: Task) -> None:
 
 
 def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -> Any:
+    import torch
     from transformers import Trainer, set_seed
 
     from data.template import load_tokenizer
@@ -63,9 +64,10 @@ def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -
     rows = read_rows(Path(task.train_file), tokenizer, task.config.data)
     heldout = read_rows(Path(task.heldout_file), tokenizer, task.config.data)
     base = load_base(Path(task.model_folder), task.config.model, train)
-    packing = packs_safely(base) if train.packing == "auto" else train.packing == "on"
+    # On a CPU the attention over a whole pack, masked or not, costs more than the padding it saves: rows of like length go together.
+    packing = packs_safely(base) and torch.cuda.is_available() if train.packing == "auto" else train.packing == "on"
     model = add_adapter(base, train.lora, train.gradient_checkpointing)
-    arguments = _arguments(task.config, scratch, num_workers, len(rows), bool(heldout))
+    arguments = _arguments(task.config, scratch, num_workers, len(rows), base.dtype == torch.bfloat16, packing)
     reporter = ReportCallback(task, find_control(task.run_id), is_first, num_workers)
     return Trainer(
         model=model,
@@ -77,7 +79,7 @@ def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -
     )
 
 
-def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows: int, has_heldout: bool) -> Any:
+def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows: int, autocast: bool, packing: bool) -> Any:
     """Translate our settings into transformers' own."""
     import torch
     from transformers import TrainingArguments
@@ -100,9 +102,9 @@ def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows:
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
-        bf16=on_gpu and torch.cuda.is_bf16_supported() and config.model.precision != "fp32",
+        bf16=autocast,
         use_cpu=not on_gpu,
-        eval_strategy="steps" if train.eval_every_steps and has_heldout else "no",
+        eval_strategy="steps" if train.eval_every_steps else "no",
         eval_steps=train.eval_every_steps,
         prediction_loss_only=True,
         save_strategy="steps",
@@ -114,6 +116,7 @@ def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows:
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
+        train_sampling_strategy="random" if packing else "group_by_length",
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
     )

@@ -1,0 +1,40 @@
+# The doors of Tandem. `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+CONFIG ?= configs/helpdesk.yaml
+MODEL ?=
+export TANDEM_VENV = $(VENV)
+
+.PHONY: help setup demo down test check format lock bench
+
+help: ## list these commands
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: ## make .venv from the lock; does nothing where all is in place
+	@$(PYTHON) cluster/bootstrap.py
+
+demo: setup ## the whole job, from nothing to a live chatbot: [MODEL=...] [CONFIG=...]
+	@$(RUN) -m serve demo $(CONFIG) $(if $(MODEL),model.name=$(MODEL))
+
+down: ## stop what `make demo` or `python -m cluster up` started
+	@$(RUN) -m cluster down
+
+test: setup ## all tests that this machine can run
+	@$(RUN) -m pytest
+
+check: setup ## format, lint, types, import rules
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(RUN) -m mypy
+	@$(VENV)/bin/lint-imports --no-cache
+
+format: setup ## put the code in shape
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+lock: setup ## compile both locks from pyproject.toml
+	@$(RUN) cluster/lock.py
+
+bench: setup ## every benchmark that this machine can run; results go to tests/benchmarks/results
+	@$(RUN) tests/benchmarks/run_all.py

