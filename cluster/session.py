@@ -247,7 +247,7 @@ def ray_folder() -> Path:
 def _stack_environment(machine: MachineConfig) -> dict[str, str]:
     """Return what jobs and replicas inherit from their raylet."""
     return {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "TANDEM_CHECKOUT": str(ROOT),
         "RAY_JOB_STOP_WAIT_TIME_S": str(machine.job_stop_wait_s),
         "RAY_TRAIN_V2_ENABLED": "1",

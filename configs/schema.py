@@ -116,8 +116,8 @@ class TrainConfig(Settings):
     """Conversations computed at once on one worker; the whole share of the batch if empty."""
     gradient_checkpointing: bool = False
     """Recompute activations to save memory; about 30 % slower."""
-    packing: Literal["auto", "on", "off"] = "auto"
-    """Join a batch's conversations to one row without padding, each blind to the others; `auto` does so on a GPU, where the model allows it."""
+    packing: bool = False
+    """Join a batch's conversations to one row without padding, each blind to the others; else rows of like length go together."""
     weight_decay: float = Field(0.0, ge=0.0)
     """Decay of the adapter's weights."""
     max_grad_norm: float = Field(1.0, gt=0.0)

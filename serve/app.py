@@ -11,7 +11,6 @@ from ray import serve as ray_serve
 
 from cluster.models import ensure_model, model_fingerprint
 from cluster.registry import Registry
-from configs.loader import ROOT
 from configs.schema import ChatbotConfig
 from serve.adapters import Adapters, Base
 from serve.engine import engine_arguments, engine_environment, start_engine
@@ -70,7 +69,7 @@ def build(args: dict[str, Any]) -> Any:
             "num_gpus": 1 if on_gpu else 0,
             "resources": {"card": 1},
             "label_selector": {"pool": "serve"},
-            "runtime_env": {"env_vars": {**environment, "PYTHONPATH": str(ROOT)}},
+            "runtime_env": {"env_vars": environment},
         },
     )
     return deployment.bind(args["config"], args["base_name"], gpu_share)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 KIB = 1024
+NUM_WARMUP_STEPS = 2  # kernels are compiled and memory is first taken in them
 
 
 class ReportCallback(TrainerCallback):  # type: ignore[misc]
@@ -34,6 +35,8 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.task, self.control, self.is_first, self.num_workers = task, control, is_first, num_workers
         self.mlflow = MlflowClient(task.mlflow_url)
         self.step_started_s = 0.0
+        self.num_steps_here = 0
+        self.tokens_at_step_begin = 0
         self.steps_s = 0.0
         self.tokens_before = 0
         self.newest: dict[str, float] = {}
@@ -45,10 +48,13 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock of a step."""
-        self.step_started_s = time.perf_counter()
+        self.step_started_s, self.tokens_at_step_begin = time.perf_counter(), state.num_input_tokens_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Send progress; save and leave if the driver asks for it; evaluate at the end."""
+        if self.num_steps_here == NUM_WARMUP_STEPS:
+            self.steps_s, self.tokens_before = 0.0, self.tokens_at_step_begin
+        self.num_steps_here += 1
         self.steps_s += time.perf_counter() - self.step_started_s
         if self._asked_to_stop(state):
             control.should_save = control.should_training_stop = True

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.errors import ModelError
 from configs.schema import ChatbotConfig
 from train.control import find_control
 
@@ -64,22 +65,22 @@ def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -
     rows = read_rows(Path(task.train_file), tokenizer, task.config.data)
     heldout = read_rows(Path(task.heldout_file), tokenizer, task.config.data)
     base = load_base(Path(task.model_folder), task.config.model, train)
-    # On a CPU the attention over a whole pack, masked or not, costs more than the padding it saves: rows of like length go together.
-    packing = packs_safely(base) and torch.cuda.is_available() if train.packing == "auto" else train.packing == "on"
+    if train.packing and not packs_safely(base):
+        raise ModelError("train.packing does not suit this model", "its layers would let packed conversations see each other", "train.packing=false")
     model = add_adapter(base, train.lora, train.gradient_checkpointing)
-    arguments = _arguments(task.config, scratch, num_workers, len(rows), base.dtype == torch.bfloat16, packing)
+    arguments = _arguments(task.config, scratch, num_workers, len(rows), base.dtype == torch.bfloat16)
     reporter = ReportCallback(task, find_control(task.run_id), is_first, num_workers)
     return Trainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=heldout or None,
-        data_collator=Packer() if packing else Padder(tokenizer.pad_token_id or tokenizer.eos_token_id),
+        data_collator=Packer() if train.packing else Padder(tokenizer.pad_token_id or tokenizer.eos_token_id),
         callbacks=[reporter],
     )
 
 
-def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows: int, autocast: bool, packing: bool) -> Any:
+def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows: int, autocast: bool) -> Any:
     """Translate our settings into transformers' own."""
     import torch
     from transformers import TrainingArguments
@@ -116,7 +117,7 @@ def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows:
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        train_sampling_strategy="random" if packing else "group_by_length",
+        train_sampling_strategy="random" if train.packing else "group_by_length",
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
     )

@@ -82,6 +82,8 @@ def make_model(shape: str, folder: Path) -> Path:
         model = LlamaForCausalLM(settings)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder, max_shard_size="4GB")
+    del model
+    torch.cuda.empty_cache()
     # On a machine without the small model's package, a folder with its tokenizer alone will do.
     source = Path(os.environ["TANDEM_BENCH_TOKENIZER"]) if "TANDEM_BENCH_TOKENIZER" in os.environ else ensure_model(ModelConfig())
     for file in source.glob("*"):

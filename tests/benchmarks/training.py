@@ -24,6 +24,11 @@ from configs.loader import ROOT, load_chatbot
 from data.prepare import prepare
 
 NUM_WARMUP = 3
+SETTINGS = {
+    "lora": [],
+    "lora_checkpointing": ["train.gradient_checkpointing=true"],
+    "qlora": ["train.quantization=nf4", "train.batch_size=1", "train.gradient_checkpointing=true"],
+}
 
 
 def plain_loop(arguments: argparse.Namespace) -> None:
@@ -107,7 +112,7 @@ def on_cpu(steps: int) -> None:
     write_result("training", {f"lora_135m_{name}": value for name, value in found.items()})
 
 
-def on_gpu(shape: str, steps: int) -> None:
+def on_gpu(shape: str, steps: int, settings: list[str]) -> None:
     """Random weights in the 8B shape, rows of 2,048 tokens."""
     folder = make_model(shape, Path(tempfile.gettempdir()) / f"tandem-bench-{shape}")
     work = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
@@ -118,12 +123,8 @@ def on_gpu(shape: str, steps: int) -> None:
         "train: {batch_size: 4, lora: {rank: 16, alpha: 32}, learning_rate: 1.0e-4, log_every_steps: 5}\n"
     )
     figures: dict[str, float] = {}
-    for name, overrides in {
-        "lora_8b_seq2048": [],
-        "lora_8b_seq2048_checkpointing": ["train.gradient_checkpointing=true"],
-        "qlora_8b_seq2048": ["train.quantization=nf4", "train.batch_size=1", "train.gradient_checkpointing=true"],
-    }.items():
-        figures |= {f"{name}_{key}": value for key, value in measure(str(config), overrides, steps).items()}
+    for name in settings:
+        figures |= {f"{name}_8b_seq2048_{key}": value for key, value in measure(str(config), SETTINGS[name], steps).items()}
     write_result("training", figures, {"shape": shape, "sequence_tokens": 2048, "micro_batch": "4, QLoRA 1", "rank": 16})
 
 
@@ -132,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--config")
     parser.add_argument("--train-file")
@@ -142,7 +144,7 @@ def main() -> None:
     if arguments.plain:
         plain_loop(arguments)
     elif torch.cuda.is_available() or arguments.shape == "tiny":
-        on_gpu(arguments.shape, arguments.steps)
+        on_gpu(arguments.shape, arguments.steps, arguments.settings)
     else:
         on_cpu(arguments.steps)
 

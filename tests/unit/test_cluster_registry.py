@@ -1,0 +1,171 @@
+"""Versions, aliases and files, on a real MLflow store."""
+
+import json
+import socket
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from cluster.registry import Registry
+from configs.errors import RegistryError
+
+FILES = ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def aliases(registry: Registry) -> dict[str, tuple[str, ...]]:
+    return {version.name: version.aliases for version in registry.versions()}
+
+
+def test_the_first_version_carries_its_manifest_as_tags(registry, make_run):
+    made = make_run(rank=8)
+    version = registry.register(made.manifest, made.adapter)
+    assert (version.name, version.run_id, version.aliases) == ("helpdesk:1", made.manifest.run_id, ())
+    assert registry.versions() == [version]
+    assert version.tags["base_fingerprint"] == made.manifest.base_fingerprint
+    assert version.tags["rank"] == "8"
+    assert json.loads(version.tags["target_modules"]) == ["q_proj"]
+    assert json.loads(version.tags["scores"]) == {"loss": 0.25}
+    assert set(asdict(made.manifest)) - set(version.tags) == {"system_prompt"}, "a prompt may be longer than a tag"
+
+
+def test_versions_count_up_for_each_chatbot(registry, register):
+    made = [register("helpdesk"), register("other"), register("helpdesk")]
+    assert [version.name for version in made] == ["helpdesk:1", "other:1", "helpdesk:2"]
+    assert [version.name for version in registry.versions()] == ["helpdesk:1", "helpdesk:2", "other:1"]
+
+
+def test_only_the_adapter_and_its_manifest_are_stored(registry, make_run, tmp_path):
+    made = make_run(system_prompt="Be brief.")
+    for name in ("optimizer.pt", "training_args.bin", "README.md"):
+        (made.adapter / name).write_text("not part of an adapter")
+    version = registry.register(made.manifest, made.adapter)
+    folder = registry.download(version)
+    assert files(folder) == FILES
+    assert files(tmp_path / "artifacts") == [f"{version.run_id}/artifacts/adapter/{name}" for name in FILES]
+    assert (folder / FILES[1]).read_bytes() == (made.adapter / FILES[1]).read_bytes()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest == json.loads(json.dumps(asdict(made.manifest)))
+    assert manifest["system_prompt"] == "Be brief."
+
+
+def test_registering_leaves_no_second_copy_at_home(register, home):
+    register()
+    assert files(home) == []
+
+
+def test_an_adapter_without_weights_is_not_registered(registry, make_run, home):
+    made = make_run()
+    (made.adapter / FILES[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=FILES[1]):
+        registry.register(made.manifest, made.adapter)
+    assert registry.versions() == []
+    assert files(home) == []
+
+
+def test_a_downloaded_version_is_kept(registry, register, home, tmp_path):
+    version = register()
+    folder = registry.download(version)
+    assert folder == home / "adapters" / "helpdesk" / f"1-{version.run_id[:8]}"
+    (tmp_path / "artifacts").rename(tmp_path / "gone")
+    assert registry.download(version) == folder
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_download_that_fails_leaves_nothing(registry, register, home, tmp_path):
+    version = register()
+    (tmp_path / "artifacts").rename(tmp_path / "gone")
+    with pytest.raises(Exception, match="adapter"):
+        registry.download(version)
+    assert files(home / "adapters") == []
+    assert list((home / "adapters" / "helpdesk").iterdir()) == []
+    (tmp_path / "gone").rename(tmp_path / "artifacts")
+    assert files(registry.download(version)) == FILES
+
+
+def test_two_registries_that_number_alike_do_not_share_files(registry, register):
+    version = register()
+    other = replace(version, run_id="f" * 32)
+    registry.download(version)
+    with pytest.raises(Exception, match="f" * 32):
+        registry.download(other)
+
+
+def test_promotion_moves_live_and_keeps_the_previous_one(registry, register):
+    for _ in range(3):
+        register()
+    assert registry.promote("helpdesk:1").name == "helpdesk:1"
+    assert aliases(registry) == {"helpdesk:1": ("live",), "helpdesk:2": (), "helpdesk:3": ()}
+    registry.promote("helpdesk:3")
+    assert aliases(registry) == {"helpdesk:1": ("previous",), "helpdesk:2": (), "helpdesk:3": ("live",)}
+    registry.promote("helpdesk:3")
+    assert aliases(registry)["helpdesk:1"] == ("previous",), "promoting the live one again forgets nothing"
+    registry.promote("helpdesk:2")
+    assert aliases(registry) == {"helpdesk:1": (), "helpdesk:2": ("live",), "helpdesk:3": ("previous",)}
+
+
+def test_rollback_makes_the_previous_one_live_and_another_undoes_it(registry, register):
+    register()
+    register()
+    registry.promote("helpdesk:1")
+    with pytest.raises(RegistryError, match="helpdesk has no previous version"):
+        registry.rollback("helpdesk")
+    registry.promote("helpdesk:2")
+    assert registry.rollback("helpdesk").name == "helpdesk:1"
+    assert aliases(registry) == {"helpdesk:1": ("live",), "helpdesk:2": ("previous",)}
+    assert registry.rollback("helpdesk").name == "helpdesk:2"
+
+
+def test_chatbots_do_not_touch_each_others_aliases(registry, register):
+    register("helpdesk")
+    register("other")
+    registry.promote("helpdesk:1")
+    registry.promote("other:1")
+    assert aliases(registry) == {"helpdesk:1": ("live",), "other:1": ("live",)}
+
+
+def test_names_find_versions(registry, register):
+    register()
+    register()
+    with pytest.raises(RegistryError, match=r"(?s)helpdesk has no live version.*versions: 1, 2.*promote helpdesk:2"):
+        registry.find("helpdesk")
+    registry.promote("helpdesk:1")
+    assert registry.find("helpdesk").name == "helpdesk:1"
+    assert registry.find("helpdesk").aliases == ("live",)
+    assert registry.find("helpdesk:2").name == "helpdesk:2"
+    with pytest.raises(RegistryError, match=r"(?s)helpdesk has no version 7.*versions: 1, 2"):
+        registry.find("helpdesk:7")
+    for unknown in ("helpdsk", "helpdsk:1"):
+        with pytest.raises(RegistryError, match=r"(?s)no chatbot named helpdsk\n.*serve status"):
+            registry.find(unknown)
+
+
+@pytest.mark.parametrize("name", ["", "Helpdesk", "helpdesk:", "helpdesk:0", "helpdesk:01", "helpdesk:one", "a/b:1", "../a", "helpdesk:1:2", "helpdesk:1\n"])
+def test_what_is_no_name_is_refused(name, registry):
+    with pytest.raises(RegistryError, match="names no version"):
+        registry.find(name, versions=[])
+
+
+def test_a_registry_that_does_not_answer_is_an_error_with_a_remedy(home, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as held:  # bound, but nobody listens
+        held.bind(("127.0.0.1", 0))
+        registry = Registry(f"http://127.0.0.1:{held.getsockname()[1]}")
+        for ask in (registry.versions, lambda: registry.promote("helpdesk:1"), lambda: registry.rollback("helpdesk")):
+            with pytest.raises(RegistryError, match="Try: "):
+                ask()
+
+
+def test_the_command_line_promotes_rolls_back_and_lists(registry, register, command, up):
+    register()
+    register()
+    up(mlflow_url=registry.url)
+    assert command("serve", "promote", "helpdesk:1").out == "live  helpdesk:1\n"
+    assert command("serve", "promote", "helpdesk:2").out == "live  helpdesk:2\n"
+    assert command("serve", "rollback", "helpdesk").out == "live  helpdesk:1 again\n"
+    refused = command("serve", "promote", "helpdesk:9")
+    assert (refused.status, refused.err.splitlines()[0]) == (2, "error: helpdesk has no version 9")

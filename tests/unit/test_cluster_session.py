@@ -1,0 +1,220 @@
+"""Ports, processes and the session file; `up` that is refused leaves nothing, and without `up` every door says so."""
+
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+
+import psutil
+import pytest
+
+from cluster.home import write_text
+from cluster.session import Process, Session, port_owner, read_session, require_session, start, stop, token_file
+from configs.errors import ClusterError
+from configs.loader import ROOT
+from configs.schema import MachineConfig
+
+pytestmark = pytest.mark.usefixtures("home")
+ME = f"{psutil.Process().name()} (process {os.getpid()})"
+
+
+def own_start() -> float:
+    return psutil.Process().create_time()
+
+
+def session_of(*processes: Process) -> Session:
+    cards = ({"card": "card0", "pool": "serve"}, {"card": "card1", "pool": "train"})
+    return Session(processes, cards, "127.0.0.1:6379", "http://127.0.0.1:8265", "http://127.0.0.1:5000")
+
+
+def keep(home, session: Session) -> None:
+    """Write the session as `up` does."""
+    write_text(home / "cluster.json", json.dumps(asdict(session), indent=2))
+
+
+def ended_child() -> Process:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    process = Process("card0", child.pid, psutil.Process(child.pid).create_time())
+    child.wait()
+    return process
+
+
+@contextmanager
+def listener(host: str = "127.0.0.1") -> Iterator[int]:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as door:
+        door.bind((host, 0))
+        door.listen()
+        yield door.getsockname()[1]
+
+
+@contextmanager
+def free_ports(count: int) -> Iterator[list[int]]:
+    """Hold ports without listening, so that no two are the same; free when the block ends."""
+    with ExitStack() as stack:
+        doors = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for door in doors:
+            door.bind(("127.0.0.1", 0))
+        ports = [door.getsockname()[1] for door in doors]
+    yield ports
+
+
+def test_the_owner_of_a_port_is_named():
+    with listener() as port:
+        assert port_owner("127.0.0.1", port) == ME
+        assert port_owner("0.0.0.0", port) == ME
+    assert port_owner("127.0.0.1", port) is None
+
+
+def test_a_port_that_is_held_on_all_addresses_is_held_on_each():
+    with listener("0.0.0.0") as port:
+        assert port_owner("127.0.0.1", port) == ME
+
+
+def test_a_port_just_left_is_free():
+    """A closed connection lingers in TIME_WAIT; a server may listen there all the same."""
+    with listener() as port, socket.create_connection(("127.0.0.1", port)):
+        pass
+    assert port_owner("127.0.0.1", port) is None
+
+
+def test_an_address_that_is_not_of_this_machine_is_not_a_taken_port():
+    with free_ports(3) as (ray, dashboard, mlflow), pytest.raises(ClusterError) as refused:
+        # An address for examples, that no machine has.
+        machine = MachineConfig(listen_host="192.0.2.1", ray_port=ray, dashboard_port=dashboard, mlflow_port=mlflow, min_disk_free_gib=0)
+        start(machine, print)
+    assert "192.0.2.1" in str(refused.value)
+    assert "held by" not in str(refused.value)
+
+
+def test_up_on_a_taken_port_ends_with_status_2_and_leaves_nothing(home, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with free_ports(2) as (ray, mlflow), listener() as dashboard:
+        words = [f"ray_port={ray}", f"dashboard_port={dashboard}", f"mlflow_port={mlflow}", "min_disk_free_gib=0"]
+        ended = subprocess.run(
+            [sys.executable, "-m", "cluster", "up", "auto", *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert f"error: a port is taken\n  port {dashboard} (dashboard_port) is held by {ME}\n" in ended.stderr
+    assert f"python -m cluster up auto dashboard_port={dashboard + 1}" in ended.stderr
+    assert sorted(file.name for file in home.rglob("*")) == ["cluster.lock"]
+
+
+def test_every_taken_port_is_named(home):
+    with listener() as ray, listener() as mlflow, free_ports(1) as (dashboard,):
+        machine = MachineConfig(ray_port=ray, dashboard_port=dashboard, mlflow_port=mlflow, min_disk_free_gib=0)
+        with pytest.raises(ClusterError) as refused:
+            start(machine, print)
+    assert refused.value.why.splitlines() == [
+        f"  port {ray} (ray_port) is held by {ME}",
+        f"  port {mlflow} (mlflow_port) is held by {ME}",
+    ]
+
+
+def test_the_port_of_mlflow_does_not_matter_where_another_server_is_named(home, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
+    with listener() as mlflow, listener() as ray:
+        with pytest.raises(ClusterError) as refused:
+            start(MachineConfig(ray_port=ray, mlflow_port=mlflow, min_disk_free_gib=0), print)
+    assert "mlflow_port" not in str(refused.value)
+
+
+def test_up_without_room_on_disk_is_refused():
+    with pytest.raises(ClusterError, match="no room on disk"):
+        start(MachineConfig(min_disk_free_gib=1e9), print)
+
+
+def test_the_session_file_comes_back_as_it_was(home):
+    assert read_session() is None
+    session = session_of(Process("mlflow", os.getpid(), own_start()), Process("card0", os.getpid(), own_start()))
+    keep(home, session)
+    assert read_session() == session
+    assert require_session() == session
+
+
+def test_processes_that_ended_are_missing(home):
+    session = session_of(Process("mlflow", os.getpid(), own_start()), ended_child())
+    assert session.missing() == ["card0"]
+    keep(home, session)
+    with pytest.raises(ClusterError, match=r"(?s)the cluster is not whole: card0 ended.*Try: python -m cluster up"):
+        require_session()
+
+
+def test_another_process_with_the_same_number_is_not_ours():
+    assert session_of(Process("card0", os.getpid(), own_start() - 100)).missing() == ["card0"]
+
+
+def test_a_zombie_is_missing():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    process = Process("card0", child.pid, psutil.Process(child.pid).create_time())
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert session_of(process).missing() == ["card0"]
+    child.wait()
+
+
+def test_down_ends_what_up_started_with_its_children_and_nothing_else(home):
+    # `; true` keeps the shell from becoming `sleep` itself.
+    ours = subprocess.Popen(["sh", "-c", "sleep 60; true"], start_new_session=True)
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        while not (children := psutil.Process(ours.pid).children()):
+            time.sleep(0.01)
+        named_like_other = Process("card1", other.pid, psutil.Process(other.pid).create_time() - 100)
+        keep(home, session_of(Process("card0", ours.pid, psutil.Process(ours.pid).create_time()), named_like_other))
+        assert stop() == 2
+        assert not ours.poll() and not psutil.pid_exists(children[0].pid)
+        assert other.poll() is None
+        assert read_session() is None
+        assert stop() == 0
+    finally:
+        for child in (ours, other):
+            child.kill()
+            child.wait()
+
+
+def test_one_up_or_down_at_a_time(home):
+    home.mkdir()
+    with (home / "cluster.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ClusterError, match="another `up` or `down` is at work"):
+            stop()
+        with pytest.raises(ClusterError, match="another `up` or `down` is at work"):
+            start(MachineConfig(), print)
+    assert stop() == 0
+
+
+def test_the_environment_of_a_session_carries_the_token_and_leaves_the_path(home):
+    environment = session_of().environment()
+    assert environment["RAY_AUTH_TOKEN_PATH"] == str(token_file()) == str(home / "ray_token")
+    assert environment["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5000"
+    assert environment["TANDEM_HOME"] == str(home)
+    assert environment["PATH"].endswith(os.environ["PATH"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["cluster", "status"],
+        ["serve", "status"],
+        ["serve", "promote", "helpdesk:1"],
+        ["serve", "rollback", "helpdesk"],
+        ["serve", "bot.yaml"],
+        ["train", "bot.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_without_a_cluster_every_door_says_how_to_start_one(words, command, home, tmp_path):
+    (tmp_path / "bot.yaml").write_text("name: bot\ndata:\n  source: chats.jsonl\n")
+    ended = command(*words)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err == f"error: the cluster is not up\nno session in {home}\nTry: python -m cluster up\n"
+
+
+def test_down_without_a_cluster_says_so(command):
+    assert command("cluster", "down").out == "nothing to end: the cluster is not up\n"

@@ -1,0 +1,86 @@
+"""The command line of configs: exit status 2 without a traceback, and a schema that explains itself."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from configs.loader import ROOT
+
+BOT = "name: bot\ndata:\n  source: chats.jsonl\n"
+HEAVY = ("mlflow", "ray", "torch", "transformers", "vllm")
+
+
+def python(folder, *words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TANDEM_HOME": str(folder / "home")}
+    return subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def bot(home, tmp_path):
+    (tmp_path / "bot.yaml").write_text(BOT)
+    return "bot.yaml"
+
+
+def test_a_mistake_ends_with_status_2_and_no_traceback(bot, tmp_path):
+    ended = python(tmp_path, "-m", "configs", "check", "bot.yaml", "train.lora.rnak=8")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: one mistake in bot.yaml\n")
+    assert "train.lora.rnak: no such setting; did you mean train.lora.rank?" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_checking_a_config_imports_nothing_heavy(bot, tmp_path):
+    seen = f"import sys, configs.loader as loader; loader.load_chatbot('bot.yaml'); print([name for name in {HEAVY} if name in sys.modules])"
+    ended = python(tmp_path, "-c", seen)
+    assert (ended.stdout, ended.stderr) == ("[]\n", "")
+
+
+def test_check_says_what_the_config_is(command, bot):
+    ended = command("configs", "check", bot, "model.name=some/model")
+    assert (ended.status, ended.out, ended.err) == (0, "ok  bot.yaml is the chatbot bot on some/model\n", "")
+
+
+def test_show_prints_every_default_as_json(command, bot):
+    shown = json.loads(command("configs", "show", bot, "train.lora.rank=32").out)
+    assert (shown["name"], shown["train"]["lora"]["rank"], shown["serve"]["port"]) == ("bot", 32, 8000)
+
+
+def test_machine_checks_by_name(command):
+    assert command("configs", "machine").out == "ok  auto: auto\n"
+    assert command("configs", "machine", "rtx5090_5060ti").out == "ok  rtx5090_5060ti: 2 cards\n"
+    refused = command("configs", "machine", "auto", "ray_port=80")
+    assert refused.status == 2
+    assert "ray_port: input should be greater than or equal to 1024" in refused.err
+
+
+@pytest.mark.parametrize("words", [["schema"], ["schema", "--machine"]])
+def test_schema_describes_every_setting(words, command):
+    schema = json.loads(command("configs", *words).out)
+    groups = {"": schema, **schema["$defs"]}
+    settings = [(f"{group}.{name}", about) for group, shape in groups.items() for name, about in shape["properties"].items()]
+    assert len(settings) >= 8
+    # A group is described where it is defined.
+    described = [groups[about["$ref"].rpartition("/")[2]] if "$ref" in about else about for _, about in settings]
+    assert [path for (path, _), about in zip(settings, described, strict=True) if not about.get("description")] == []
+
+
+@pytest.mark.parametrize("module", ["configs", "cluster", "serve", "train"])
+def test_help_lists_the_commands(module, command):
+    ended = command(module, "--help")
+    assert ended.status == 0
+    assert f"python -m {module}" in ended.out
+
+
+@pytest.mark.parametrize("words", [["chekc", "bot.yaml"], ["check"], ["check", "bot.yaml", "--rank", "8"]])
+def test_words_that_name_no_command_or_option_end_with_status_2(words, command):
+    ended = command("configs", *words)
+    assert (ended.status, ended.out) == (2, "")
+    assert "Traceback" not in ended.err
+
+
+def test_a_file_name_in_brackets_is_no_markup(command, tmp_path):
+    (tmp_path / "[red].yaml").write_text(BOT)
+    assert "[red].yaml" in command("configs", "check", "[red].yaml").out

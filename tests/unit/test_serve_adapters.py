@@ -1,0 +1,329 @@
+"""Names, versions and files of adapters: on a real registry, and on a shelf of our own where files are to be broken."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.registry import Version
+from serve.adapters import Adapters, Base, BrokenAdapterError, UnknownNameError, check_adapter
+
+FINGERPRINT = "0123456789abcdef"
+BASE = Base("smollm2-135m", FINGERPRINT, max_lora_rank=16)
+WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
+
+
+@dataclass
+class Shelf:
+    """Stands where the registry stands, so that it can be down, and its files broken."""
+
+    folders: dict[str, Path] = field(default_factory=dict)
+    live: dict[str, int] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    is_down: bool = False
+    num_asked: int = 0
+    downloads: list[str] = field(default_factory=list)
+
+    def versions(self) -> list[Version]:
+        self.num_asked += 1
+        if self.is_down:
+            raise ConnectionError("connection refused")
+        found = []
+        for name in self.folders:
+            chatbot, _, number = name.partition(":")
+            tags = {"base_fingerprint": self.fingerprints.get(chatbot, FINGERPRINT), "base_model": "some/base"}
+            found.append(Version(chatbot, int(number), "r" * 32, tags, ("live",) if self.live.get(chatbot) == int(number) else ()))
+        return found
+
+    def download(self, version: Version) -> Path:
+        self.downloads.append(version.name)
+        if self.is_down:
+            raise ConnectionError("connection refused")
+        return self.folders[version.name]
+
+
+@pytest.fixture(autouse=True)
+def look_each_time(monkeypatch):
+    """Without a pause between two looks at the registry."""
+    monkeypatch.setattr("serve.adapters.MIN_REFRESH_S", 0.0)
+
+
+@pytest.fixture
+def put(tmp_path, write_adapter):
+    """Put a good adapter on a shelf."""
+
+    def put_one(shelf: Shelf, name: str, **settings: Any) -> Path:
+        shelf.folders[name] = write_adapter(tmp_path / name.replace(":", "-"), **settings)
+        return shelf.folders[name]
+
+    return put_one
+
+
+@pytest.fixture
+def shelf(put) -> Shelf:
+    made = Shelf(live={"helpdesk": 1})
+    put(made, "helpdesk:1")
+    return made
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(coroutine)
+
+
+def why_broken(adapters: Adapters, name: str) -> str:
+    with pytest.raises(BrokenAdapterError) as refused:
+        run(adapters.resolve(name))
+    return str(refused.value)
+
+
+def test_a_chatbot_goes_from_registered_to_live_to_rolled_back_on_a_real_registry(registry, register):
+    adapters = Adapters(registry, BASE)
+
+    async def story() -> None:
+        await adapters.refresh()
+        assert adapters.names() == ["smollm2-135m"]
+        with pytest.raises(UnknownNameError):
+            await adapters.resolve("helpdesk")
+        register(system_prompt="Be brief.")
+        assert await adapters.resolve("helpdesk:1") == "helpdesk:1", "found at its first request, whatever the last look saw"
+        assert (adapters.fetched("helpdesk:1") / WEIGHTS).is_file()
+        assert adapters.system_prompt("helpdesk:1") == "Be brief."
+        assert adapters.names() == ["smollm2-135m", "helpdesk:1"]
+        with pytest.raises(UnknownNameError):
+            await adapters.resolve("helpdesk")
+        registry.promote("helpdesk:1")
+        await adapters.refresh()
+        assert await adapters.resolve("helpdesk") == "helpdesk:1"
+        register()
+        registry.promote("helpdesk:2")
+        await adapters.refresh()
+        assert await adapters.resolve("helpdesk") == "helpdesk:2"
+        assert adapters.system_prompt("helpdesk:2") is None
+        assert await adapters.resolve("helpdesk:1") == "helpdesk:1", "a version stays what it is"
+        registry.rollback("helpdesk")
+        await adapters.refresh()
+        assert await adapters.resolve("helpdesk") == "helpdesk:1"
+        assert adapters.names() == ["smollm2-135m", "helpdesk", "helpdesk:1", "helpdesk:2"]
+
+    run(story())
+
+
+def test_a_new_version_is_found_at_its_first_request_even_just_after_a_look(shelf, put, monkeypatch):
+    monkeypatch.undo()  # with the pause between two looks
+    adapters = Adapters(shelf, BASE)
+
+    async def story() -> str:
+        await adapters.refresh()
+        put(shelf, "helpdesk:2")
+        return await adapters.resolve("helpdesk:2")
+
+    assert run(story()) == "helpdesk:2"
+
+
+def test_many_requests_for_unknown_names_do_not_each_ask_the_registry(shelf, monkeypatch):
+    monkeypatch.undo()
+    adapters = Adapters(shelf, BASE)
+
+    async def story() -> list[Any]:
+        return await asyncio.gather(*(adapters.resolve(f"gone:{number}") for number in range(1, 100)), return_exceptions=True)
+
+    assert {type(error) for error in run(story())} == {UnknownNameError}
+    assert shelf.num_asked < 10
+
+
+def test_the_base_and_fetched_versions_are_found_without_the_registry(shelf):
+    adapters = Adapters(shelf, BASE)
+    assert run(adapters.resolve("helpdesk:1")) == "helpdesk:1"
+    shelf.is_down, asked = True, shelf.num_asked
+    assert run(adapters.resolve("helpdesk:1")) == "helpdesk:1"
+    assert run(adapters.resolve("smollm2-135m")) == "smollm2-135m"
+    assert shelf.num_asked == asked
+
+
+def test_a_live_adapter_is_fetched_before_its_first_request(shelf):
+    adapters = Adapters(shelf, BASE)
+    run(adapters.refresh())
+    assert shelf.downloads == ["helpdesk:1"]
+    run(adapters.refresh())
+    assert run(adapters.resolve("helpdesk")) == "helpdesk:1"
+    assert shelf.downloads == ["helpdesk:1"]
+
+
+def test_an_adapter_asked_for_many_times_at_once_is_fetched_once(shelf, put):
+    put(shelf, "other:1")
+    adapters = Adapters(shelf, BASE)
+
+    async def story() -> list[str]:
+        return await asyncio.gather(*(adapters.resolve("other:1") for _ in range(20)))
+
+    assert set(run(story())) == {"other:1"}
+    assert shelf.downloads.count("other:1") == 1
+
+
+def test_names_stay_known_while_the_registry_is_down(shelf, put, caplog):
+    put(shelf, "helpdesk:2")
+    adapters = Adapters(shelf, BASE)
+    run(adapters.refresh())
+    shelf.is_down = True
+    with caplog.at_level(logging.WARNING):
+        run(adapters.refresh())
+    assert "the registry does not answer" in caplog.text
+    assert adapters.names() == ["smollm2-135m", "helpdesk", "helpdesk:1", "helpdesk:2"]
+    assert run(adapters.resolve("helpdesk")) == "helpdesk:1"
+    with pytest.raises(UnknownNameError):
+        run(adapters.resolve("helpdesk:3"))
+    assert why_broken(adapters, "helpdesk:2") == "its files cannot be had from the registry: connection refused"
+    shelf.is_down = False
+    assert run(adapters.resolve("helpdesk:2")) == "helpdesk:2", "a failed download is tried again"
+
+
+def test_only_versions_of_this_base_are_listed(shelf, put):
+    put(shelf, "other:1")
+    shelf.live["other"], shelf.fingerprints["other"] = 1, "f" * 16
+    adapters = Adapters(shelf, BASE)
+    run(adapters.refresh())
+    assert adapters.names() == ["smollm2-135m", "helpdesk", "helpdesk:1"]
+    for name in ("other", "other:1"):
+        assert why_broken(adapters, name) == f"it was made for some/base, and this engine serves smollm2-135m ({FINGERPRINT})"
+    assert "other:1" not in shelf.downloads
+
+
+def test_live_chatbots_of_another_base_are_no_warning_each_second(shelf, put, caplog):
+    put(shelf, "other:1")
+    shelf.live["other"], shelf.fingerprints["other"] = 1, "f" * 16
+    adapters = Adapters(shelf, BASE)
+    with caplog.at_level(logging.WARNING):
+        run(adapters.refresh())
+        run(adapters.refresh())
+    assert [record.getMessage() for record in caplog.records if "other" in record.getMessage()] == []
+
+
+def cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8])
+
+
+def cut_header(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:20])
+
+
+def change(folder: Path, **settings: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **settings}))
+
+
+def without_lora(folder: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    save_file({"lm_head.weight": np.ones((2, 2), "float32")}, folder / WEIGHTS)
+
+
+def with_a_scalar(folder: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    save_file({"a.lora_A.weight": np.float32(1).reshape(())}, folder / WEIGHTS)
+
+
+BROKEN = {
+    "weights cut short": (cut, "its files cannot be read: "),
+    "header cut short": (cut_header, "its files cannot be read: "),
+    "empty weights": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "its files cannot be read: "),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "adapter_model.safetensors missing"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), "adapter_config.json missing"),
+    "bad JSON": (lambda folder: (folder / CONFIG).write_text("{"), "its files cannot be read: "),
+    "config in Latin-1": (lambda folder: (folder / CONFIG).write_bytes(b'{"peft_type": "\xe9"}'), "its files cannot be read: "),
+    "config is a list": (lambda folder: (folder / CONFIG).write_text("[]"), ""),
+    "another kind of adapter": (lambda folder: change(folder, peft_type="IA3"), "it is no LoRA adapter"),
+    "weights of no adapter": (without_lora, "it is no LoRA adapter"),
+    "a weight without a rank": (with_a_scalar, ""),
+    "DoRA": (lambda folder: change(folder, use_dora=True), "it has parts that vLLM cannot serve"),
+    "extra modules": (lambda folder: change(folder, modules_to_save=["lm_head"]), "it has parts that vLLM cannot serve"),
+    "biases": (lambda folder: change(folder, bias="all"), "it has parts that vLLM cannot serve"),
+    "bad JSON in the manifest": (lambda folder: (folder / MANIFEST).write_text("{"), ""),
+    "manifest is a list": (lambda folder: (folder / MANIFEST).write_text("[]"), ""),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_adapter_is_refused_with_the_reason_while_others_go_on(name, shelf, put):
+    damage, reason = BROKEN[name]
+    damage(put(shelf, "helpdesk:2"))
+    adapters = Adapters(shelf, BASE)
+    assert why_broken(adapters, "helpdesk:2").startswith(reason)
+    assert adapters.fetched("helpdesk:2") is None
+    assert run(adapters.resolve("helpdesk:1")) == "helpdesk:1"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_adapter_that_is_live_does_not_end_the_watch(name, shelf, put):
+    put(shelf, "helpdesk:2")
+    BROKEN[name][0](put(shelf, "broken:1"))
+    shelf.live["broken"] = 1
+    adapters = Adapters(shelf, BASE)
+    run(adapters.refresh())
+    shelf.live["helpdesk"] = 2
+    run(adapters.refresh())
+    assert run(adapters.resolve("helpdesk")) == "helpdesk:2"
+
+
+def test_a_rank_over_the_engines_is_refused_with_both_figures(tmp_path, write_adapter):
+    check_adapter(write_adapter(tmp_path / "fits", rank=16), 16)
+    with pytest.raises(BrokenAdapterError, match=r"its rank is 17, and the engine makes room for 16 \(serve.max_lora_rank\)"):
+        check_adapter(write_adapter(tmp_path / "larger", rank=17), 16)
+
+
+def test_the_rank_is_read_from_the_weights_not_from_the_config(tmp_path, write_adapter):
+    folder = write_adapter(tmp_path / "lies", rank=32)
+    change(folder, r=8)
+    with pytest.raises(BrokenAdapterError, match="its rank is 32"):
+        check_adapter(folder, 16)
+
+
+def test_a_truncated_download_can_be_replaced(shelf, put):
+    cut(put(shelf, "helpdesk:2"))
+    adapters = Adapters(shelf, BASE)
+    why_broken(adapters, "helpdesk:2")
+    put(shelf, "helpdesk:2")
+    assert run(adapters.resolve("helpdesk:2")) == "helpdesk:2"
+
+
+def test_watching_goes_on_whatever_the_registry_does(shelf, put, monkeypatch):
+    monkeypatch.setattr("serve.adapters.REFRESH_S", 0.001)
+    adapters = Adapters(shelf, BASE)
+
+    async def story() -> str:
+        watcher = asyncio.create_task(adapters.watch())
+        await asyncio.sleep(0)
+        shelf.is_down = True
+        while shelf.num_asked < 3:
+            await asyncio.sleep(0.001)
+        shelf.is_down = False
+        put(shelf, "helpdesk:2")
+        shelf.live["helpdesk"] = 2
+        while await adapters.resolve("helpdesk:1") and "helpdesk:2" not in shelf.downloads:
+            await asyncio.sleep(0.001)
+        assert not watcher.done()
+        watcher.cancel()
+        return await adapters.resolve("helpdesk")
+
+    assert run(asyncio.wait_for(story(), 30)) == "helpdesk:2"
+
+
+def test_versions_with_foreign_tags_do_no_harm(shelf):
+    """An MLflow server of others holds versions that Tandem did not make."""
+    adapters = Adapters(shelf, BASE)
+    own = shelf.versions
+
+    def with_foreign() -> list[Version]:
+        return [*own(), replace(own()[0], chatbot="Their Model", tags={}, run_id="", aliases=("live",))]
+
+    shelf.versions = with_foreign
+    run(adapters.refresh())
+    assert adapters.names() == ["smollm2-135m", "helpdesk", "helpdesk:1"]
+    assert "another base model" in why_broken(adapters, "Their Model")

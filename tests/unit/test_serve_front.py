@@ -1,0 +1,372 @@
+"""What stands before vLLM: only the routes that are meant, names that mean versions, and streams that pass through untouched."""
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.registry import Version
+from serve.adapters import Adapters, Base
+from serve.front import Front
+
+BASE = Base("smollm2-135m", "0123456789abcdef", max_lora_rank=16)
+ASKED = {"model": "helpdesk", "messages": [{"role": "user", "content": "Wie geht's? 😀"}], "stream": True, "unknown_setting": {"kept": [1, 2.5, None]}}
+PROMPT = "You answer questions about Tandem."
+
+
+@dataclass
+class Shelf:
+    """Stands where the registry stands: versions and folders of the test's own."""
+
+    folders: dict[str, Path] = field(default_factory=dict)
+    live: dict[str, int] = field(default_factory=dict)
+
+    def versions(self) -> list[Version]:
+        found = []
+        for name in self.folders:
+            chatbot, _, number = name.partition(":")
+            aliases = ("live",) if self.live.get(chatbot) == int(number) else ()
+            found.append(Version(chatbot, int(number), "r" * 32, {"base_fingerprint": BASE.fingerprint}, aliases))
+        return found
+
+    def download(self, version: Version) -> Path:
+        return self.folders[version.name]
+
+
+@dataclass
+class Engine:
+    """Stands where vLLM's application stands: keeps what it was given, and answers in pieces."""
+
+    pieces: tuple[bytes, ...] = (b"data: one\n\n", b"data: two\n\n", b"data: [DONE]\n\n")
+    scopes: list[dict[str, Any]] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
+    after_body: list[dict[str, Any]] = field(default_factory=list)
+    passed_on: list[int] = field(default_factory=list)
+    answer: "Answer | None" = None
+
+    async def __call__(self, scope, receive, send) -> None:
+        self.scopes.append(scope)
+        if scope["type"] == "lifespan":
+            self.after_body.append(await receive())
+            await send({"type": "lifespan.startup.complete"})
+            return
+        message = await receive()
+        assert not message["more_body"]
+        self.bodies.append(message["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for piece in self.pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            self.passed_on.append(len(self.answer.pieces))
+        await send({"type": "http.response.body", "body": b""})
+        self.after_body.append(await receive())
+
+    @property
+    def request(self) -> dict[str, Any]:
+        return json.loads(self.bodies[-1])
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return dict(self.scopes[-1]["headers"])
+
+
+@dataclass
+class Answer:
+    """What the client got."""
+
+    status: int = 0
+    headers: dict[bytes, bytes] = field(default_factory=dict)
+    pieces: list[bytes] = field(default_factory=list)
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            assert self.status == 0, "an answer begins once"
+            self.status, self.headers = message["status"], dict(message["headers"])
+        else:
+            self.pieces.append(message["body"])
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(b"".join(self.pieces))
+
+
+@pytest.fixture
+def shelf(tmp_path, write_adapter) -> Shelf:
+    """Two versions of `helpdesk`, of which the second is live and has a system prompt; `other` has one that is not live."""
+    folders = {name: write_adapter(tmp_path / name.replace(":", "-")) for name in ("helpdesk:1", "helpdesk:2", "other:1")}
+    (folders["helpdesk:2"] / "manifest.json").write_text(json.dumps({"system_prompt": PROMPT}))
+    return Shelf(folders, {"helpdesk": 2})
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def ask(shelf, engine):
+    """Send one request to a front before `engine`; the body may come in several pieces."""
+
+    def send(method: str, path: str, body: Any = b"", headers: list[tuple[bytes, bytes]] | None = None, max_body_bytes: int = 4096) -> Answer:
+        pieces = body if isinstance(body, list) else [body if isinstance(body, bytes) else json.dumps(body).encode()]
+        messages = [{"type": "http.request", "body": piece, "more_body": number < len(pieces) - 1} for number, piece in enumerate(pieces)]
+        coming = iter([*messages, {"type": "http.disconnect"}])
+        answer = engine.answer = Answer()
+
+        async def receive() -> dict[str, Any]:
+            return next(coming)
+
+        async def once() -> None:
+            front = Front(engine, Adapters(shelf, BASE), max_body_bytes)
+            await front.adapters.refresh()
+            scope = {"type": "http", "method": method, "path": path, "headers": headers or [(b"content-type", b"application/json")]}
+            await front(scope, receive, answer.send)
+
+        asyncio.run(once())
+        return answer
+
+    return send
+
+
+def chat(ask, **changes: Any) -> Answer:
+    return ask("POST", "/v1/chat/completions", {**ASKED, **changes})
+
+
+def refused(answer: Answer, status: int) -> dict[str, Any]:
+    """Check that an answer is an error in OpenAI's shape, and return it."""
+    assert answer.status == status
+    assert answer.headers[b"content-type"] == b"application/json"
+    assert int(answer.headers[b"content-length"]) == len(b"".join(answer.pieces))
+    error = answer.json["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == status
+    return error
+
+
+CLOSED = [
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/v1/x/../load_lora_adapter",
+    "/v1/../v1/load_lora_adapter",
+    "/v1/chat/completions/",
+    "/v1/chat/completions/../../load_lora_adapter",
+    "//v1/chat/completions",
+    "/V1/chat/completions",
+    "/v1/chat/completions\x00",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/invocations",
+    "/tokenize",
+    "/server_info",
+    "/sleep",
+    "/metrics",
+    "/docs",
+    "/openapi.json",
+    "/",
+    "",
+]
+
+
+@pytest.mark.parametrize("path", CLOSED)
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_routes_that_are_not_meant_are_closed(method, path, ask, engine):
+    error = refused(ask(method, path, ASKED), 404)
+    assert path in error["message"]
+    assert engine.scopes == []
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD", "OPTIONS"])
+def test_generation_takes_post_alone(method, path, ask, engine):
+    assert f"{path} takes POST, not {method}" in refused(ask(method, path), 405)["message"]
+    assert engine.scopes == []
+
+
+def test_other_methods_on_models_and_health_are_closed(ask):
+    for path in ("/v1/models", "/health"):
+        refused(ask("POST", path, ASKED), 404)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe\xfd", b'{"model": "helpdesk"', b"[" * 100_000, b"9" * 3000 + b"x"])
+def test_a_body_that_is_no_json_is_refused(body, ask, engine):
+    assert refused(ask("POST", "/v1/chat/completions", body, max_body_bytes=10**6), 400)["message"].startswith("the body is not JSON")
+    assert engine.scopes == []
+
+
+@pytest.mark.parametrize("body", [b"[]", b'"helpdesk"', b"1", b"null"])
+def test_a_body_that_is_no_object_is_refused(body, ask, engine):
+    assert refused(ask("POST", "/v1/chat/completions", body), 400)["message"] == "the body is not a JSON object"
+    assert engine.scopes == []
+
+
+@pytest.mark.parametrize("model", [5, 0, True, False, ["helpdesk"], [], {}, 1.5])
+def test_a_model_that_is_no_name_is_refused(model, ask, engine):
+    assert refused(chat(ask, model=model), 400)["param"] == "model"
+    assert engine.scopes == []
+
+
+@pytest.mark.parametrize("model", ["helpdsk", "helpdesk:9", "other", "helpdesk:1\n", "../helpdesk:1", "HELPDESK", "\ud800", "x" * 100_000])
+def test_an_unknown_model_is_refused_with_those_there_are(model, ask, engine):
+    error = refused(ask("POST", "/v1/chat/completions", {**ASKED, "model": model}, max_body_bytes=10**6), 404)
+    assert (error["type"], error["param"]) == ("not_found_error", "model")
+    assert "does not exist. There are: smollm2-135m, helpdesk, helpdesk:1, helpdesk:2, other:1" in error["message"]
+    assert len(error["message"]) < 500
+    assert engine.scopes == []
+
+
+def test_a_version_that_cannot_be_served_is_refused_with_the_reason(ask, shelf, engine, write_adapter):
+    write_adapter(shelf.folders["other:1"], rank=64)
+    message = refused(chat(ask, model="other:1"), 400)["message"]
+    assert message == "The model `other:1` cannot be served: its rank is 64, and the engine makes room for 16 (serve.max_lora_rank)"
+    assert chat(ask, model="helpdesk:1").status == 200, "the others go on"
+
+
+def test_too_large_a_body_is_refused_however_it_comes(ask, engine):
+    piece = b"x" * 1000
+    refused(ask("POST", "/v1/chat/completions", b"x" * 4097), 413)
+    message = refused(ask("POST", "/v1/chat/completions", [piece] * 5), 413)["message"]
+    assert message == "the body is over 4096 bytes (serve.max_body_bytes)"
+    assert engine.scopes == []
+
+
+def test_a_body_that_just_fits_is_taken_in_pieces(ask, engine):
+    body = json.dumps(ASKED).encode()
+    body += b" " * (4096 - len(body))
+    pieces = [body[:1], b"", body[1:50], body[50:]]
+    assert ask("POST", "/v1/chat/completions", pieces).status == 200
+    assert engine.request["messages"][-1] == ASKED["messages"][-1]
+
+
+def test_a_client_that_leaves_before_its_body_came_is_not_answered_by_the_engine(shelf, engine):
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    asyncio.run(Front(engine, Adapters(shelf, BASE), 4096)(scope, receive, Answer().send))
+    assert engine.scopes == []
+
+
+@pytest.mark.parametrize(
+    ("model", "version"),
+    [("helpdesk", "helpdesk:2"), ("helpdesk:1", "helpdesk:1"), ("helpdesk:2", "helpdesk:2"), ("smollm2-135m", "smollm2-135m"), (None, "smollm2-135m")],
+)
+def test_a_name_is_handed_on_as_the_version_that_it_means(model, version, ask, engine):
+    answer = chat(ask, model=model)
+    assert answer.status == 200
+    assert engine.request["model"] == version
+    assert answer.headers == {b"content-type": b"text/event-stream", b"x-tandem-model": version.encode()}
+
+
+def test_a_request_without_a_model_is_for_the_base(ask, engine):
+    assert ask("POST", "/v1/completions", {"prompt": "Hi"}).headers[b"x-tandem-model"] == b"smollm2-135m"
+    assert engine.request == {"model": "smollm2-135m", "prompt": "Hi"}
+
+
+def test_all_else_is_handed_on_as_it_came(ask, engine):
+    sent = [(b"content-type", b"application/json"), (b"authorization", b"Bearer x"), (b"x-request-id", b"7")]
+    lengths = [(b"content-length", b"1"), (b"transfer-encoding", b"chunked"), (b"x-tandem-model", b"forged")]
+    ask("POST", "/v1/chat/completions", {**ASKED, "model": "helpdesk:1"}, [*sent, *lengths])
+    assert engine.request == {**ASKED, "model": "helpdesk:1"}
+    assert engine.scopes[-1]["headers"] == [*sent, (b"content-length", str(len(engine.bodies[-1])).encode())]
+    assert engine.scopes[-1]["path"] == "/v1/chat/completions"
+
+
+def test_half_a_surrogate_pair_does_not_break_the_front(ask, engine):
+    """JSON may write one; Python then cannot encode it."""
+    body = b'{"model": "helpdesk:1", "messages": [{"role": "user", "content": "\\ud83d"}]}'
+    answer = ask("POST", "/v1/chat/completions", body)
+    assert answer.status in (200, 400)
+    if answer.status == 200:
+        assert engine.request["messages"][0]["content"] == "\ud83d"
+
+
+def test_deeply_nested_bodies_do_not_break_the_front(ask):
+    for depth in range(800, 1000):
+        answer = ask("POST", "/v1/chat/completions", b'{"model": "helpdesk:1", "x": ' + b"[" * depth + b"]" * depth + b"}")
+        assert answer.status in (200, 400)
+
+
+SYSTEM, DEVELOPER = {"role": "system", "content": "Mine."}, {"role": "developer", "content": "Mine."}
+
+
+def test_the_system_prompt_of_a_version_comes_first(ask, engine):
+    for model in ("helpdesk", "helpdesk:2"):
+        chat(ask, model=model)
+        assert engine.request["messages"] == [{"role": "system", "content": PROMPT}, *ASKED["messages"]]
+
+
+@pytest.mark.parametrize("first", [SYSTEM, DEVELOPER], ids=["system", "developer"])
+def test_a_system_message_of_the_request_stays_alone(first, ask, engine):
+    chat(ask, messages=[first, *ASKED["messages"]])
+    assert engine.request["messages"] == [first, *ASKED["messages"]]
+
+
+@pytest.mark.parametrize("model", ["helpdesk:1", "smollm2-135m"])
+def test_no_system_prompt_is_added_where_the_version_has_none(model, ask, engine):
+    chat(ask, model=model)
+    assert engine.request["messages"] == ASKED["messages"]
+
+
+@pytest.mark.parametrize("messages", [[], "Hi", None, {"role": "user"}])
+def test_messages_of_the_wrong_shape_are_left_to_the_engine(messages, ask, engine):
+    chat(ask, messages=messages)
+    assert engine.request["messages"] == messages
+
+
+def test_a_plain_completion_gets_no_system_prompt(ask, engine):
+    ask("POST", "/v1/completions", {"model": "helpdesk", "prompt": "Hi"})
+    assert engine.request == {"model": "helpdesk:2", "prompt": "Hi"}
+
+
+def test_a_stream_passes_through_piece_by_piece(ask, engine):
+    answer = chat(ask)
+    assert answer.pieces == [*engine.pieces, b""]
+    assert engine.passed_on == [1, 2, 3], "each piece is with the client before the next one is made"
+
+
+def test_the_engine_learns_that_the_client_has_gone(ask, engine):
+    chat(ask)
+    assert engine.after_body == [{"type": "http.disconnect"}]
+
+
+def test_models_lists_every_name(ask, engine):
+    answer = ask("GET", "/v1/models")
+    assert (answer.status, answer.json["object"]) == (200, "list")
+    assert [card["id"] for card in answer.json["data"]] == ["smollm2-135m", "helpdesk", "helpdesk:1", "helpdesk:2", "other:1"]
+    assert {card["object"] for card in answer.json["data"]} == {"model"}
+    assert engine.scopes == []
+
+
+def test_health_is_the_engines_own(ask, engine):
+    assert ask("GET", "/health").status == 200
+    assert [scope["path"] for scope in engine.scopes] == ["/health"]
+
+
+def test_web_sockets_are_closed(shelf, engine):
+    sent = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "websocket.connect"}
+
+    asyncio.run(Front(engine, Adapters(shelf, BASE), 4096)({"type": "websocket", "path": "/v1/realtime", "headers": []}, receive, send))
+    assert [message["type"] for message in sent] == ["websocket.close"]
+    assert engine.scopes == []
+
+
+def test_the_lifespan_is_the_engines_own(shelf, engine):
+    sent = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "lifespan.startup"}
+
+    asyncio.run(Front(engine, Adapters(shelf, BASE), 4096)({"type": "lifespan"}, receive, send))
+    assert engine.after_body == [{"type": "lifespan.startup"}]
+    assert sent == [{"type": "lifespan.startup.complete"}]
