@@ -4,6 +4,7 @@ Knows names, versions and files. Does not know how an adapter was made or who se
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -68,6 +69,8 @@ class Registry:
     def client(self) -> "MlflowClient":
         """The MLflow client, made at its first use: importing MLflow takes seconds."""
         if self._client is None:
+            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
             from mlflow.tracking import MlflowClient
 
             self._client = MlflowClient(self.url)

@@ -144,7 +144,8 @@ def up(home) -> Callable[..., Session]:
 
     def leave(dashboard_url: str = "http://127.0.0.1:9", mlflow_url: str = "http://127.0.0.1:9") -> Session:
         me = Process("card0", os.getpid(), psutil.Process().create_time())
-        cards = tuple({"card": f"card{number}", "pool": pool, "accelerator": "cpu", "memory-gib": "8"} for number, pool in enumerate(("serve", "train")))
+        pools = ("serve", "train")
+        cards = tuple({"card": f"card{at}", "pool": pool, "accelerator": "cpu", "memory-gib": "8"} for at, pool in enumerate(pools))
         session = Session((me,), cards, "127.0.0.1:9", dashboard_url, mlflow_url)
         write_text(home / "cluster.json", json.dumps(asdict(session)))
         write_text(token_file(), "token", mode=0o600)

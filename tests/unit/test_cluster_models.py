@@ -81,8 +81,10 @@ class Hub(BaseHTTPRequestHandler):
     def _send(self, status: int, value: object, code: str = "") -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
-        for header, text in {"Content-Type": "application/json", "Content-Length": str(len(body)), **({"X-Error-Code": code} if code else {})}.items():
-            self.send_header(header, text)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if code:
+            self.send_header("X-Error-Code", code)
         self.end_headers()
         self.wfile.write(body)
 
@@ -92,8 +94,8 @@ class Hub(BaseHTTPRequestHandler):
 
 def ask(endpoint: str, folder: Path, questions: dict) -> dict[str, list[str]]:
     """Check models with an empty cache and nothing of the developer's environment."""
-    ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-    env = {**os.environ, **ours, "PYTHONPATH": str(ROOT), "TANDEM_HOME": str(folder)}
+    hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env = {**os.environ, **hub, "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT), "TANDEM_HOME": str(folder)}
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         env.pop(name, None)
     command = [sys.executable, "-c", ASK, json.dumps(questions)]

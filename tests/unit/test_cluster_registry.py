@@ -144,7 +144,7 @@ def test_names_find_versions(registry, register):
             registry.find(unknown)
 
 
-@pytest.mark.parametrize("name", ["", "Helpdesk", "helpdesk:", "helpdesk:0", "helpdesk:01", "helpdesk:one", "a/b:1", "../a", "helpdesk:1:2", "helpdesk:1\n"])
+@pytest.mark.parametrize("name", ["", "Helpdesk", "bot:", "bot:0", "bot:01", "bot:one", "a/b:1", "../a", "bot:1:2", "bot:1 ", "bot:1\n"])
 def test_what_is_no_name_is_refused(name, registry):
     with pytest.raises(RegistryError, match="names no version"):
         registry.find(name, versions=[])

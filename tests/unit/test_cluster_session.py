@@ -84,9 +84,10 @@ def test_a_port_just_left_is_free():
 
 
 def test_an_address_that_is_not_of_this_machine_is_not_a_taken_port():
-    with free_ports(3) as (ray, dashboard, mlflow), pytest.raises(ClusterError) as refused:
-        # An address for examples, that no machine has.
-        machine = MachineConfig(listen_host="192.0.2.1", ray_port=ray, dashboard_port=dashboard, mlflow_port=mlflow, min_disk_free_gib=0)
+    with free_ports(3) as (ray, dashboard, mlflow):
+        ports = {"ray_port": ray, "dashboard_port": dashboard, "mlflow_port": mlflow}
+    machine = MachineConfig(listen_host="192.0.2.1", min_disk_free_gib=0, **ports)  # an address for examples, that no machine has
+    with pytest.raises(ClusterError) as refused:
         start(machine, print)
     assert "192.0.2.1" in str(refused.value)
     assert "held by" not in str(refused.value)
@@ -119,9 +120,8 @@ def test_every_taken_port_is_named(home):
 
 def test_the_port_of_mlflow_does_not_matter_where_another_server_is_named(home, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
-    with listener() as mlflow, listener() as ray:
-        with pytest.raises(ClusterError) as refused:
-            start(MachineConfig(ray_port=ray, mlflow_port=mlflow, min_disk_free_gib=0), print)
+    with listener() as mlflow, listener() as ray, pytest.raises(ClusterError) as refused:
+        start(MachineConfig(ray_port=ray, mlflow_port=mlflow, min_disk_free_gib=0), print)
     assert "mlflow_port" not in str(refused.value)
 
 
@@ -168,7 +168,8 @@ def test_down_ends_what_up_started_with_its_children_and_nothing_else(home):
         named_like_other = Process("card1", other.pid, psutil.Process(other.pid).create_time() - 100)
         keep(home, session_of(Process("card0", ours.pid, psutil.Process(ours.pid).create_time()), named_like_other))
         assert stop() == 2
-        assert not ours.poll() and not psutil.pid_exists(children[0].pid)
+        assert ours.poll() is not None
+        assert not psutil.pid_exists(children[0].pid)
         assert other.poll() is None
         assert read_session() is None
         assert stop() == 0

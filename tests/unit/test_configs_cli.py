@@ -33,8 +33,8 @@ def test_a_mistake_ends_with_status_2_and_no_traceback(bot, tmp_path):
 
 
 def test_checking_a_config_imports_nothing_heavy(bot, tmp_path):
-    seen = f"import sys, configs.loader as loader; loader.load_chatbot('bot.yaml'); print([name for name in {HEAVY} if name in sys.modules])"
-    ended = python(tmp_path, "-c", seen)
+    load = "import sys; from configs.loader import load_chatbot; load_chatbot('bot.yaml')"
+    ended = python(tmp_path, "-c", f"{load}; print([name for name in {HEAVY} if name in sys.modules])")
     assert (ended.stdout, ended.stderr) == ("[]\n", "")
 
 

@@ -227,7 +227,7 @@ def with_a_scalar(folder: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    save_file({"a.lora_A.weight": np.float32(1).reshape(())}, folder / WEIGHTS)
+    save_file({"a.lora_A.weight": np.array(1.0, "float32")}, folder / WEIGHTS)
 
 
 BROKEN = {

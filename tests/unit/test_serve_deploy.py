@@ -1,0 +1,211 @@
+"""What Ray Serve and vLLM are told, and what is told of them: against a dashboard of our own."""
+
+import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from configs.errors import ClusterError
+from configs.loader import load_chatbot
+from configs.schema import ChatbotConfig, ModelConfig, ServeConfig
+from serve.deploy import deploy, endpoint, failure_reason, served_base_name
+from serve.engine import engine_arguments, engine_environment
+
+MESSAGES = "\n".join(f"line {number}" for number in range(40))
+
+
+class Dashboard(ThreadingHTTPServer):
+    """Stands where Ray's dashboard stands: keeps what Serve is told, and says what the test wants it to say."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), DashboardDoor)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.applications: dict[str, Any] = {}
+        self.after_put: list[dict[str, Any]] = []
+        self.put: list[dict[str, Any]] = []
+        self.tokens: set[str | None] = set()
+        self.refuses_with = 200
+
+
+class DashboardDoor(BaseHTTPRequestHandler):
+    server: Dashboard
+
+    def do_GET(self) -> None:
+        self.server.tokens.add(self.headers.get("Authorization"))
+        if self.path.startswith("/api/jobs"):
+            self._send(200, [])
+        elif self.path.startswith("/nodes"):
+            self._send(200, {"data": {"summary": [{"raylet": {"state": "ALIVE", "labels": {"card": "card0"}}}]}})
+        else:
+            if self.server.after_put and self.server.put:
+                self.server.applications = {"chat": self.server.after_put.pop(0)}
+            self._send(200, {"applications": self.server.applications})
+
+    def do_PUT(self) -> None:
+        self.server.put.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self._send(self.server.refuses_with, {})
+
+    def _send(self, status: int, value: object) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def dashboard():
+    server = Dashboard()
+    threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def bot(home, tmp_path) -> ChatbotConfig:
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        port = door.getsockname()[1]
+    (tmp_path / "bot.yaml").write_text(f"name: bot\ndata:\n  source: chats.jsonl\nserve:\n  port: {port}\n  max_num_seqs: 8\n")
+    return load_chatbot(tmp_path / "bot.yaml")
+
+
+def test_serve_is_told_the_whole_config(bot, up, dashboard):
+    assert deploy(bot, up(dashboard.url), print, wait=False) == endpoint(bot) == f"http://127.0.0.1:{bot.serve.port}/v1"
+    told = dashboard.put[0]
+    assert told["http_options"] == {"host": "127.0.0.1", "port": bot.serve.port}
+    application = told["applications"][0]
+    assert (application["name"], application["route_prefix"], application["import_path"]) == ("chat", "/", "serve.app:build")
+    assert ChatbotConfig.model_validate(application["args"]["config"]) == bot
+    assert application["args"]["base_name"] == "smollm2-135m"
+    assert application["args"]["gpu_share"] is None
+    assert application["args"]["max_ongoing_requests"] >= 8
+    assert dashboard.tokens == {"Bearer token"}
+
+
+def test_deploy_waits_until_the_engine_runs(bot, up, dashboard, monkeypatch):
+    monkeypatch.setattr("serve.deploy.POLL_S", 0.001)
+    dashboard.after_put = [{"status": "DEPLOYING"}, {"status": "DEPLOYING"}, {"status": "RUNNING"}]
+    said = []
+    deploy(bot, up(dashboard.url), said.append)
+    assert said == ["the engine is starting (deploying)"] * 2
+
+
+def test_an_engine_that_does_not_start_is_refused_with_its_own_last_words(bot, up, dashboard):
+    dashboard.after_put = [{"status": "DEPLOY_FAILED", "message": "short", "deployments": {"engine": {"message": MESSAGES}}}]
+    with pytest.raises(ClusterError, match=r"(?s)the engine did not start \(DEPLOY_FAILED\).*line 39"):
+        deploy(bot, up(dashboard.url), print)
+
+
+def test_a_taken_port_is_refused_before_serve_is_told(bot, up, dashboard):
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", bot.serve.port))
+        door.listen()
+        with pytest.raises(ClusterError, match=rf"(?s)port {bot.serve.port} \(serve.port\) is held by.*serve.port={bot.serve.port + 1}"):
+            deploy(bot, up(dashboard.url), print, wait=False)
+        assert dashboard.put == []
+        dashboard.applications = {"chat": {"status": "RUNNING"}}
+        deploy(bot, up(dashboard.url), print, wait=False)
+        assert len(dashboard.put) == 1, "a port that our own application holds is no obstacle"
+
+
+def test_what_serve_refuses_is_an_error(bot, up, dashboard):
+    dashboard.refuses_with = 500
+    with pytest.raises(ClusterError, match="Ray Serve refused the application"):
+        deploy(bot, up(dashboard.url), print, wait=False)
+
+
+def test_a_dashboard_that_does_not_answer_is_an_error_and_no_traceback(bot, up, command):
+    up()
+    for words in (["cluster", "status"], ["serve", "bot.yaml"], ["serve", "status"]):
+        ended = command(*words)
+        assert (ended.status, ended.err.splitlines()[0][:6]) == (2, "error:")
+
+
+def test_status_lists_versions_and_tells_why_an_engine_failed(command, up, dashboard, registry, register):
+    register()
+    registry.promote("helpdesk:1")
+    dashboard.applications = {"chat": {"status": "DEPLOY_FAILED", "message": "KeyError: list[int] in [/opt/vllm] failed"}}
+    up(dashboard.url, registry.url)
+    ended = command("serve", "status")
+    assert ended.status == 0
+    assert ended.out.splitlines()[:1] == ["engine  DEPLOY_FAILED:   KeyError: list[int] in [/opt/vllm] failed"]
+    assert [word for word in ("helpdesk:1", "live", "smollm2-135m", "0.25") if word not in ended.out] == []
+
+
+def test_status_of_the_cluster_names_cards_services_and_jobs(command, up, dashboard):
+    up(dashboard.url, dashboard.url)
+    ended = command("cluster", "status")
+    assert ended.status == 0
+    assert [word for word in ("card0", "card1", "train", "dashboard", dashboard.url, "python -m serve") if word not in ended.out] == []
+
+
+def test_the_base_is_asked_for_by_its_hub_id_or_its_folders_name(home, tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert served_base_name("meta-llama/Meta-Llama-3-8B-Instruct") == "meta-llama/Meta-Llama-3-8B-Instruct"
+    for name in (str(tmp_path / "models" / "mine"), "models/mine", "./models/mine/", "models/../models/mine", "~/models/mine"):
+        assert served_base_name(name) == "mine"
+
+
+def test_the_reason_of_a_failure_is_the_end_of_the_longest_message():
+    application = {"message": "Deploying failed.", "deployments": {"engine": {"message": f"{MESSAGES}\n\n"}, "other": {}}}
+    lines = failure_reason(application).splitlines()
+    assert lines == [f"  line {number}" for number in range(28, 40)]
+    assert failure_reason({}) == ""
+    assert failure_reason({"message": "alone"}) == "  alone"
+
+
+def pairs(arguments: list[str]) -> dict[str, str | None]:
+    """Read a command line as options with their values."""
+    return {
+        word: None if number + 1 == len(arguments) or arguments[number + 1].startswith("--") else arguments[number + 1]
+        for number, word in enumerate(arguments)
+        if word.startswith("--")
+    }
+
+
+SERVE = ServeConfig(max_lora_rank=32, max_num_seqs=8, gpu_memory_share=0.9, quantization="fp8")
+
+
+def test_an_engine_on_the_cpu_is_eager_and_takes_nothing_of_a_gpu(tmp_path):
+    options = pairs(engine_arguments(ModelConfig(precision="bf16"), SERVE, tmp_path, "base", None))
+    assert options == {
+        "--model": str(tmp_path),
+        "--served-model-name": "base",
+        "--dtype": "bfloat16",
+        "--max-model-len": "2048",
+        "--max-num-seqs": "8",
+        "--max-lora-rank": "32",
+        "--max-loras": "4",
+        "--max-cpu-loras": "16",
+        "--enable-lora": None,
+        "--disable-uvicorn-access-log": None,
+        "--enforce-eager": None,
+    }
+
+
+@pytest.mark.parametrize(("share", "memory"), [(1.0, "0.900"), (0.5, "0.450")])
+def test_an_engine_on_a_gpu_takes_its_share_of_the_memory(share, memory, tmp_path):
+    options = pairs(engine_arguments(ModelConfig(), SERVE, tmp_path, "base", share))
+    assert (options["--gpu-memory-utilization"], options["--quantization"], options["--dtype"]) == (memory, "fp8", "auto")
+    assert "--enforce-eager" not in options
+    options = pairs(engine_arguments(ModelConfig(), ServeConfig(enforce_eager=True), tmp_path, "base", share))
+    assert "--enforce-eager" in options
+    assert "--quantization" not in options
+
+
+def test_the_environment_of_an_engine_binds_threads_and_memory_on_the_cpu_alone():
+    on_cpu = engine_environment(ServeConfig(kv_cache_gib=3), on_gpu=False, num_threads=7)
+    on_gpu = engine_environment(ServeConfig(), on_gpu=True, num_threads=7)
+    assert (on_cpu["VLLM_CPU_KVCACHE_SPACE"], on_cpu["VLLM_CPU_OMP_THREADS_BIND"], on_cpu["OMP_NUM_THREADS"]) == ("3", "nobind", "7")
+    assert not [name for name in on_gpu if "CPU" in name or "OMP" in name]
+    assert on_gpu.items() <= on_cpu.items()
+    assert all(isinstance(value, str) for value in on_cpu.values())

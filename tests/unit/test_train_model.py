@@ -1,0 +1,238 @@
+"""The adapter and its forward pass, on a tiny random Llama: the shortcuts change speed, and nothing else."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from configs.errors import ModelError
+from configs.schema import LoraConfig, ModelConfig, TrainConfig
+from serve.adapters import BrokenAdapterError, check_adapter
+from train.model import IGNORED_LABEL, add_adapter, load_base, packs_safely, pick_dtype
+from train.rows import Packer, Padder
+
+VOCABULARY, NUM_LAYERS, RANK = 128, 2, 4
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+# Losses and gradients are sums over some tens of fp32 products, in another order: some units of fp32's seventh digit.
+CLOSE = {"rtol": 2e-5, "atol": 1e-6}
+
+
+def tiny(attention: str = "sdpa") -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": VOCABULARY, "num_hidden_layers": NUM_LAYERS}
+    return LlamaForCausalLM(LlamaConfig(attn_implementation=attention, use_cache=False, **sizes))
+
+
+def with_adapter(base=None, gradient_checkpointing: bool = False, **lora):
+    """Add an adapter whose matrices are all random: a fresh one's second matrix is zero, and hides most mistakes."""
+    model = add_adapter(base or tiny(), LoraConfig(rank=RANK, **lora), gradient_checkpointing)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.normal_(std=0.2)
+    return model.train()
+
+
+def trained(model) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def rows(lengths=(12, 5, 9), seed: int = 0) -> list[dict[str, list[int]]]:
+    """Make rows of which the last third carries loss, and one token in the middle."""
+    torch.manual_seed(seed)
+    made = []
+    for length in lengths:
+        tokens = torch.randint(VOCABULARY, (length,)).tolist()
+        labels = [token if place >= length * 2 // 3 or place == 2 else IGNORED_LABEL for place, token in enumerate(tokens)]
+        made.append({"input_ids": tokens, "labels": labels})
+    return made
+
+
+def step(model, batch: dict[str, torch.Tensor], **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the loss and the adapter's gradients of one batch."""
+    model.zero_grad()
+    loss = model(**batch, **inputs).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in trained(model).items()}
+
+
+def with_full_forward(model):
+    """Return a copy whose base computes logits for every token, as transformers does."""
+    full = copy.deepcopy(model)
+    del full.get_base_model().forward
+    return full
+
+
+def assert_same(one, other) -> None:
+    torch.testing.assert_close(one[0], other[0], **CLOSE)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(gradient, other[1][name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(40)], ids=["mean", "of 7", "of 40"])
+def test_logits_of_the_answers_alone_give_the_same_loss_and_gradients(num_items, gradient_checkpointing):
+    model = with_adapter(gradient_checkpointing=gradient_checkpointing)
+    batch = Padder(0)(rows())
+    inputs = {} if num_items is None else {"num_items_in_batch": num_items}
+    ours, full = step(model, batch, **inputs), step(with_full_forward(model), batch, **inputs)
+    assert_same(ours, full)
+    assert len(ours[1]) == NUM_LAYERS * len(LINEAR) * 2
+    assert all(gradient.abs().max() > 0 for gradient in ours[1].values()), "each matrix learns"
+
+
+def test_packed_and_padded_batches_give_the_same_loss_and_gradients():
+    model = with_adapter()
+    assert_same(step(model, Packer()(rows())), step(model, Padder(0)(rows())))
+
+
+def test_packed_conversations_are_blind_to_each_other():
+    """The loss of the last row does not change with the rows before it."""
+    model, last = with_adapter(), rows((8,), seed=5)[0]
+    silent = [{**row, "labels": [IGNORED_LABEL] * len(row["labels"])} for row in rows((8, 6))]
+    losses = [step(model, Packer()([*before, last]))[0] for before in ([], silent, silent[1:], silent[::-1])]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], **CLOSE)
+
+
+def test_micro_batches_add_up_to_the_whole_batch():
+    """With the batch's number of loss tokens each part is weighed as in the whole."""
+    model, batch = with_adapter(), rows((12, 5, 9, 14))
+    count = int((Padder(0)(batch)["labels"][:, 1:] != IGNORED_LABEL).sum())
+    whole = step(model, Padder(0)(batch))
+    halves = [step(model, Padder(0)(half), num_items_in_batch=count) for half in (batch[:2], batch[2:])]
+    assert_same(whole, (halves[0][0] + halves[1][0], {name: halves[0][1][name] + halves[1][1][name] for name in whole[1]}))
+
+
+def test_without_labels_the_model_answers_in_full():
+    model = with_adapter().eval()
+    batch = Padder(0)(rows((6, 6)))
+    del batch["labels"]
+    with torch.no_grad():
+        assert model(**batch).logits.shape == (2, 6, VOCABULARY)
+
+
+def test_the_shortcut_touches_one_model_and_not_its_class():
+    with_adapter()
+    assert tiny().forward.__func__ is LlamaForCausalLM.forward
+    assert "forward" not in tiny().__dict__
+
+
+def test_a_model_that_changes_its_logits_keeps_its_own_forward():
+    base = tiny()
+    base.config.logit_scale = 0.5
+    assert "forward" not in with_adapter(base).get_base_model().__dict__
+
+
+def test_only_the_adapter_learns():
+    model = with_adapter()
+    assert all("lora_" in name for name in trained(model))
+    assert {name.split(".")[-4] for name in trained(model)} == LINEAR
+
+
+def test_named_layers_alone_get_an_adapter():
+    assert {name.split(".")[-4] for name in trained(with_adapter(target_modules=["q_proj", "v_proj"]))} == {"q_proj", "v_proj"}
+
+
+def test_dropout_and_rank_stabilised_scale_reach_the_adapter():
+    model = with_adapter(dropout=0.5, use_rslora=True, alpha=8)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.lora_dropout["default"].p == 0.5
+    assert layer.scaling["default"] == 8 / RANK**0.5
+
+
+@pytest.mark.parametrize("names", [["query"], ["q_proj", "vproj"]], ids=["all wrong", "one wrong"])
+def test_layers_that_are_not_there_are_refused_with_those_that_are(names):
+    with pytest.raises(ModelError, match="target_modules") as refused:
+        add_adapter(tiny(), LoraConfig(target_modules=names), False)
+    assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("attention", "layer_types", "safe"),
+    [
+        ("sdpa", None, True),
+        ("sdpa", ["full_attention", "sliding_attention"], True),
+        ("sdpa", ["full_attention", "linear_attention"], False),
+        ("sdpa", ["full_attention", "chunked_attention"], False),
+        ("eager", None, False),
+    ],
+)
+def test_packing_is_for_models_of_pure_attention_through_sdpa(attention, layer_types, safe):
+    base = tiny(attention)
+    if layer_types:
+        base.config.layer_types = layer_types
+    assert packs_safely(base) is safe
+
+
+def test_the_number_format_is_what_the_config_says():
+    assert pick_dtype(ModelConfig(precision="bf16")) == torch.bfloat16
+    assert pick_dtype(ModelConfig(precision="fp32")) == torch.float32
+    assert pick_dtype(ModelConfig()) in (torch.bfloat16, torch.float32)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    tiny().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_base_is_loaded_in_the_format_asked_for_and_packs(precision, dtype, folder):
+    base = load_base(folder, ModelConfig(name=str(folder), precision=precision), TrainConfig())
+    assert base.dtype == dtype
+    assert base.config.use_cache is False
+    assert packs_safely(base)
+
+
+def cut_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def cut_header(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:20])
+
+
+def without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def other_shape(folder: Path) -> None:
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+
+
+BROKEN = {
+    "weights cut short": cut_weights,
+    "header cut short": cut_header,
+    "empty weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "one weight left out": without_a_weight,  # transformers would make it up at random
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "config of another shape": other_shape,
+    "config of an unknown kind": lambda folder: (folder / "config.json").write_text('{"model_type": "no_such_kind"}'),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_base_that_cannot_be_read_is_refused(name, folder):
+    BROKEN[name](folder)
+    with pytest.raises(ModelError, match="cannot load the base model") as refused:
+        load_base(folder, ModelConfig(name=str(folder), precision="fp32"), TrainConfig())
+    assert str(folder) in refused.value.what
+
+
+def test_what_training_saves_is_what_serving_takes(tmp_path):
+    with_adapter().save_pretrained(tmp_path / "adapter")
+    check_adapter(tmp_path / "adapter", max_lora_rank=RANK)
+    with pytest.raises(BrokenAdapterError, match=f"its rank is {RANK}"):
+        check_adapter(tmp_path / "adapter", max_lora_rank=RANK - 1)

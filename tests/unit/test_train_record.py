@@ -1,0 +1,147 @@
+"""What a run's record tells: every setting, fingerprints that change when they should, and the commit."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import RunError
+from configs.loader import load_chatbot, setting_paths
+from configs.schema import ChatbotConfig
+from data.prepare import Prepared, prepare
+from tests.unit.data_fixtures import chat, tokenizer_folder, write_rows
+from train.record import FAILED, FINISHED, STOPPED, Record, config_fingerprint, flat_settings, git_commit
+
+GROUPS = {"model", "data", "train", "train.lora", "serve"}
+LEAVES = [path for path, _ in setting_paths(ChatbotConfig) if path not in GROUPS]
+
+
+@pytest.fixture
+def config(home, tmp_path) -> ChatbotConfig:
+    rows = [chat(f"How do I start {number}?", f"Run it {number}.") for number in range(5)]
+    (tmp_path / "bot.yaml").write_text(f"name: bot\ndata:\n  source: {write_rows(tmp_path / 'chats.jsonl', rows)}\n")
+    return load_chatbot(tmp_path / "bot.yaml")
+
+
+@pytest.fixture
+def data(config) -> Prepared:
+    return prepare(config, tokenizer_folder())
+
+
+def changed(config: Any, path: str) -> Any:
+    """Return the config with another value at `path`; whether the whole could be trained does not matter here."""
+    first, _, rest = path.partition(".")
+    old = getattr(config, first)
+    if rest:
+        return config.model_copy(update={first: changed(old, rest)})
+    new = not old if isinstance(old, bool) else old + 1 if isinstance(old, int | float) else f"{old}x" if isinstance(old, str) else ["x"]
+    return config.model_copy(update={first: new})
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # values of another kind are meant
+@pytest.mark.parametrize("path", LEAVES)
+def test_the_fingerprint_changes_with_every_setting_but_those_of_serving(path, config):
+    same = config_fingerprint(config) == config_fingerprint(changed(config, path))
+    assert same == path.startswith("serve.")
+
+
+def test_the_fingerprint_is_that_of_what_was_meant_not_of_how_it_was_written(config, tmp_path):
+    spelt_out = load_chatbot(tmp_path / "bot.yaml", ["train.lora.rank=16", "train.learning_rate=2e-4"])
+    assert config_fingerprint(spelt_out) == config_fingerprint(config)
+    assert len(config_fingerprint(config)) == 16
+
+
+def test_every_setting_is_recorded_by_its_dotted_path(config):
+    flat = dict(flat_settings(config))
+    assert list(flat) == LEAVES
+    assert (flat["train.lora.rank"], flat["train.max_steps"], flat["train.lora.modules_to_save"]) == ("16", "None", "[]")
+    assert GROUPS.isdisjoint(flat)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    monkeypatch.setenv("TANDEM_CHECKOUT", str(folder))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def git(folder: Path, *words: str) -> str:
+    who = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", "-C", str(folder), *who, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_is_that_of_the_checkout_and_marked_where_files_differ(checkout):
+    assert git_commit() == "unknown", "outside git"
+    git(checkout, "init", "-q")
+    assert git_commit() == "unknown", "before the first commit"
+    (checkout / "code.py").write_text("1\n")
+    git(checkout, "add", "code.py")
+    git(checkout, "commit", "-q", "-m", "first")
+    commit = git(checkout, "rev-parse", "HEAD")
+    assert git_commit() == commit
+    (checkout / "notes.txt").write_text("not tracked")
+    assert git_commit() == commit
+    (checkout / "code.py").write_text("2\n")
+    assert git_commit() == f"{commit}-changed"
+
+
+def test_without_git_the_commit_is_unknown(checkout, monkeypatch):
+    monkeypatch.setenv("PATH", str(checkout))
+    assert git_commit() == "unknown"
+
+
+@pytest.fixture
+def client(registry, config, tmp_path) -> Any:
+    registry.client.create_experiment(config.name, artifact_location=str(tmp_path / "artifacts"))
+    return registry.client
+
+
+def test_a_run_begins_with_all_that_went_in(client, config, data):
+    record = Record.begin(client, config, data, "f" * 16)
+    run = client.get_run(record.run_id)
+    assert run.info.status == "RUNNING"
+    assert set(LEAVES) <= set(run.data.params)
+    assert run.data.params["train.lora.rank"] == "16"
+    assert run.data.params["data.num_train"] == str(data.num_train)
+    assert run.data.tags["config_fingerprint"] == config_fingerprint(config)
+    assert (run.data.tags["data_fingerprint"], run.data.tags["base_fingerprint"]) == (data.fingerprint, "f" * 16)
+    assert {file.path for file in client.list_artifacts(record.run_id)} == {"config.json", "environment.txt"}
+
+
+def test_a_long_setting_does_not_stop_a_run(client, config, data, tmp_path):
+    long = load_chatbot(tmp_path / "bot.yaml", [f"data.system_prompt={'x' * 10_000}"])
+    record = Record.begin(client, long, data, "f" * 16)
+    assert Record.resume(client, record.run_id)[1] == long
+
+
+@pytest.mark.parametrize("status", [STOPPED, FAILED])
+def test_a_run_that_did_not_finish_goes_on_with_its_own_config(status, client, config, data):
+    record = Record.begin(client, config, data, "f" * 16)
+    record.end(status, "the card was wanted " * 100)
+    assert client.get_run(record.run_id).info.status == status
+    assert client.get_run(record.run_id).data.tags["reason"].startswith("the card was wanted")
+    again, found = Record.resume(client, record.run_id)
+    assert (again.run_id, found) == (record.run_id, config)
+    assert client.get_run(record.run_id).info.status == "RUNNING"
+
+
+def test_a_finished_run_and_an_unknown_one_cannot_go_on(client, config, data):
+    record = Record.begin(client, config, data, "f" * 16)
+    record.end(FINISHED)
+    with pytest.raises(RunError, match=f"run {record.run_id} is finished"):
+        Record.resume(client, record.run_id)
+    with pytest.raises(RunError, match="no run gone to resume"):
+        Record.resume(client, "gone")
+
+
+def test_a_run_whose_own_config_can_no_longer_be_read_is_refused(client, config, data):
+    record = Record.begin(client, config, data, "f" * 16)
+    client.log_text(record.run_id, json.dumps({"name": "bot", "no_longer": "a setting"}), "config.json")
+    with pytest.raises(RunError, match=record.run_id):
+        Record.resume(client, record.run_id)

@@ -1,0 +1,73 @@
+"""Batches: padded on the right, or packed without padding, with the same tokens and the same loss tokens."""
+
+import pytest
+import torch
+
+from configs.schema import DataConfig
+from data.conversations import to_jsonl
+from data.template import load_tokenizer
+from tests.unit.data_fixtures import chat, tokenizer_folder
+from train.model import IGNORED_LABEL
+from train.rows import Packer, Padder, read_rows
+
+N = IGNORED_LABEL
+ROWS = [
+    {"input_ids": [5, 6, 7, 8], "labels": [N, N, 7, 8]},
+    {"input_ids": [9, 1], "labels": [N, 1]},
+    {"input_ids": [2, 3, 4], "labels": [2, 3, N]},
+]
+
+
+def test_padding_fills_up_on_the_right_and_carries_neither_attention_nor_loss():
+    batch = Padder(pad_id=42)(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 1, 42, 42], [2, 3, 4, 42]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
+    assert batch["labels"].tolist() == [[N, N, 7, 8], [N, 1, N, N], [2, 3, N, N]]
+    assert {values.dtype for values in batch.values()} == {torch.int64}
+
+
+def test_equally_long_rows_need_no_padding():
+    assert Padder(42)([ROWS[0], ROWS[0]])["attention_mask"].tolist() == [[1] * 4] * 2
+    assert Padder(42)(ROWS[:1])["input_ids"].tolist() == [ROWS[0]["input_ids"]]
+
+
+def test_packing_makes_one_row_whose_positions_begin_anew():
+    batch = Packer()(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 2, 3, 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
+    assert "attention_mask" not in batch, "transformers tells the rows apart by position only where there is none"
+    assert {values.dtype for values in batch.values()} == {torch.int64}
+
+
+def test_no_row_is_predicted_from_the_end_of_another():
+    assert Packer()(ROWS)["labels"].tolist() == [[N, N, 7, 8, N, 1, N, 3, N]]
+
+
+def test_both_ways_carry_the_same_loss_tokens():
+    """A model predicts from the token before, so that a row's first label never counts."""
+    padded, packed = Padder(0)(ROWS)["labels"][:, 1:], Packer()(ROWS)["labels"][:, 1:]
+    assert padded[padded != N].tolist() == packed[packed != N].tolist() == [7, 8, 1, 3]
+
+
+@pytest.fixture
+def file(tmp_path):
+    conversations = [chat("Hi", "Ho"), chat("Hi", "Run it. " * 40)]
+    fields = {"group": None, "split": "train", "keys": [], "origin": "chats.jsonl:1"}
+    (tmp_path / "train.jsonl").write_text(to_jsonl({**row, **fields} for row in conversations))
+    return tmp_path / "train.jsonl"
+
+
+def test_rows_are_the_conversations_tokens_cut_or_dropped_as_the_config_says(file):
+    tokenizer = load_tokenizer(tokenizer_folder())
+    whole = read_rows(file, tokenizer, DataConfig(source="x"))
+    assert [len(row["input_ids"]) == len(row["labels"]) for row in whole] == [True, True]
+    assert tokenizer.decode([label for label in whole[0]["labels"] if label != N]) == "Ho<|im_end|>"
+    limit = len(whole[0]["input_ids"])
+    assert read_rows(file, tokenizer, DataConfig(source="x", max_length_tokens=limit)) == whole[:1]
+    cut = read_rows(file, tokenizer, DataConfig(source="x", max_length_tokens=limit + 1, too_long="cut"))
+    assert cut == [whole[0], {name: values[: limit + 1] for name, values in whole[1].items()}]
+
+
+def test_an_empty_file_has_no_rows(tmp_path):
+    (tmp_path / "heldout.jsonl").write_text("")
+    assert read_rows(tmp_path / "heldout.jsonl", load_tokenizer(tokenizer_folder()), DataConfig(source="x")) == []
