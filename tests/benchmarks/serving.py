@@ -25,7 +25,7 @@ from configs.loader import ROOT, load_chatbot
 from serve.engine import engine_arguments, engine_environment
 
 BARE_PORT = 8100
-NUM_PROMPTS = {1: 24, 64: 512, 256: 1024}
+NUM_PROMPTS = {1: 8, 64: 384, 256: 768}
 TOKENS_IN, TOKENS_OUT = 256, 128
 START_TIMEOUT_S = 400
 

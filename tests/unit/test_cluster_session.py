@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from cluster.home import write_text
-from cluster.session import Process, Session, port_owner, read_session, require_session, start, stop, token_file
+from cluster.session import Process, Session, _require_free_ports, port_owner, read_session, require_session, start, stop, token_file
 from configs.errors import ClusterError
 from configs.loader import ROOT
 from configs.schema import MachineConfig
@@ -53,15 +53,13 @@ def listener(host: str = "127.0.0.1") -> Iterator[int]:
         yield door.getsockname()[1]
 
 
-@contextmanager
-def free_ports(count: int) -> Iterator[list[int]]:
-    """Hold ports without listening, so that no two are the same; free when the block ends."""
+def free_ports(count: int) -> list[int]:
+    """Find ports of which no two are the same."""
     with ExitStack() as stack:
         doors = [stack.enter_context(socket.socket()) for _ in range(count)]
         for door in doors:
             door.bind(("127.0.0.1", 0))
-        ports = [door.getsockname()[1] for door in doors]
-    yield ports
+        return [door.getsockname()[1] for door in doors]
 
 
 def test_the_owner_of_a_port_is_named():
@@ -77,25 +75,29 @@ def test_a_port_that_is_held_on_all_addresses_is_held_on_each():
 
 
 def test_a_port_just_left_is_free():
-    """A closed connection lingers in TIME_WAIT; a server may listen there all the same."""
-    with listener() as port, socket.create_connection(("127.0.0.1", port)):
-        pass
+    """The side that ends a connection keeps its port in TIME_WAIT; a server may listen there all the same."""
+    with socket.socket() as door:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as every server does
+        door.bind(("127.0.0.1", 0))
+        door.listen()
+        port = door.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            door.accept()[0].close()
+            assert client.recv(1) == b""
     assert port_owner("127.0.0.1", port) is None
 
 
 def test_an_address_that_is_not_of_this_machine_is_not_a_taken_port():
-    with free_ports(3) as (ray, dashboard, mlflow):
-        ports = {"ray_port": ray, "dashboard_port": dashboard, "mlflow_port": mlflow}
-    machine = MachineConfig(listen_host="192.0.2.1", min_disk_free_gib=0, **ports)  # an address for examples, that no machine has
     with pytest.raises(ClusterError) as refused:
-        start(machine, print)
+        _require_free_ports(MachineConfig(listen_host="192.0.2.1"))  # an address for examples, that no machine has
     assert "192.0.2.1" in str(refused.value)
     assert "held by" not in str(refused.value)
 
 
 def test_up_on_a_taken_port_ends_with_status_2_and_leaves_nothing(home, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with free_ports(2) as (ray, mlflow), listener() as dashboard:
+    ray, mlflow = free_ports(2)
+    with listener() as dashboard:
         words = [f"ray_port={ray}", f"dashboard_port={dashboard}", f"mlflow_port={mlflow}", "min_disk_free_gib=0"]
         ended = subprocess.run(
             [sys.executable, "-m", "cluster", "up", "auto", *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
@@ -107,22 +109,21 @@ def test_up_on_a_taken_port_ends_with_status_2_and_leaves_nothing(home, tmp_path
     assert sorted(file.name for file in home.rglob("*")) == ["cluster.lock"]
 
 
-def test_every_taken_port_is_named(home):
-    with listener() as ray, listener() as mlflow, free_ports(1) as (dashboard,):
-        machine = MachineConfig(ray_port=ray, dashboard_port=dashboard, mlflow_port=mlflow, min_disk_free_gib=0)
-        with pytest.raises(ClusterError) as refused:
-            start(machine, print)
+def test_every_taken_port_is_named():
+    [dashboard] = free_ports(1)
+    with listener() as ray, listener() as mlflow, pytest.raises(ClusterError, match="a port is taken") as refused:
+        _require_free_ports(MachineConfig(ray_port=ray, dashboard_port=dashboard, mlflow_port=mlflow))
     assert refused.value.why.splitlines() == [
         f"  port {ray} (ray_port) is held by {ME}",
         f"  port {mlflow} (mlflow_port) is held by {ME}",
     ]
 
 
-def test_the_port_of_mlflow_does_not_matter_where_another_server_is_named(home, monkeypatch):
+def test_the_port_of_mlflow_does_not_matter_where_another_server_is_named(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
-    with listener() as mlflow, listener() as ray, pytest.raises(ClusterError) as refused:
-        start(MachineConfig(ray_port=ray, mlflow_port=mlflow, min_disk_free_gib=0), print)
-    assert "mlflow_port" not in str(refused.value)
+    ray, dashboard = free_ports(2)
+    with listener() as mlflow:
+        _require_free_ports(MachineConfig(ray_port=ray, dashboard_port=dashboard, mlflow_port=mlflow))
 
 
 def test_up_without_room_on_disk_is_refused():

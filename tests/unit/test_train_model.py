@@ -20,6 +20,15 @@ LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More threads only wait for each other on matrices of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tiny(attention: str = "sdpa") -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -1,0 +1,152 @@
+"""A whole Tandem of its own for tests: own home, own ports, started and ended through the command line."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from cluster.registry import Registry, Version
+from configs.loader import ROOT
+from tests.unit.data_fixtures import chat, tokenizer_folder, write_rows
+
+SECRETS = ("BASE_MODEL_NAME", "HUGGINGFACE_TOKEN", "LOG_DIR", "MLFLOW_TRACKING_URI", "TANDEM_HOME")
+REGISTERED = re.compile(r"registered as (\S+);")
+RUN_ID = re.compile(r"run ([0-9a-f]{32})")
+
+
+@dataclass
+class Stack:
+    """One running Tandem."""
+
+    home: Path
+    folder: Path
+    ports: dict[str, int]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of a user's shell: nothing of the developer's own."""
+        mine = {key: value for key, value in os.environ.items() if key not in SECRETS and not key.startswith("RAY_")}
+        return {**mine, "TANDEM_HOME": str(self.home), "COLUMNS": "200"}
+
+    @property
+    def job_environment(self) -> dict[str, str]:
+        """The same, after `source .tandem/env`."""
+        lines = (line.removeprefix("export ").partition("=") for line in (self.home / "env").read_text().splitlines())
+        exports = {key: value.strip("'") for key, _, value in lines if key != "PATH"}
+        return {**self.environment, **exports, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def run(self, *words: str, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+        """Run `python -m WORDS`."""
+        command = [sys.executable, "-m", *words]
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+    def begin(self, *words: str, job: bool = False) -> subprocess.Popen[str]:
+        """Start `python -m WORDS`, or any command as a job's submitter would."""
+        command = list(words) if job else [sys.executable, "-m", *words]
+        environment = self.job_environment if job else self.environment
+        environment["PYTHONUNBUFFERED"] = "1"
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def up(self) -> subprocess.CompletedProcess[str]:
+        machine = [f"{name}={port}" for name, port in self.ports.items() if name != "chat"]
+        return self.run("cluster", "up", "auto", *machine)
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(f"http://127.0.0.1:{self.ports['mlflow_port']}")
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.ports['chat']}/v1"
+
+    def train(self, config: Path, *overrides: str) -> Version:
+        """Train to the end, and return the version."""
+        done = self.run("train", str(config), *overrides)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = REGISTERED.search(done.stdout)
+        assert found, done.stdout
+        return self.registry.find(found[1])
+
+    def losses(self, run_id: str) -> dict[int, float]:
+        """The loss of each step; where a step was done twice, that of the last time."""
+        history = self.registry.client.get_metric_history(run_id, "loss")
+        return {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)}
+
+    def workers(self, title: str) -> list[psutil.Process]:
+        """This stack's own Ray processes of a title."""
+        from cluster.session import Process
+
+        import json
+
+        session = json.loads((self.home / "cluster.json").read_text())
+        roots = [Process(**entry).running() for entry in session["processes"]]
+        family = [child for root in roots if root for child in root.children(recursive=True)]
+        return [child for child in family if title in " ".join(_cmdline(child))]
+
+    def ask(self, model: str, text: str = "How do I start?", **settings: Any) -> httpx.Response:
+        body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0, **settings}
+        return httpx.post(f"{self.endpoint}/chat/completions", json=body, timeout=120)
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(what: Callable[[], Any], timeout_s: float = 120) -> Any:
+    """Wait until something is true, and return it."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := what()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+    return found
+
+
+def make_tiny_model(folder: Path) -> Path:
+    """A Llama of two layers with random weights: for everything in which quality does not matter."""
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tokenizer_folder()
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, folder)
+    return folder
+
+
+def make_config(folder: Path, model: Path, chat_port: int) -> Path:
+    """A chatbot on the tiny model, with rows enough for some dozen steps."""
+    rows = [chat(f"What is number {number}?", f"It is {number * 7 % 100}.", split="heldout" if number % 8 == 0 else "train") for number in range(64)]
+    source = write_rows(folder / "rows.jsonl", rows)
+    config = folder / "tiny.yaml"
+    config.write_text(
+        f"name: tiny\nmodel: {{name: {model}}}\n"
+        f"data: {{source: {source}, split: marked, max_length_tokens: 128, system_prompt: Be brief.}}\n"
+        "train: {lora: {rank: 4, alpha: 8}, learning_rate: 5.0e-3, batch_size: 4, max_steps: 8, log_every_steps: 1, checkpoint_every_steps: 4}\n"
+        f"serve: {{port: {chat_port}, max_model_len_tokens: 256, max_lora_rank: 8, max_num_seqs: 8}}\n"
+    )
+    return config

@@ -1,0 +1,48 @@
+"""The stack itself: up, up again, status, what listens, what is refused."""
+
+import httpx
+import pytest
+
+from tests.ray.stack import Stack, free_port
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_second_up_changes_nothing(stack: Stack):
+    before = (stack.home / "cluster.json").read_text()
+    done = stack.up()
+    assert done.returncode == 0
+    assert "was up already" in done.stdout
+    assert (stack.home / "cluster.json").read_text() == before
+
+
+def test_status_lists_a_card_of_each_pool_and_the_services(stack: Stack):
+    shown = stack.run("cluster", "status").stdout
+    assert "serve" in shown
+    assert "train" in shown
+    assert f"http://127.0.0.1:{stack.ports['mlflow_port']}" in shown
+
+
+def test_the_job_api_wants_the_token(stack: Stack):
+    url = f"http://127.0.0.1:{stack.ports['dashboard_port']}/api/jobs/"
+    assert httpx.get(url).status_code == 401
+    assert httpx.get(url, headers={"Authorization": "Bearer wrong"}).status_code == 403
+    token = (stack.home / "ray_token").read_text()
+    assert httpx.get(url, headers={"Authorization": f"Bearer {token}"}).status_code == 200
+    assert (stack.home / "ray_token").stat().st_mode & 0o077 == 0
+
+
+def test_another_stack_that_wants_a_taken_port_is_refused_and_leaves_nothing(stack: Stack, tmp_path):
+    other = Stack(tmp_path / "home", tmp_path, {**{name: free_port() for name in stack.ports}, "mlflow_port": stack.ports["mlflow_port"]})
+    done = other.up()
+    assert done.returncode == 2
+    assert f"port {stack.ports['mlflow_port']} (mlflow_port) is held by" in done.stderr
+    assert "mlflow_port=" in done.stderr
+    assert not (tmp_path / "home" / "cluster.json").exists()
+
+
+def test_more_workers_than_train_cards_are_refused_at_once(stack: Stack, config):
+    done = stack.run("train", str(config), "train.num_workers=2")
+    assert done.returncode == 2
+    assert "train.num_workers=2 wants as many train cards" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,119 @@
+"""Training on a real cluster: as a job, killed, stopped, resumed; on a tiny model, because quality does not matter here."""
+
+import json
+
+import pytest
+
+from tests.ray.stack import REGISTERED, RUN_ID, Stack, wait_for
+
+pytestmark = pytest.mark.ray
+NUM_STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def unbroken(stack: Stack, config):
+    """A run that nothing disturbs, with the loss of each step."""
+    version = stack.train(config, f"train.max_steps={NUM_STEPS}")
+    losses = stack.losses(version.run_id)
+    assert sorted(losses) == list(range(1, NUM_STEPS + 1))
+    assert losses[NUM_STEPS] < losses[1]
+    return losses
+
+
+def read_until(process, pattern, also=lambda: True):
+    """Read a command's lines until one matches; return the match and all lines."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if (found := pattern.search(line)) and also():
+            return found, lines
+    raise AssertionError("".join(lines))
+
+
+def test_a_job_registers_a_version_with_its_manifest(stack: Stack, config):
+    job = stack.begin("ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "train", str(config), job=True)
+    text, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, text
+    version = stack.registry.find(REGISTERED.search(text)[1])
+    folder = stack.registry.download(version)
+    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["rank"] == 4
+    assert manifest["system_prompt"] == "Be brief."
+    assert manifest["run_id"] == version.run_id == RUN_ID.search(text)[1]
+    for name in ("base_fingerprint", "data_fingerprint", "config_fingerprint", "git_commit"):
+        assert version.tags[name] == manifest[name] != ""
+    run = stack.registry.client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.lora.rank"] == "4"
+    assert {"loss", "eval_loss", "tokens_per_s", "learning_rate"} <= set(run.data.metrics)
+    kept = {file.path for file in stack.registry.client.list_artifacts(version.run_id)}
+    assert {"adapter", "config.json", "environment.txt"} <= kept
+
+
+def test_a_killed_worker_goes_on_from_its_checkpoint_with_the_same_losses(stack: Stack, config, unbroken):
+    run = stack.begin("train", str(config), f"train.max_steps={NUM_STEPS}")
+    found, _ = read_until(run, RUN_ID)
+    history = stack.home / "runs" / found[1]
+    wait_for(lambda: len(list(history.glob("checkpoint_*"))) >= 1)
+    (worker,) = stack.workers("RayTrainWorker")
+    worker.kill()
+    text, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, text
+    assert stack.losses(found[1]) == pytest.approx(unbroken, abs=1e-4)
+
+
+def test_a_stopped_job_leaves_a_checkpoint_and_goes_on_where_it_was(stack: Stack, config, unbroken):
+    command = ["ray", "job", "submit", "--submission-id", "to-stop", "--working-dir", ".", "--", "python", "-m", "train", str(config)]
+    job = stack.begin(*command, f"train.max_steps={NUM_STEPS}", "train.checkpoint_every_steps=1000", job=True)
+    found, _ = read_until(job, RUN_ID)
+    run_id = found[1]
+    wait_for(lambda: stack.losses(run_id))
+    stopped = stack.begin("ray", "job", "stop", "to-stop", job=True)
+    assert stopped.wait(120) == 0
+    job.communicate(timeout=120)
+    assert stack.registry.client.get_run(run_id).info.status == "KILLED"
+    (checkpoint,) = (stack.home / "runs" / run_id).glob("checkpoint_*")
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+    num_done = max(stack.losses(run_id))
+    assert num_done < NUM_STEPS, "the run was over before it could be stopped"
+    resumed = stack.run("train", str(config), "--resume", run_id)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert stack.losses(run_id) == pytest.approx(unbroken, abs=1e-4)
+    assert stack.registry.client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_finished_run_is_not_resumed(stack: Stack, config):
+    run_id = stack.registry.find("tiny:1").run_id
+    done = stack.run("train", str(config), "--resume", run_id)
+    assert done.returncode == 2
+    assert "is finished" in done.stderr
+
+
+def test_qlora_and_rslora_train_and_register(stack: Stack, config):
+    version = stack.train(config, "train.quantization=nf4", "train.lora.use_rslora=true", "train.max_steps=2", "train.gradient_checkpointing=true")
+    assert version.tags["quantization"] == "nf4"
+    assert json.loads((stack.registry.download(version) / "adapter_config.json").read_text())["use_rslora"] is True
+
+
+def test_early_stopping_registers_the_best_checkpoint(stack: Stack, config):
+    settings = ["train.learning_rate=0.5", "train.eval_every_steps=1", "train.early_stopping_patience=2", "train.max_steps=24"]
+    version = stack.train(config, *settings, "train.num_checkpoints_kept=4")
+    history = stack.registry.client.get_metric_history(version.run_id, "eval_loss")
+    assert len(history) < 24
+    assert json.loads(version.tags["scores"])["eval_loss"] == pytest.approx(min(metric.value for metric in history))
+
+
+def test_packing_gives_the_same_first_loss(stack: Stack, config, unbroken):
+    version = stack.train(config, "train.packing=true", "train.max_steps=1", "train.batch_size=56")
+    apart = stack.train(config, "train.packing=false", "train.max_steps=1", "train.batch_size=56")
+    assert stack.losses(version.run_id)[1] == pytest.approx(stack.losses(apart.run_id)[1], abs=0.02)
+
+
+def test_a_run_that_fails_says_so_and_registers_nothing(stack: Stack, config):
+    before = [version.name for version in stack.registry.versions()]
+    done = stack.run("train", str(config), "train.lora.target_modules=[nothing]", "train.max_failures=0")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "target_modules" in done.stderr
+    assert "--resume" in done.stderr or "Try" in done.stderr
+    assert [version.name for version in stack.registry.versions()] == before

@@ -1,0 +1,118 @@
+"""Serving on a real engine: names, aliases, broken adapters, streams, what is closed."""
+
+import httpx
+import openai
+import pytest
+
+from tests.ray.stack import Stack, wait_for
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def served(stack: Stack, config):
+    """Two versions, and an engine that was up before the second was made."""
+    first = stack.train(config)
+    done = stack.run("serve", str(config))
+    assert done.returncode == 0, done.stdout + done.stderr
+    second = stack.train(config, "train.seed=1")
+    return first.name, second.name
+
+
+def engine_pids(stack: Stack) -> list[int]:
+    return sorted(process.pid for process in stack.workers("EngineCore") + stack.workers("VLLM::"))
+
+
+def test_base_versions_and_live_alias_answer_by_name(stack: Stack, served, tiny_model):
+    first, second = served
+    before = engine_pids(stack)
+    assert stack.ask(tiny_model.name).status_code == 200
+    for name in (first, second):
+        answer = stack.ask(name)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == answer.headers["x-tandem-model"] == name
+    assert stack.ask("tiny").status_code == 404, "nothing is live yet"
+    for name in (first, second):
+        assert stack.run("serve", "promote", name).returncode == 0
+        wait_for(lambda name=name: stack.ask("tiny").headers["x-tandem-model"] == name, timeout_s=10)
+    assert stack.run("serve", "rollback", "tiny").returncode == 0
+    wait_for(lambda: stack.ask("tiny").headers["x-tandem-model"] == first, timeout_s=10)
+    assert engine_pids(stack) == before, "an engine restarted"
+
+
+def test_versions_answer_with_their_own_weights(stack: Stack, served, tiny_model):
+    def score(name: str) -> float:
+        return stack.ask(name, logprobs=True, messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]).json()[
+            "choices"][0]["logprobs"]["content"][0]["logprob"]  # fmt: skip
+
+    scores = {name: score(name) for name in (tiny_model.name, *served)}
+    assert len(set(scores.values())) == 3
+    assert scores == {name: score(name) for name in scores}
+
+
+def test_models_lists_base_alias_and_versions(stack: Stack, served, tiny_model):
+    client = openai.OpenAI(base_url=stack.endpoint, api_key="none")
+    assert {tiny_model.name, "tiny", *served} <= {model.id for model in client.models.list()}
+
+
+def test_the_official_client_streams(stack: Stack, served):
+    client = openai.OpenAI(base_url=stack.endpoint, api_key="none")
+    messages = [{"role": "user", "content": "What is number 3?"}]
+    stream = client.chat.completions.create(model=served[0], messages=messages, max_tokens=6, stream=True, temperature=0)
+    chunks = list(stream)
+    assert len(chunks) > 2
+    assert {chunk.model for chunk in chunks} == {served[0]}
+
+
+@pytest.mark.parametrize("name", ["tiny:99", "nobody", "../../etc/passwd", "tiny:0", "tiny:1/../2", "x" * 5000])
+def test_an_unknown_name_is_404_in_openais_shape(stack: Stack, served, name):
+    client = openai.OpenAI(base_url=stack.endpoint, api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError) as refusal:
+        client.chat.completions.create(model=name, messages=[{"role": "user", "content": "Hi"}])
+    assert refusal.value.body["param"] == "model"
+
+
+def test_a_broken_adapter_is_4xx_with_its_reason_and_the_rest_goes_on(stack: Stack, served, tmp_path):
+    from dataclasses import fields
+    import json
+
+    from cluster.registry import Manifest
+
+    folder = stack.registry.download(stack.registry.find(served[0]))
+    values = json.loads((folder / "manifest.json").read_text())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    manifest = Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
+    broken = stack.registry.register(manifest, tmp_path)
+    answer = stack.ask(broken.name)
+    assert answer.status_code == 400
+    assert "cannot be read" in answer.json()["error"]["message"]
+    assert stack.ask(served[0]).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/docs", "/openapi.json", "/sleep"])
+def test_routes_that_are_not_meant_are_closed(stack: Stack, served, path):
+    url = stack.endpoint.removesuffix("/v1") + path
+    assert httpx.post(url, json={}).status_code == 404
+    assert httpx.get(url).status_code == 404
+
+
+def test_bad_requests_are_4xx(stack: Stack, served):
+    assert httpx.post(f"{stack.endpoint}/chat/completions", content=b"{").status_code == 400
+    assert stack.ask(served[0], max_tokens=-1).status_code == 400
+    assert stack.ask(served[0], "word " * 2000).status_code == 400
+
+
+def test_serving_again_changes_nothing(stack: Stack, config, served):
+    before = engine_pids(stack)
+    assert before
+    assert stack.run("serve", str(config)).returncode == 0
+    assert engine_pids(stack) == before
+
+
+def test_a_chat_port_that_is_taken_is_refused(stack: Stack, served):
+    shown = stack.run("serve", "status").stdout
+    assert "RUNNING" in shown
+    assert served[0] in shown
