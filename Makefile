@@ -34,7 +34,7 @@ format: setup ## put the code in shape
 	@$(VENV)/bin/ruff format .
 
 lock: setup ## compile both locks from pyproject.toml
-	@$(RUN) cluster/lock.py
+	@$(RUN) -m cluster.lock
 
 bench: setup ## every benchmark that this machine can run; results go to tests/benchmarks/results
-	@$(RUN) tests/benchmarks/run_all.py
+	@PYTHONPATH=. $(RUN) tests/benchmarks/training.py && PYTHONPATH=. $(RUN) tests/benchmarks/stack.py

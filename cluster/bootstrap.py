@@ -1,6 +1,6 @@
 """Makes `.venv` from a lock: no resolution, and the CPU or GPU set by what the machine has.
 
-Runs on the system's Python, with nothing installed; knows pip and uv. `python cluster/bootstrap.py` does nothing where all is as the lock says.
+Runs on the system's Python, with nothing installed; knows pip and uv. Does nothing where all is as the lock says.
 """
 
 import hashlib
@@ -72,7 +72,10 @@ def main() -> int:
     lock = choose_lock()
     if sys.version_info[:2] not in PYTHONS[lock.name]:
         wanted = " or ".join(".".join(map(str, version)) for version in PYTHONS[lock.name])
-        print(f"error: Python {wanted} is needed for {lock.name}, this is {sys.version.split()[0]}\nTry: make setup PYTHON=python3.11", file=sys.stderr)
+        print(
+            f"error: Python {wanted} is needed for {lock.name}, this is {sys.version.split()[0]}\nTry: make setup PYTHON=python3.11",
+            file=sys.stderr,
+        )
         return EXIT_BAD_INPUT
     if is_done(lock):
         return 0

@@ -4,6 +4,7 @@ Knows nvidia-smi and pools. Does not know Ray: `cluster.session` starts one rayl
 """
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from configs.schema import CardConfig, MachineConfig
 GPU_QUERY = "index,name,memory.total,memory.free,driver_version,compute_cap"
 MIB_PER_GIB = 1024
 MIN_BF16_CAPABILITY = 8.0
+MAX_LABEL_LETTERS = 63
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Card:
     @property
     def accelerator(self) -> str:
         """Name of the accelerator as a Ray label allows it: letters, digits and dashes."""
-        return "-".join(self.gpu.name.split()) if self.gpu else "cpu"
+        return "-".join(re.findall("[A-Za-z0-9.]+", self.gpu.name))[:MAX_LABEL_LETTERS].strip("-.") if self.gpu else "cpu"
 
     @property
     def labels(self) -> dict[str, str]:
@@ -70,7 +72,12 @@ def find_gpus() -> list[Gpu]:
     gpus = []
     for line in answer.stdout.strip().splitlines():
         index, name, total_mib, free_mib, driver, capability = (part.strip() for part in line.split(","))
-        gpus.append(Gpu(index, name, float(total_mib) / MIB_PER_GIB, float(free_mib) / MIB_PER_GIB, driver, float(capability)))
+        memory = psutil.virtual_memory()  # a GPU that shares the host's memory tells of none
+        total_gib, free_gib = (
+            float(mib) / MIB_PER_GIB if mib.isdigit() else shared / BYTES_PER_GIB
+            for mib, shared in ((total_mib, memory.total), (free_mib, memory.available))
+        )
+        gpus.append(Gpu(index, name, total_gib, free_gib, driver, float(capability)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return gpus if visible is None else [gpu for gpu in gpus if gpu.index in visible.split(",")]
 
@@ -109,10 +116,12 @@ def _auto(gpus: list[Gpu]) -> list[CardConfig]:
 
 
 def _pick(wanted: str, left: dict[str, Gpu], gpus: list[Gpu]) -> Gpu:
-    by_name = [gpu for gpu in left.values() if wanted == gpu.index or wanted.lower() in gpu.name.lower()]
     # A number names a GPU exactly, even where it stands in another's name ("5090").
-    exact = [gpu for gpu in by_name if gpu.index == wanted]
-    if not by_name:
+    meant = [gpu for gpu in gpus if gpu.index == wanted] or [gpu for gpu in gpus if wanted.lower() in gpu.name.lower()]
+    free = [gpu for gpu in meant if gpu.index in left]
+    if not free:
         there = ", ".join(f"{gpu.index}: {gpu.name}" for gpu in gpus) or "none"
-        raise ClusterError(f"no free GPU {wanted!r} on this machine", f"GPUs here: {there}", "`python -m cluster up auto` takes what is there")
-    return (exact or by_name)[0]
+        raise ClusterError(
+            f"no free GPU {wanted!r} on this machine", f"GPUs here: {there}", "`python -m cluster up auto` takes what is there"
+        )
+    return free[0]

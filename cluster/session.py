@@ -3,6 +3,7 @@
 Knows processes, ports and the token. Does not know what runs on the cards.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -266,7 +267,9 @@ def _spawn(name: str, command: list[str], extra: Mapping[str, str]) -> Process:
     # Without an address of its own a head starts a cluster; with one it would look for it.
     environment.update({key: value for key, value in extra.items() if key != "RAY_ADDRESS"})
     with (log_folder() / f"{name}.log").open("ab") as log:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
+        )
     return Process(name, child.pid, psutil.Process(child.pid).create_time())
 
 
@@ -307,12 +310,14 @@ def port_owner(host: str, port: int) -> str | None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            pass
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                remedy = "an address of this machine, such as 127.0.0.1"
+                raise ClusterError(f"cannot listen on {host}, port {port}", str(error), remedy) from None
         else:
             return None
     for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port and connection.pid:
             return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
     return "another process"
 
@@ -325,7 +330,9 @@ def _require_free_ports(machine: MachineConfig) -> None:
     if taken:
         problems = "\n".join(f"  port {port} ({name}) is held by {owner}" for name, (port, owner) in taken.items())
         name, (port, _) = next(iter(taken.items()))
-        raise ClusterError("a port is taken", problems, f"end that process, or choose another port: python -m cluster up auto {name}={port + 1}")
+        raise ClusterError(
+            "a port is taken", problems, f"end that process, or choose another port: python -m cluster up auto {name}={port + 1}"
+        )
 
 
 def _free_port() -> int:

@@ -4,6 +4,7 @@ import json
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from configs.cli import Overrides, console, make_app, run_app
 from configs.loader import load_chatbot, load_machine
@@ -16,15 +17,18 @@ app = make_app("Check configs, and list every setting.")
 def check(file: str, overrides: Overrides = None) -> None:
     """Check one chatbot's config, and report every mistake at once."""
     config = load_chatbot(file, overrides or [])
-    console.print(f"[green]ok[/]  {file} is the chatbot [bold]{config.name}[/] on {config.model.name}")
+    console.print(f"[green]ok[/]  {escape(file)} is the chatbot [bold]{config.name}[/] on {escape(config.model.name)}")
 
 
 @app.command()
-def machine(name: str = "auto", overrides: Overrides = None) -> None:
+def machine(
+    name: Annotated[str, typer.Argument(help="File, or a name in configs/machines.")] = "auto",
+    overrides: Overrides = None,
+) -> None:
     """Check one machine's config: a file, or a name in configs/machines."""
     config = load_machine(name, overrides or [])
     cards = config.cards if isinstance(config.cards, str) else f"{len(config.cards)} cards"
-    console.print(f"[green]ok[/]  {name}: {cards}")
+    console.print(f"[green]ok[/]  {escape(name)}: {cards}")
 
 
 @app.command()

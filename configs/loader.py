@@ -4,6 +4,7 @@ Knows YAML, dotted paths and where each value came from. Does not know what a se
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,8 @@ def load_machine(name: str | Path = "auto", overrides: Sequence[str] = ()) -> Ma
     named = ROOT / "configs" / "machines" / f"{name}.yaml"
     if not Path(name).is_file() and named.is_file():
         name = named
-    elif not Path(name).suffix:
-        known = [path.stem for path in named.parent.glob("*.yaml")]
+    elif not Path(name).is_file():
+        known = [path.stem for path in (ROOT / "configs" / "machines").glob("*.yaml")]
         raise ConfigError(f"no machine named {name!r}", f"known: {', '.join(sorted(known))}", _nearest(str(name), known))
     return _validate(MachineConfig, read_source(Path(name)), overrides)
 
@@ -92,24 +93,28 @@ def read_source(file: Path) -> Source:
     return source
 
 
-def _build(node: yaml.Node, path: Dotted, source: Source) -> Any:
+def _build(node: yaml.Node, path: Dotted, source: Source, within: tuple[yaml.Node, ...] = ()) -> Any:
     """Turn a YAML node into plain values; note each path's line, and keys that stand twice."""
     source.places[path] = f"{source.file}:{node.start_mark.line + 1}"
+    if node in within:
+        source.mistakes.append(f"{source.places[path]}: {_dotted(path)}: contains itself")
+        return None
+    within = (*within, node)
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(key_node.value)
             if key in values:
                 source.mistakes.append(f"{source.file}:{key_node.start_mark.line + 1}: {_dotted((*path, key))}: stands twice")
-            values[key] = _build(value_node, (*path, key), source)
+            values[key] = _build(value_node, (*path, key), source, within)
             source.places[(*path, key)] = f"{source.file}:{key_node.start_mark.line + 1}"
         return values
     if isinstance(node, yaml.SequenceNode):
-        return [_build(item, (*path, index), source) for index, item in enumerate(node.value)]
+        return [_build(item, (*path, index), source, within) for index, item in enumerate(node.value)]
     try:
         return yaml.SafeLoader("").construct_object(node)
-    except (yaml.YAMLError, ValueError) as error:  # such as `!!python/object`, or the date 2026-99-99
-        source.mistakes.append(f"{source.places[path]}: {_dotted(path)}: cannot be read ({str(error).splitlines()[0]})")
+    except Exception as error:  # whatever YAML's own constructors raise: `!!python/object`, `!!bool maybe`, the date 2026-99-99
+        source.mistakes.append(f"{source.places[path]}: {_dotted(path)}: cannot be read ({str(error).partition(chr(10))[0]})")
         return None
 
 
@@ -120,7 +125,7 @@ def _validate(model: type[T], source: Source, overrides: Sequence[str]) -> T:
     try:
         config = model.model_validate(source.values)
     except ValidationError as error:
-        mistakes += [_explain(model, source, detail) for detail in error.errors()]
+        mistakes += [line for detail in _deepest(error.errors()) for line in _explain(model, source, detail)]
     if mistakes:
         count = "one mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         remedy = "`python -m configs schema` lists every setting" if model is ChatbotConfig else "see configs/machines/auto.yaml"
@@ -135,40 +140,64 @@ def _apply_override(source: Source, override: str) -> None:
         return
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: the date 2026-99-99
         value = text
     _set(source, tuple(path.split(".")), value, f"command line: {override!r}")
 
 
 def _set(source: Source, path: Dotted, value: Any, place: str) -> None:
     values: Any = source.values
-    for key in path[:-1]:
+    for depth, key in enumerate(path[:-1], 1):
         inner = values.get(key)
         if not isinstance(inner, dict):
             inner = values[key] = {}
+            source.places[path[:depth]] = place
         values = inner
     values[path[-1]] = value
     source.places[path] = place
 
 
-def _explain(model: type[BaseModel], source: Source, detail: ErrorDetails) -> str:
-    """One line for one mistake: place, dotted path, what is wrong, what is allowed."""
-    path = tuple(part for part in detail["loc"] if not _is_union_tag(part))
+def _deepest(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Keep one mistake where pydantic names one for each kind that a setting may be of: the one that got furthest, and else the last."""
+    paths = [_path(detail) for detail in details]
+    return [
+        detail
+        for number, detail in enumerate(details)
+        if not any(
+            other[: len(paths[number])] == paths[number] and (len(other) > len(paths[number]) or later > number)
+            for later, other in enumerate(paths)
+            if later != number
+        )
+    ]
+
+
+def _path(detail: ErrorDetails) -> Dotted:
+    return tuple(part for part in detail["loc"] if not _is_union_tag(part))
+
+
+def _explain(model: type[BaseModel], source: Source, detail: ErrorDetails) -> list[str]:
+    """One line for each mistake: place, dotted path, what is wrong, what is allowed."""
+    path = _path(detail)
     place, dotted = source.place(path), _dotted(path)
     if detail["type"] == "extra_forbidden":
         known = list(setting_paths(model))
         hint = _nearest(dotted, known) or _nearest(str(path[-1]), known, by_last=True)
-        return f"{place}: {dotted}: no such setting{f'; did you mean {hint}?' if hint else ''}"
+        return [f"{place}: {dotted}: no such setting{f'; did you mean {hint}?' if hint else ''}"]
     if detail["type"] == "missing":
         setting = dict(setting_paths(model)).get(dotted)
-        return f"{place}: {dotted}: is missing{f' ({setting.description})' if setting and setting.description else ''}"
+        return [f"{place}: {dotted}: is missing{f' ({setting.description})' if setting and setting.description else ''}"]
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if not path or detail["type"] == "value_error":
-        return f"{place}: {message}"
+        lines = []
+        for reason in message.splitlines():
+            named = [tuple(name.split(".")) for name in re.findall(r"[a-z_]+(?:\.[a-z_]+)+", reason)]
+            at = next((source.places[setting] for setting in named if setting in source.places), place)
+            lines.append(f"{at}: {reason}")
+        return lines
     setting = dict(setting_paths(model)).get(dotted)
     about = f". {setting.description}" if setting and setting.description else ""
-    return f"{place}: {dotted}: {message}, not {detail['input']!r}{about}"
+    return [f"{place}: {dotted}: {message}, not {detail['input']!r}{about}"]
 
 
 def _is_union_tag(part: str | int) -> bool:

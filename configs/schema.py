@@ -87,7 +87,7 @@ class LoraConfig(Settings):
         if self.bias != "none":
             reasons.append(f"train.lora.bias={self.bias}: vLLM cannot serve trained biases; use none")
         if reasons:
-            raise ValueError("; ".join(reasons))
+            raise ValueError("\n".join(reasons))
         return self
 
 
@@ -171,7 +171,7 @@ class ServeConfig(Settings):
     @model_validator(mode="after")
     def _adapters_fit(self) -> Self:
         if self.max_cpu_loras < self.max_loras:
-            raise ValueError(f"max_cpu_loras ({self.max_cpu_loras}) must be at least max_loras ({self.max_loras})")
+            raise ValueError(f"serve.max_cpu_loras={self.max_cpu_loras} must be at least serve.max_loras={self.max_loras}")
         return self
 
 
@@ -206,10 +206,11 @@ class ChatbotConfig(Settings):
             reasons.append(f"train.batch_size={self.train.batch_size} must be a multiple of train.num_workers={self.train.num_workers}")
         if self.train.micro_batch_size and (self.train.batch_size // self.train.num_workers) % self.train.micro_batch_size:
             reasons.append(
-                f"train.micro_batch_size={self.train.micro_batch_size} must divide a worker's share of train.batch_size={self.train.batch_size}"
+                f"train.micro_batch_size={self.train.micro_batch_size} must divide a worker's share of "
+                f"train.batch_size={self.train.batch_size}"
             )
         if reasons:
-            raise ValueError("; ".join(reasons))
+            raise ValueError("\n".join(reasons))
         return self
 
 
@@ -218,7 +219,7 @@ class CardConfig(Settings):
 
     pool: Literal["serve", "train"]
     """What the card is for."""
-    gpu: str | None = None
+    gpu: str | None = Field(None, coerce_numbers_to_str=True)
     """Part of the GPU's name (`RTX 5090`) or its number; a share of the CPU if empty."""
 
 
@@ -246,6 +247,14 @@ class MachineConfig(Settings):
     def _both_pools(self) -> Self:
         if self.cards != "auto" and {card.pool for card in self.cards} != {"serve", "train"}:
             raise ValueError("cards: at least one card of each pool is needed, serve and train")
+        return self
+
+    @model_validator(mode="after")
+    def _one_port_each(self) -> Self:
+        ports = {"ray_port": self.ray_port, "dashboard_port": self.dashboard_port, "mlflow_port": self.mlflow_port}
+        if len(set(ports.values())) < len(ports):
+            same = [name for name, port in ports.items() if list(ports.values()).count(port) > 1]
+            raise ValueError(f"{same[-1]}={ports[same[-1]]} is also {' and '.join(same[:-1])}; each service needs a port of its own")
         return self
 
 

@@ -61,7 +61,7 @@ def status() -> None:
 
     session = require_session()
     state, reason = application_status(session)
-    console.print(f"engine  {state}{f': {reason}' if reason and state != 'RUNNING' else ''}")
+    console.print(f"engine  {state}{f': {reason}' if reason and state != 'RUNNING' else ''}", markup=False)
     table = Table("version", "aliases", "base", "rank", "data", "held-out loss", box=None, pad_edge=False)
     for version in Registry(session.mlflow_url).versions():
         scores = version.tags.get("scores", "")

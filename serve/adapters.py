@@ -50,7 +50,7 @@ class Adapters:
         self._system_prompts: dict[str, str] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._refresh_lock = asyncio.Lock()
-        self._refreshed_s = 0.0
+        self._looked_s = -MIN_REFRESH_S
 
     async def watch(self) -> None:
         """Read the registry for ever."""
@@ -60,15 +60,17 @@ class Adapters:
 
     async def refresh(self) -> None:
         """Read the registry once, and fetch adapters that have become live, so that their first request finds them here."""
+        asked_s = time.monotonic()
         async with self._refresh_lock:
-            if time.monotonic() - self._refreshed_s < MIN_REFRESH_S:
-                return
+            if self._looked_s > asked_s:
+                return  # another look began after this one was asked for
+            await asyncio.sleep(max(0.0, self._looked_s + MIN_REFRESH_S - time.monotonic()))
+            self._looked_s = time.monotonic()
             try:
                 self._take(await asyncio.to_thread(self.registry.versions))
             except Exception as error:  # whatever a registry that is down may raise: serving goes on without it
                 log.warning("the registry does not answer, the known names stay: %s", error)
-            self._refreshed_s = time.monotonic()
-        for version in [live for live in self._live.values() if live.name not in self._folders]:
+        for version in [live for live in self._live.values() if self._is_ours(live) and live.name not in self._folders]:
             try:
                 await self._fetch(version)
             except BrokenAdapterError as error:
@@ -81,7 +83,11 @@ class Adapters:
     def names(self) -> list[str]:
         """Return every name that may be asked for: the base, live chatbots, versions."""
         own = [version for version in self._versions.values() if self._is_ours(version)]
-        return [self.base.name, *(chatbot for chatbot, version in self._live.items() if self._is_ours(version)), *(entry.name for entry in own)]
+        return [
+            self.base.name,
+            *(chatbot for chatbot, version in self._live.items() if self._is_ours(version)),
+            *(entry.name for entry in own),
+        ]
 
     async def resolve(self, name: str) -> str:
         """Return the name that the engine knows: the base's, or that of a fetched version.
@@ -129,7 +135,11 @@ class Adapters:
             except Exception as error:  # MLflow raises its own, requests' and the system's
                 raise BrokenAdapterError(f"its files cannot be had from the registry: {error}") from error
             await asyncio.to_thread(check_adapter, folder, self.base.max_lora_rank)
-            if prompt := _read_system_prompt(folder):
+            try:
+                prompt = _read_system_prompt(folder)
+            except (ValueError, AttributeError, OSError) as error:
+                raise BrokenAdapterError(f"its manifest cannot be read: {error}") from error
+            if prompt:
                 self._system_prompts[version.name] = prompt
             self._folders[version.name] = folder
 
@@ -154,9 +164,9 @@ def check_adapter(folder: Path, max_lora_rank: int) -> None:
         settings = json.loads((folder / ADAPTER_FILES[0]).read_text())
         with safe_open(folder / ADAPTER_FILES[1], "numpy") as weights:
             ranks = {weights.get_slice(name).get_shape()[0] for name in weights.keys() if ".lora_A." in name}  # noqa: SIM118
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, IndexError, OSError, SafetensorError) as error:
         raise BrokenAdapterError(f"its files cannot be read: {error}") from error
-    if not ranks or settings.get("peft_type") != "LORA":
+    if not ranks or not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise BrokenAdapterError("it is no LoRA adapter")
     if max(ranks) > max_lora_rank:
         raise BrokenAdapterError(f"its rank is {max(ranks)}, and the engine makes room for {max_lora_rank} (serve.max_lora_rank)")

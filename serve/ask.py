@@ -62,7 +62,13 @@ def first_token_s(endpoint: str, model: str, conversation: Conversation) -> floa
     """Ask one question, streamed; return the time of day at which the first token came."""
     client = OpenAI(base_url=endpoint, api_key="none", timeout=TIMEOUT_S)
     messages = question(conversation)
-    stream = client.chat.completions.create(model=model, messages=messages, max_tokens=16, temperature=0, stream=True)  # type: ignore[call-overload]
+    stream = client.chat.completions.create(
+        model=model,
+        messages=messages,  # type: ignore[arg-type]
+        max_tokens=16,
+        temperature=0,
+        stream=True,
+    )
     arrived_s = 0.0
     for chunk in stream:
         if not arrived_s and chunk.choices and chunk.choices[0].delta.content:

@@ -59,10 +59,9 @@ def bar(text: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(text, total=total, note="")
 
-        def update(completed: int | None = None, total: int | None = None, note: str = "", text: str = "") -> None:
-            advance = {"advance": 1} if completed is None and not text else {"completed": completed} if completed is not None else {}
-            changed = {"total": total} if total else {}
-            progress.update(task, note=note, **advance, **changed, **({"description": text} if text else {}))
+        def update(completed: int | None = None, total: int | None = None, note: str = "", text: str | None = None) -> None:
+            step = 1 if completed is None and text is None else None
+            progress.update(task, advance=step, completed=completed, total=total, description=text, note=note)
 
         yield update
 
@@ -127,7 +126,9 @@ def _train(session: Session, config_file: str, overrides: list[str]) -> Version:
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "train", config_file, *overrides]
     console.print(f"   [dim]$ {' '.join(command)}[/]")
     environment = {**os.environ, **session.environment(), "PYTHONUNBUFFERED": "1"}
-    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    job = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     assert job.stdout
     lines: list[str] = []
     with bar("sending the job") as update:

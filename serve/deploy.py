@@ -4,7 +4,8 @@ Knows the dashboard's HTTP API. Does not import Ray, which would take seconds.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], 
         ModelError: The base model cannot be had.
     """
     check_model(config.model)
-    with session.dashboard() as client:
+    with _dashboard(session) as client:
         running = _details(client)
         if not running.get("applications") and (owner := port_owner(config.serve.host, config.serve.port)):
             problem = f"port {config.serve.port} (serve.port) is held by {owner}"
@@ -69,7 +70,9 @@ def wait_until_running(client: httpx.Client, say: Callable[[str], None]) -> None
         if status == "RUNNING":
             return
         if status in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > deadline:
-            raise ClusterError(f"the engine did not start ({status})", failure_reason(application), "python -m serve CONFIG, with the reason mended")
+            raise ClusterError(
+                f"the engine did not start ({status})", failure_reason(application), "python -m serve CONFIG, with the reason mended"
+            )
         say(f"the engine is starting ({status.lower()})")
         time.sleep(POLL_S)
 
@@ -84,9 +87,18 @@ def failure_reason(application: dict[str, Any]) -> str:
 
 def application_status(session: Session) -> tuple[str, str]:
     """Return the application's status and message; NOT_STARTED where there is none."""
-    with session.dashboard() as client:
+    with _dashboard(session) as client:
         application = _details(client).get("applications", {}).get(APPLICATION, {})
     return application.get("status", "NOT_STARTED"), failure_reason(application) if application else ""
+
+
+@contextmanager
+def _dashboard(session: Session) -> Iterator[httpx.Client]:
+    try:
+        with session.dashboard() as client:
+            yield client
+    except httpx.HTTPError as error:
+        raise ClusterError("the dashboard does not answer", str(error), "python -m cluster down, then python -m cluster up") from None
 
 
 def _details(client: httpx.Client) -> dict[str, Any]:

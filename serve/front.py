@@ -66,12 +66,14 @@ class Front:
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = _parse(await self._read_body(receive))
-        name = request.get("model") or self.adapters.base.name
+        name = request.get("model")
+        if name is None or name == "":
+            name = self.adapters.base.name
         if not isinstance(name, str):
             raise RefusedError(400, "invalid_request_error", "model must be a string", "model")
         request["model"] = version = await self._resolve(name)
         self._add_system_prompt(request, version)
-        body = json.dumps(request, ensure_ascii=False).encode()
+        body = json.dumps(request).encode()  # ASCII: half a surrogate pair has no UTF-8
         headers = [(key, value) for key, value in scope["headers"] if key not in (b"content-length", b"transfer-encoding", MODEL_HEADER)]
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
 

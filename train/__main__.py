@@ -33,7 +33,9 @@ def run(
         console.print(f"stopped at step {step}: {outcome.stop_reason}. Go on with: python -m train {config} --resume {outcome.run_id}")
         sys.exit(EXIT_STOPPED)
     assert outcome.version
-    console.print(f"[green]done[/]   registered as [bold]{outcome.version.name}[/]; to make it live: python -m serve promote {outcome.version.name}")
+    console.print(
+        f"[green]done[/]   registered as [bold]{outcome.version.name}[/]; to make it live: python -m serve promote {outcome.version.name}"
+    )
 
 
 class ProgressLines:

@@ -154,7 +154,7 @@ def _fit(
     best = result.get_best_checkpoint("eval_loss", "min") if keep_best else result.checkpoint
     checkpoint, metrics = next((kept, found) for kept, found in result.best_checkpoints if kept == best)
     finished = metrics["step"] >= metrics["num_steps"]
-    return Path(checkpoint.path), metrics, None if finished or keep_best and not stop_reason() else stop_reason() or "stopped"
+    return Path(checkpoint.path), metrics, None if finished or (keep_best and not stop_reason()) else stop_reason() or "stopped"
 
 
 @contextmanager

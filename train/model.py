@@ -30,6 +30,7 @@ def pick_dtype(config: ModelConfig) -> torch.dtype:
 
 def load_base(folder: Path, model: ModelConfig, train: TrainConfig) -> Any:
     """Load the frozen base, in 4 bit if the config says so, on the worker's one device."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = pick_dtype(model)
@@ -44,8 +45,10 @@ def load_base(folder: Path, model: ModelConfig, train: TrainConfig) -> Any:
     if torch.cuda.is_available():
         settings["device_map"] = {"": 0}
     try:
-        base = AutoModelForCausalLM.from_pretrained(folder, **settings)
-    except (OSError, ValueError, KeyError) as error:
+        base, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+        if loaded["missing_keys"]:  # transformers makes them up at random
+            raise ValueError(f"its files lack {', '.join(sorted(loaded['missing_keys'])[:5])}")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the base model from {folder}", str(error), "python -m cluster doctor") from error
     base.config.use_cache = False
     if torch.cuda.is_available():
@@ -78,10 +81,14 @@ def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool) -> An
         use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
     )
+    names = {name for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear)}
+    wanted = [] if isinstance(lora.target_modules, str) else lora.target_modules
     try:
+        if unknown := [name for name in wanted if not any(f".{entry}".endswith(f".{name}") for entry in names)]:
+            raise ValueError(f"no linear layer is named {', '.join(unknown)}")  # PEFT refuses only where no name fits
         model = get_peft_model(base, settings)
-    except ValueError as error:  # no layer has one of the names
-        linear = sorted({name.rpartition(".")[2] for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear)})
+    except ValueError as error:
+        linear = sorted({name.rpartition(".")[2] for name in names})
         remedy = f"train.lora.target_modules=all-linear, or some of: {', '.join(linear)}"
         raise ModelError("train.lora.target_modules names no layer of this model", str(error), remedy) from error
     for layer in model.modules():

@@ -13,6 +13,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from configs.errors import RunError
 from configs.loader import ROOT, setting_paths
 from configs.schema import ChatbotConfig
@@ -47,7 +49,9 @@ class Record:
             "host": platform.node(),
         }
         params = [Param(path, text[:MAX_PARAM_LETTERS]) for path, text in flat_settings(config)]
-        params += [Param(f"data.{name}", str(getattr(data, name))) for name in ("num_train", "num_heldout", "num_train_tokens", "num_loss_tokens")]
+        params += [
+            Param(f"data.{name}", str(getattr(data, name))) for name in ("num_train", "num_heldout", "num_train_tokens", "num_loss_tokens")
+        ]
         client.log_batch(record.run_id, params=params, tags=[RunTag(name, text) for name, text in facts.items()])
         record.attach("environment.txt", "\n".join(sorted({f"{found.name}=={found.version}" for found in distributions()})))
         record.attach(CONFIG_FILE, config.model_dump_json(indent=2))
@@ -66,6 +70,9 @@ class Record:
             run = client.get_run(run_id)
             with tempfile.TemporaryDirectory() as folder:
                 config = ChatbotConfig.model_validate_json(Path(client.download_artifacts(run_id, CONFIG_FILE, folder)).read_text())
+        except ValidationError as error:
+            what = f"run {run_id} cannot be resumed: its config is of another version of Tandem"
+            raise RunError(what, str(error), "leave out --resume to train anew") from None
         except MlflowException as error:
             raise RunError(f"no run {run_id} to resume", str(error), "take the run's id from MLflow, or leave out --resume") from None
         if run.info.status == FINISHED:
@@ -107,7 +114,9 @@ def git_commit() -> str:
     git = ["git", "-C", os.environ.get("TANDEM_CHECKOUT", str(ROOT))]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}-changed" if changed else commit

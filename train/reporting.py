@@ -95,7 +95,13 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         # transformers pickles its own arguments here; nothing of ours reads them.
         (folder / "training_args.bin").unlink(missing_ok=True)
         tokens_per_s = self._tokens_per_s(state)
-        metrics = {**self.newest, "step": state.global_step, "num_steps": state.max_steps, "tokens_per_s": tokens_per_s, "saved_s": time.time()}
+        metrics = {
+            **self.newest,
+            "step": state.global_step,
+            "num_steps": state.max_steps,
+            "tokens_per_s": tokens_per_s,
+            "saved_s": time.time(),
+        }
         metrics |= {"num_tokens": state.num_input_tokens_seen, "peak_memory_gib": peak_memory_gib()}
         checkpoint = ray_train.Checkpoint.from_directory(str(folder)) if self.is_first else None
         ray_train.report(metrics, checkpoint=checkpoint)

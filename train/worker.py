@@ -66,7 +66,9 @@ def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -
     heldout = read_rows(Path(task.heldout_file), tokenizer, task.config.data)
     base = load_base(Path(task.model_folder), task.config.model, train)
     if train.packing and not packs_safely(base):
-        raise ModelError("train.packing does not suit this model", "its layers would let packed conversations see each other", "train.packing=false")
+        raise ModelError(
+            "train.packing does not suit this model", "its layers would let packed conversations see each other", "train.packing=false"
+        )
     model = add_adapter(base, train.lora, train.gradient_checkpointing)
     arguments = _arguments(task.config, scratch, num_workers, len(rows), base.dtype == torch.bfloat16)
     reporter = ReportCallback(task, find_control(task.run_id), is_first, num_workers)

@@ -3,7 +3,7 @@
 A result names hardware, versions, commit and date, and holds flat figures; the peer is measured in the same run.
 """
 
-import datetime
+import datetime as dt
 import importlib.metadata
 import json
 import os
@@ -32,7 +32,28 @@ SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
 }
 VOCABULARY = 49152
-WORDS = "the card trains while the other one answers and neither stands idle because work moves to where memory is free".split()
+WORDS = [
+    "the",
+    "card",
+    "trains",
+    "while",
+    "the",
+    "other",
+    "one",
+    "answers",
+    "and",
+    "neither",
+    "stands",
+    "idle",
+    "because",
+    "work",
+    "moves",
+    "to",
+    "where",
+    "memory",
+    "is",
+    "free",
+]
 
 
 def hardware() -> str:
@@ -48,7 +69,7 @@ def write_result(name: str, figures: dict[str, float], notes: dict[str, Any] | N
     """Print the figures, and write them beside those of other days."""
     versions = {package: _version(package) for package in PACKAGES if _version(package)}
     commit = os.environ.get("TANDEM_COMMIT") or _git_commit()
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    date = dt.datetime.now(dt.UTC).date().isoformat()
     result = {
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **versions},

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-
 from bench import make_model, run_cli, write_result
+
 from cluster.session import require_session
 from configs.cli import console
 from configs.loader import ROOT, load_chatbot
@@ -115,7 +115,13 @@ def main() -> None:
         console.print({name: round(value, 3) for name, value in figures.items() if f"c{count}_" in name or name.endswith(f"_c{count}")})
     smallest = arguments.at_once[0]
     figures["ttft_added_ms"] = figures[f"c{smallest}_ttft_ms"] - figures[f"bare_c{smallest}_ttft_ms"]
-    notes = {"shape": arguments.shape, "eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "front": "Serve's Python proxy"}
+    notes = {
+        "shape": arguments.shape,
+        "eager": arguments.eager,
+        "tokens_in": TOKENS_IN,
+        "tokens_out": TOKENS_OUT,
+        "front": "Serve's Python proxy",
+    }
     write_result("serving", figures, notes)
 
 

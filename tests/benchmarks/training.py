@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import make_model, run_cli, write_result, write_rows
+
 from cluster.models import ensure_model
 from cluster.registry import Registry
 from cluster.session import require_session
@@ -90,7 +91,18 @@ def measure(config_file: str, overrides: list[str], steps: int) -> dict[str, flo
     ours = json.loads(version.tags["scores"])
     config = load_chatbot(config_file, overrides)
     data = prepare(config, ensure_model(config.model))
-    command = [sys.executable, __file__, "--plain", "--config", config_file, "--train-file", str(data.train_file), "--steps", str(steps), *overrides]
+    command = [
+        sys.executable,
+        __file__,
+        "--plain",
+        "--config",
+        config_file,
+        "--train-file",
+        str(data.train_file),
+        "--steps",
+        str(steps),
+        *overrides,
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
     if done.returncode:

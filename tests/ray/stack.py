@@ -83,9 +83,9 @@ class Stack:
 
     def workers(self, title: str) -> list[psutil.Process]:
         """This stack's own Ray processes of a title."""
-        from cluster.session import Process
-
         import json
+
+        from cluster.session import Process
 
         session = json.loads((self.home / "cluster.json").read_text())
         roots = [Process(**entry).running() for entry in session["processes"]]
@@ -140,13 +140,17 @@ def make_tiny_model(folder: Path) -> Path:
 
 def make_config(folder: Path, model: Path, chat_port: int) -> Path:
     """A chatbot on the tiny model, with rows enough for some dozen steps."""
-    rows = [chat(f"What is number {number}?", f"It is {number * 7 % 100}.", split="heldout" if number % 8 == 0 else "train") for number in range(64)]
+    rows = [
+        chat(f"What is number {number}?", f"It is {number * 7 % 100}.", split="heldout" if number % 8 == 0 else "train")
+        for number in range(64)
+    ]
     source = write_rows(folder / "rows.jsonl", rows)
     config = folder / "tiny.yaml"
     config.write_text(
         f"name: tiny\nmodel: {{name: {model}}}\n"
         f"data: {{source: {source}, split: marked, max_length_tokens: 128, system_prompt: Be brief.}}\n"
-        "train: {lora: {rank: 4, alpha: 8}, learning_rate: 5.0e-3, batch_size: 4, max_steps: 8, log_every_steps: 1, checkpoint_every_steps: 4}\n"
+        "train: {lora: {rank: 4, alpha: 8}, learning_rate: 5.0e-3, batch_size: 4, max_steps: 8, log_every_steps: 1,\n"
+        "        checkpoint_every_steps: 4}\n"
         f"serve: {{port: {chat_port}, max_model_len_tokens: 256, max_lora_rank: 8, max_num_seqs: 8}}\n"
     )
     return config

@@ -91,7 +91,9 @@ def test_a_finished_run_is_not_resumed(stack: Stack, config):
 
 
 def test_qlora_and_rslora_train_and_register(stack: Stack, config):
-    version = stack.train(config, "train.quantization=nf4", "train.lora.use_rslora=true", "train.max_steps=2", "train.gradient_checkpointing=true")
+    version = stack.train(
+        config, "train.quantization=nf4", "train.lora.use_rslora=true", "train.max_steps=2", "train.gradient_checkpointing=true"
+    )
     assert version.tags["quantization"] == "nf4"
     assert json.loads((stack.registry.download(version) / "adapter_config.json").read_text())["use_rslora"] is True
 

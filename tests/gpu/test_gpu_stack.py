@@ -1,0 +1,34 @@
+"""The stack on a real GPU: cards, LoRA and QLoRA on the tiny model, and an engine that answers; skipped where there is none."""
+
+import json
+
+import pytest
+
+from cluster.cards import find_gpus
+from tests.ray.conftest import config, stack, tiny_model  # noqa: F401 (fixtures)
+from tests.ray.stack import Stack
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not find_gpus(), reason="this machine has no GPU")]
+
+
+def test_the_cards_are_gpus_of_both_pools(stack: Stack):  # noqa: F811
+    cards = json.loads((stack.home / "cluster.json").read_text())["cards"]
+    assert {card["pool"] for card in cards} == {"serve", "train"}
+    assert all(card["accelerator"] != "cpu" for card in cards)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_run_trains_on_the_gpu_and_registers(stack: Stack, config, quantization):  # noqa: F811
+    version = stack.train(config, f"train.quantization={quantization}")
+    scores = json.loads(version.tags["scores"])
+    assert scores["peak_memory_gib"] > 0
+    losses = stack.losses(version.run_id)
+    assert losses[max(losses)] < losses[1]
+
+
+def test_the_engine_answers_with_base_and_adapter(stack: Stack, config, tiny_model):  # noqa: F811
+    done = stack.run("serve", str(config), timeout_s=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    newest = stack.registry.versions()[-1].name
+    assert stack.ask(tiny_model.name).status_code == 200
+    assert stack.ask(newest).json()["model"] == newest
