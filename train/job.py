@@ -91,7 +91,9 @@ def _ray(session: Session) -> Iterator[None]:
     """Connect to the cluster, as part of a Ray job or straight."""
     # Ray reads these as it is imported, and talks to no cluster without them.
     os.environ.update({key: value for key, value in session.environment().items() if key.startswith("RAY_AUTH")})
+    # Before Ray connects: a process that loads torch afterwards, in a Ray job, dies in MKL ("Cannot load libtorch_cpu.so").
     import ray
+    import torch  # noqa: F401
 
     inside_job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
     try:

@@ -99,7 +99,7 @@ def test_qlora_and_rslora_train_and_register(stack: Stack, config):
 
 
 def test_early_stopping_registers_the_best_checkpoint(stack: Stack, config):
-    settings = ["train.learning_rate=0.5", "train.eval_every_steps=1", "train.early_stopping_patience=2", "train.max_steps=24"]
+    settings = ["train.learning_rate=0.5", "train.eval_every_steps=1", "train.early_stopping_patience=1", "train.max_steps=24"]
     version = stack.train(config, *settings, "train.num_checkpoints_kept=4")
     history = stack.registry.client.get_metric_history(version.run_id, "eval_loss")
     assert len(history) < 24
