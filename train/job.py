@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from train.control import Progress
 
 POLL_S = 0.5
+LAST_LINES = 12
 Say = Callable[[str], None]
 
 
@@ -150,13 +151,25 @@ def _fit(
         ),
     )
     with _watch(control, show) as stop_reason:
-        result = trainer.fit()
+        try:
+            result = trainer.fit()
+        except ray_train.TrainingFailedError as error:
+            raise _failure(error, run_id) from None
     if result.error or result.checkpoint is None:
-        raise RunError("training failed", str(result.error or "it ended without a checkpoint"), f"python -m train CONFIG --resume {run_id}")
+        raise _failure(result.error or RuntimeError("it ended without a checkpoint"), run_id)
     best = result.get_best_checkpoint("eval_loss", "min") if keep_best else result.checkpoint
     checkpoint, metrics = next((kept, found) for kept, found in result.best_checkpoints if kept == best)
     finished = metrics["step"] >= metrics["num_steps"]
     return Path(checkpoint.path), metrics, None if finished or (keep_best and not stop_reason()) else stop_reason() or "stopped"
+
+
+def _failure(error: Exception, run_id: str) -> RunError:
+    """Tell the last lines of what a worker said, which name the reason."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    why = "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
+    return RunError(
+        "training failed", why, f"mend the reason, then python -m train CONFIG --resume {run_id}, or without --resume to begin anew"
+    )
 
 
 @contextmanager
