@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from openai import AsyncOpenAI, OpenAI
 
@@ -62,7 +63,7 @@ def first_token_s(endpoint: str, model: str, conversation: Conversation) -> floa
     """Ask one question, streamed; return the time of day at which the first token came."""
     client = OpenAI(base_url=endpoint, api_key="none", timeout=TIMEOUT_S)
     messages = question(conversation)
-    stream = client.chat.completions.create(
+    stream: Any = client.chat.completions.create(
         model=model,
         messages=messages,  # type: ignore[arg-type]
         max_tokens=16,

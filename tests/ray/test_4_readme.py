@@ -13,7 +13,11 @@ from configs.loader import ROOT
 from configs.schema import MachineConfig, ServeConfig
 from tests.ray.stack import SECRETS
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(2400)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(2400),
+    pytest.mark.skipif("TANDEM_TEST_README" not in os.environ, reason="takes a quarter of an hour: TANDEM_TEST_README=1 make test"),
+]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 MIN_ACCURACY = 0.85
 
