@@ -36,15 +36,25 @@ def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], 
     check_model(config.model)
     with _dashboard(session) as client:
         running = _details(client)
-        if not running.get("applications") and (owner := port_owner(config.serve.host, config.serve.port)):
-            problem = f"port {config.serve.port} (serve.port) is held by {owner}"
-            raise ClusterError("a port is taken", problem, f"end that process, or choose another port: serve.port={config.serve.port + 1}")
+        _require_port(config, running)
         answer = client.put(API, json=_wanted(config, session))
         if answer.is_error:
             raise ClusterError("Ray Serve refused the application", answer.text[:2000], "python -m cluster status")
         if wait:
             wait_until_running(client, say)
     return endpoint(config)
+
+
+def _require_port(config: ChatbotConfig, running: dict[str, Any]) -> None:
+    """Refuse a port that another process holds, or one that a running Ray Serve would quietly not move to."""
+    port, current = config.serve.port, (running.get("http_options") or {}).get("port")
+    if running.get("applications"):
+        if current not in (None, port):
+            why = "Ray Serve keeps its port while it runs"
+            raise ClusterError(f"chat is served on port {current} already", why, f"serve.port={current}, or python -m cluster down first")
+    elif owner := port_owner(config.serve.host, port):
+        remedy = f"end that process, or choose another port: serve.port={port + 1}"
+        raise ClusterError("a port is taken", f"port {port} (serve.port) is held by {owner}", remedy)
 
 
 def endpoint(config: ChatbotConfig) -> str:
