@@ -63,19 +63,6 @@ def test_a_killed_worker_goes_on_from_its_checkpoint_with_the_same_losses(stack:
     assert stack.losses(found[1]) == pytest.approx(unbroken, abs=1e-4)
 
 
-def test_a_stopped_job_leaves_a_checkpoint_and_is_marked(stack: Stack, config):
-    command = ["ray", "job", "submit", "--submission-id", "to-stop", "--working-dir", ".", "--", "python", "-m", "train", str(config)]
-    job = stack.begin(*command, "train.max_steps=100000", "train.checkpoint_every_steps=100000", job=True)
-    found, _ = read_until(job, RUN_ID)
-    run_id = found[1]
-    wait_for(lambda: stack.losses(run_id))
-    assert stack.begin("ray", "job", "stop", "to-stop", job=True).wait(120) == 0
-    job.communicate(timeout=120)
-    assert stack.registry.client.get_run(run_id).info.status == "KILLED"
-    (checkpoint,) = (stack.home / "runs" / run_id).glob("checkpoint_*")
-    assert (checkpoint / "adapter_model.safetensors").is_file()
-
-
 def test_a_finished_run_is_not_resumed(stack: Stack, config):
     run_id = stack.registry.find("tiny:1").run_id
     done = stack.run("train", str(config), "--resume", run_id)
