@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from configs.errors import ModelError
 from configs.schema import LoraConfig, ModelConfig, TrainConfig
+from data.template import NO_LOSS
 
-IGNORED_LABEL = -100
 # Settings with which a model changes its logits after the head; the shortcut below would leave that out.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
 
@@ -121,7 +121,7 @@ def _answer_forward(full_forward: Callable[..., Any]) -> Callable[..., Any]:
         inputs.pop("return_dict", None)
         hidden = self.get_decoder()(**inputs).last_hidden_state  # (rows, tokens, width)
         targets = labels[:, 1:]
-        carries_loss = targets != IGNORED_LABEL
+        carries_loss = targets != NO_LOSS
         logits = self.get_output_embeddings()(hidden[:, :-1][carries_loss])  # (loss tokens, vocabulary)
         total = cross_entropy(logits.float(), targets[carries_loss], reduction="sum")
         count = carries_loss.sum() if num_items_in_batch is None else num_items_in_batch

@@ -12,8 +12,7 @@ import torch
 
 from configs.schema import DataConfig
 from data.conversations import read_prepared
-from data.template import fit, tokenize
-from train.model import IGNORED_LABEL
+from data.template import NO_LOSS, fit, tokenize
 
 Row = dict[str, list[int]]
 
@@ -40,7 +39,7 @@ class Padder:
         return {
             "input_ids": torch.tensor([fill(row["input_ids"], self.pad_id) for row in rows]),
             "attention_mask": torch.tensor([fill([1] * len(row["input_ids"]), 0) for row in rows]),
-            "labels": torch.tensor([fill(row["labels"], IGNORED_LABEL) for row in rows]),
+            "labels": torch.tensor([fill(row["labels"], NO_LOSS) for row in rows]),
         }
 
 
@@ -51,7 +50,7 @@ class Packer:
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """Return input_ids, position_ids and labels, each (1, sum of lengths)."""
         # A row's first label would be predicted from the end of the row before it.
-        labels = [label for row in rows for label in [IGNORED_LABEL, *row["labels"][1:]]]
+        labels = [label for row in rows for label in [NO_LOSS, *row["labels"][1:]]]
         return {
             "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
             "position_ids": torch.tensor([[position for row in rows for position in range(len(row["input_ids"]))]]),

@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.errors import ModelError
 from configs.schema import LoraConfig, ModelConfig, TrainConfig
+from data.template import NO_LOSS
 from serve.adapters import BrokenAdapterError, check_adapter
-from train.model import IGNORED_LABEL, add_adapter, load_base, packs_safely, pick_dtype
+from train.model import add_adapter, load_base, packs_safely, pick_dtype
 from train.rows import Packer, Padder
 
 VOCABULARY, NUM_LAYERS, RANK = 128, 2, 4
@@ -56,7 +57,7 @@ def rows(lengths=(12, 5, 9), seed: int = 0) -> list[dict[str, list[int]]]:
     made = []
     for length in lengths:
         tokens = torch.randint(VOCABULARY, (length,)).tolist()
-        labels = [token if place >= length * 2 // 3 or place == 2 else IGNORED_LABEL for place, token in enumerate(tokens)]
+        labels = [token if place >= length * 2 // 3 or place == 2 else NO_LOSS for place, token in enumerate(tokens)]
         made.append({"input_ids": tokens, "labels": labels})
     return made
 
@@ -103,7 +104,7 @@ def test_packed_and_padded_batches_give_the_same_loss_and_gradients():
 def test_packed_conversations_are_blind_to_each_other():
     """The loss of the last row does not change with the rows before it."""
     model, last = with_adapter(), rows((8,), seed=5)[0]
-    silent = [{**row, "labels": [IGNORED_LABEL] * len(row["labels"])} for row in rows((8, 6))]
+    silent = [{**row, "labels": [NO_LOSS] * len(row["labels"])} for row in rows((8, 6))]
     losses = [step(model, Packer()([*before, last]))[0] for before in ([], silent, silent[1:], silent[::-1])]
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], **CLOSE)
@@ -112,7 +113,7 @@ def test_packed_conversations_are_blind_to_each_other():
 def test_micro_batches_add_up_to_the_whole_batch():
     """With the batch's number of loss tokens each part is weighed as in the whole."""
     model, batch = with_adapter(), rows((12, 5, 9, 14))
-    count = int((Padder(0)(batch)["labels"][:, 1:] != IGNORED_LABEL).sum())
+    count = int((Padder(0)(batch)["labels"][:, 1:] != NO_LOSS).sum())
     whole = step(model, Padder(0)(batch))
     halves = [step(model, Padder(0)(half), num_items_in_batch=count) for half in (batch[:2], batch[2:])]
     assert_same(whole, (halves[0][0] + halves[1][0], {name: halves[0][1][name] + halves[1][1][name] for name in whole[1]}))

@@ -5,12 +5,11 @@ import torch
 
 from configs.schema import DataConfig
 from data.conversations import to_jsonl
-from data.template import load_tokenizer
+from data.template import NO_LOSS, load_tokenizer
 from tests.unit.data_fixtures import chat, tokenizer_folder
-from train.model import IGNORED_LABEL
 from train.rows import Packer, Padder, read_rows
 
-N = IGNORED_LABEL
+N = NO_LOSS
 ROWS = [
     {"input_ids": [5, 6, 7, 8], "labels": [N, N, 7, 8]},
     {"input_ids": [9, 1], "labels": [N, 1]},
