@@ -9,6 +9,8 @@ from typing import Any
 from configs.schema import ModelConfig, ServeConfig
 from serve.adapters import Adapters
 
+CPU_WORKER = "serve.cpu_lora.GroupedLoraWorker"
+
 
 def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> dict[str, str]:
     """Return the environment that an engine's process needs before vLLM is imported."""
@@ -45,6 +47,8 @@ def engine_arguments(model: ModelConfig, config: ServeConfig, folder: Path, base
         arguments["--gpu-memory-utilization"] = f"{config.gpu_memory_share * gpu_share:.3f}"
         if config.quantization != "none":
             arguments["--quantization"] = config.quantization
+    else:
+        arguments["--worker-cls"] = CPU_WORKER
     if gpu_share is None or config.enforce_eager:
         flags.append("--enforce-eager")
     return [*(word for pair in arguments.items() for word in pair), *flags]

@@ -15,6 +15,8 @@ from configs.errors import ModelError
 from configs.schema import LoraConfig, ModelConfig, TrainConfig
 from data.template import NO_LOSS
 
+# On a CPU plain attention is faster up to here (343 against 300 tokens/s on rows of 50 tokens, 386 against 362 at 256, 290 against 325 at 512).
+MAX_PLAIN_ATTENTION_TOKENS = 256
 # Settings with which a model changes its logits after the head; the shortcut below would leave that out.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
 
@@ -28,8 +30,8 @@ def pick_dtype(config: ModelConfig) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def load_base(folder: Path, model: ModelConfig, train: TrainConfig) -> Any:
-    """Load the frozen base, in 4 bit if the config says so, on the worker's one device."""
+def load_base(folder: Path, model: ModelConfig, train: TrainConfig, longest_tokens: int) -> Any:
+    """Load the frozen base, in 4 bit if the config says so, on the worker's one device, for rows of at most `longest_tokens`."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -44,6 +46,8 @@ def load_base(folder: Path, model: ModelConfig, train: TrainConfig) -> Any:
         )
     if torch.cuda.is_available():
         settings["device_map"] = {"": 0}
+    elif not train.packing and longest_tokens <= MAX_PLAIN_ATTENTION_TOKENS:
+        settings["attn_implementation"] = "eager"
     try:
         base, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
         if loaded["missing_keys"]:  # transformers makes them up at random

@@ -64,7 +64,8 @@ def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -
     tokenizer = load_tokenizer(Path(task.model_folder))
     rows = read_rows(Path(task.train_file), tokenizer, task.config.data)
     heldout = read_rows(Path(task.heldout_file), tokenizer, task.config.data)
-    base = load_base(Path(task.model_folder), task.config.model, train)
+    longest_tokens = max(len(row["input_ids"]) for row in rows + heldout)
+    base = load_base(Path(task.model_folder), task.config.model, train, longest_tokens)
     if train.packing and not packs_safely(base):
         raise ModelError(
             "train.packing does not suit this model", "its layers would let packed conversations see each other", "train.packing=false"

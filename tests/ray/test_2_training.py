@@ -7,13 +7,15 @@ import pytest
 from tests.ray.stack import REGISTERED, RUN_ID, Stack, wait_for
 
 pytestmark = pytest.mark.ray
-NUM_STEPS = 24
+# So long that a run is still going on when a command to stop it has started.
+NUM_STEPS = 400
+SETTINGS = (f"train.max_steps={NUM_STEPS}", "train.checkpoint_every_steps=40")
 
 
 @pytest.fixture(scope="module")
 def unbroken(stack: Stack, config):
     """A run that nothing disturbs, with the loss of each step."""
-    version = stack.train(config, f"train.max_steps={NUM_STEPS}")
+    version = stack.train(config, *SETTINGS)
     losses = stack.losses(version.run_id)
     assert sorted(losses) == list(range(1, NUM_STEPS + 1))
     assert losses[NUM_STEPS] < losses[1]
@@ -52,7 +54,7 @@ def test_a_job_registers_a_version_with_its_manifest(stack: Stack, config):
 
 
 def test_a_killed_worker_goes_on_from_its_checkpoint_with_the_same_losses(stack: Stack, config, unbroken):
-    run = stack.begin("train", str(config), f"train.max_steps={NUM_STEPS}")
+    run = stack.begin("train", str(config), *SETTINGS)
     found, _ = read_until(run, RUN_ID)
     history = stack.home / "runs" / found[1]
     wait_for(lambda: len(list(history.glob("checkpoint_*"))) >= 1)
@@ -61,6 +63,25 @@ def test_a_killed_worker_goes_on_from_its_checkpoint_with_the_same_losses(stack:
     text, _ = run.communicate(timeout=300)
     assert run.returncode == 0, text
     assert stack.losses(found[1]) == pytest.approx(unbroken, abs=1e-4)
+
+
+def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_with_the_same_losses(stack: Stack, config, unbroken):
+    command = ["ray", "job", "submit", "--submission-id", "to-stop", "--working-dir", ".", "--", "python", "-m", "train", str(config)]
+    job = stack.begin(*command, f"train.max_steps={NUM_STEPS}", f"train.checkpoint_every_steps={NUM_STEPS}", job=True)
+    found, _ = read_until(job, RUN_ID)
+    run_id = found[1]
+    wait_for(lambda: stack.losses(run_id))
+    assert stack.begin("ray", "job", "stop", "to-stop", job=True).wait(120) == 0
+    job.communicate(timeout=120)
+    assert stack.registry.client.get_run(run_id).info.status == "KILLED"
+    assert len(stack.losses(run_id)) < NUM_STEPS
+    (checkpoint,) = (stack.home / "runs" / run_id).glob("checkpoint_*")
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+    done = stack.run("train", str(config), "--resume", run_id)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert REGISTERED.search(done.stdout)
+    assert stack.registry.client.get_run(run_id).info.status == "FINISHED"
+    assert stack.losses(run_id) == pytest.approx(unbroken, abs=1e-4)
 
 
 def test_a_finished_run_is_not_resumed(stack: Stack, config):

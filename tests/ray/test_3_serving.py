@@ -1,5 +1,7 @@
 """Serving on a real engine: names, aliases, broken adapters, streams, what is closed."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import openai
 import pytest
@@ -47,7 +49,16 @@ def test_versions_answer_with_their_own_weights(stack: Stack, served, tiny_model
 
     scores = {name: score(name) for name in (tiny_model.name, *served)}
     assert len(set(scores.values())) == 3
+    # Both of the engine's slots are taken now, and the base must still be itself.
     assert scores == {name: score(name) for name in scores}
+
+
+def test_a_batch_of_several_adapters_answers_as_each_alone(stack: Stack, served, tiny_model):
+    names = [tiny_model.name, *served] * 4
+    alone = {name: stack.ask(name).json()["choices"][0]["message"]["content"] for name in set(names)}
+    with ThreadPoolExecutor(len(names)) as pool:
+        together = list(pool.map(lambda name: stack.ask(name).json()["choices"][0]["message"]["content"], names))
+    assert together == [alone[name] for name in names]
 
 
 def test_models_lists_base_alias_and_versions(stack: Stack, served, tiny_model):

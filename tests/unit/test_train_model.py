@@ -194,10 +194,17 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_a_base_is_loaded_in_the_format_asked_for_and_packs(precision, dtype, folder):
-    base = load_base(folder, ModelConfig(name=str(folder), precision=precision), TrainConfig())
+    base = load_base(folder, ModelConfig(name=str(folder), precision=precision), TrainConfig(packing=True), 64)
     assert base.dtype == dtype
     assert base.config.use_cache is False
     assert packs_safely(base)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is SDPA always")
+@pytest.mark.parametrize(("longest_tokens", "attention"), [(256, "eager"), (257, "sdpa")])
+def test_short_rows_take_plain_attention_on_a_cpu(longest_tokens, attention, folder):
+    base = load_base(folder, ModelConfig(name=str(folder), precision="fp32"), TrainConfig(), longest_tokens)
+    assert base.config._attn_implementation == attention
 
 
 def cut_weights(folder: Path) -> None:
@@ -237,7 +244,7 @@ BROKEN = {
 def test_a_base_that_cannot_be_read_is_refused(name, folder):
     BROKEN[name](folder)
     with pytest.raises(ModelError, match="cannot load the base model") as refused:
-        load_base(folder, ModelConfig(name=str(folder), precision="fp32"), TrainConfig())
+        load_base(folder, ModelConfig(name=str(folder), precision="fp32"), TrainConfig(), 64)
     assert str(folder) in refused.value.what
 
 
