@@ -19,7 +19,7 @@ def up(machine: Machine = "auto", overrides: Overrides = None) -> None:
     config = load_machine(machine, overrides or [])
     before = read_session()
     with console.status("starting the cluster") as spinner:
-        session = start(config, lambda step: spinner.update(f"{step} ..."))
+        session = start(config, lambda step: spinner.update(f"{step} ..."), named=machine)
     console.print(f"[green]up[/]  {len(session.cards)} cards{' (was up already)' if session == before else ''}")
     console.print(f"    dashboard  {session.dashboard_url}\n    MLflow     {session.mlflow_url}")
     console.print("    token      RAY_AUTH_TOKEN_PATH; for Ray's own commands: source .tandem/env")

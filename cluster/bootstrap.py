@@ -44,9 +44,9 @@ def stamp(lock: Path) -> str:
 
 
 def install(lock: Path) -> None:
-    """Make `.venv` afresh and install the lock into it."""
-    if not (VENV / "bin" / "python").exists():
-        venv.create(VENV, with_pip=True, clear=True)
+    """Make `.venv` afresh, without what an older lock left in it, and install the lock into it."""
+    venv.create(VENV, with_pip=True, clear=True)
+    stamp_file().write_text("unfinished")
     python = str(VENV / "bin" / "python")
     subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", f"uv=={UV_VERSION}"], check=True)
     command = [python, "-m", "uv", "pip", "install", "--no-deps", "--python", python, "-r", str(lock), *torch_source(lock)]
@@ -79,12 +79,18 @@ def main() -> int:
         return EXIT_BAD_INPUT
     if is_done(lock):
         return 0
+    if VENV.is_dir() and any(VENV.iterdir()) and not stamp_file().is_file():
+        print(f"error: {VENV} is there, and not made by make setup\nTry: remove it, or make setup VENV=another", file=sys.stderr)
+        return EXIT_BAD_INPUT
     started_s = time.monotonic()
     print(f"setting up {VENV.name} from {lock.name}", flush=True)
     try:
         install(lock)
-    except subprocess.CalledProcessError as error:
-        print(f"error: set-up failed: {' '.join(error.cmd[:5])} ...\nTry: the network and the disk, then make setup again", file=sys.stderr)
+    except (subprocess.CalledProcessError, OSError) as error:
+        failed = f"{' '.join(error.cmd[:5])} ..." if isinstance(error, subprocess.CalledProcessError) else str(error)
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
+        remedy = f"the network, the disk and, on Debian or Ubuntu, apt install {package}; then make setup again"
+        print(f"error: set-up failed: {failed}\nTry: {remedy}", file=sys.stderr)
         return EXIT_BAD_INPUT
     print(f"set up in {time.monotonic() - started_s:.0f} s", flush=True)
     return 0

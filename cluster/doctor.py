@@ -14,10 +14,10 @@ from typing import Literal
 
 import psutil
 
+from cluster.bootstrap import choose_lock
 from cluster.cards import find_gpus
 from cluster.home import BYTES_PER_GIB, home_folder
 from cluster.session import port_owner, read_session, token_file
-from configs.loader import ROOT
 from configs.schema import Environment, MachineConfig, ServeConfig
 
 MIN_MEMORY_GIB = 8
@@ -74,7 +74,7 @@ def _torch() -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    lock = ROOT / ("lock-gpu.txt" if find_gpus() else "lock-cpu.txt")
+    lock = choose_lock()
     wrong, count = [], 0
     for line in lock.read_text().splitlines():
         if not (match := LOCKED.match(line)):

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,18 @@ class Version:
         return f"{self.chatbot}:{self.number}"
 
 
+@contextmanager
+def mlflow_errors(url: str) -> Iterator[None]:
+    """Turn whatever MLflow and its HTTP client raise into an error with a remedy."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    try:
+        yield
+    except (MlflowException, RequestException) as error:
+        raise RegistryError(f"the registry at {url} does not answer as it should", str(error)[:500], "python -m cluster status") from error
+
+
 class Registry:
     """The registry behind one MLflow server; every method raises RegistryError with a remedy."""
 
@@ -91,18 +104,19 @@ class Registry:
             for name in ADAPTER_FILES:
                 (draft / name).write_bytes((adapter / name).read_bytes())
             (draft / MANIFEST_FILE).write_text(json.dumps(asdict(manifest), indent=2))
-            self.client.log_artifacts(manifest.run_id, str(draft), "adapter")
-        try:
-            self.client.create_registered_model(manifest.chatbot)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
+            with mlflow_errors(self.url):
+                self.client.log_artifacts(manifest.run_id, str(draft), "adapter")
         tags = {
             key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(manifest).items() if key != "system_prompt"
         }
         source = f"runs:/{manifest.run_id}/adapter"
-        made = self.client.create_model_version(manifest.chatbot, source, run_id=manifest.run_id, tags=tags)
-        return _version(made)
+        with mlflow_errors(self.url):
+            try:
+                self.client.create_registered_model(manifest.chatbot)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            return _version(self.client.create_model_version(manifest.chatbot, source, run_id=manifest.run_id, tags=tags))
 
     def versions(self) -> list[Version]:
         """Return every version of every chatbot, with the aliases that name it; one request."""
@@ -138,9 +152,10 @@ class Registry:
         live = [entry for entry in versions if entry.chatbot == wanted.chatbot and LIVE in entry.aliases]
         if live and live[0].number == wanted.number:
             return wanted
-        if live:
-            self.client.set_registered_model_alias(wanted.chatbot, PREVIOUS, str(live[0].number))
-        self.client.set_registered_model_alias(wanted.chatbot, LIVE, str(wanted.number))
+        with mlflow_errors(self.url):
+            if live:
+                self.client.set_registered_model_alias(wanted.chatbot, PREVIOUS, str(live[0].number))
+            self.client.set_registered_model_alias(wanted.chatbot, LIVE, str(wanted.number))
         return wanted
 
     def rollback(self, chatbot: str) -> Version:
@@ -158,7 +173,7 @@ class Registry:
         if not target.is_dir():
             from mlflow.artifacts import download_artifacts
 
-            with new_folder(target) as draft:
+            with mlflow_errors(self.url), new_folder(target) as draft:
                 download_artifacts(artifact_uri=f"runs:/{version.run_id}/adapter", dst_path=str(draft), tracking_uri=self.url)
                 for file in (draft / "adapter").iterdir():
                     file.rename(draft / file.name)
@@ -167,18 +182,14 @@ class Registry:
 
     def _pages(self, search: Any) -> list[Any]:
         """Collect all pages of a search."""
-        from mlflow.exceptions import MlflowException
-
         found, token = [], None
-        while True:
-            try:
+        with mlflow_errors(self.url):
+            while True:
                 page = search(max_results=1000, page_token=token)
-            except MlflowException as error:
-                raise RegistryError(f"the registry at {self.url} does not answer", str(error)[:500], "python -m cluster status") from error
-            found += list(page)
-            token = page.token
-            if not token:
-                return found
+                found += list(page)
+                token = page.token
+                if not token:
+                    return found
 
 
 def _version(entry: Any) -> Version:

@@ -14,22 +14,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 
 from cluster.cards import Card, find_cards
 from cluster.home import BYTES_PER_GIB, home_folder, log_folder, require_disk, write_text
-from configs.errors import ClusterError
+from configs.errors import ClusterError, last_lines
 from configs.loader import ROOT
 from configs.schema import Environment, MachineConfig
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 5
-LAST_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,32 @@ class Process:
             return None
         return process if alive else None
 
+    def family(self) -> list[psutil.Process]:
+        """Return the process and all its children; where it was killed, what it left behind."""
+        if root := self.running():
+            return [*root.children(recursive=True), root]
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE:
+                return []  # another process has its number
+        left = [process for process in psutil.process_iter() if process.pid != self.pid and _session_id(process) == self.pid]
+        # The kernel gives a number to nobody while its session has members, so one of ours proves the rest, which may have
+        # written their title over their environment. Without one the number was another's meanwhile, say before a restart.
+        return left if any(_is_ours(process, self.started_s) for process in left) else []
+
+
+def _session_id(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
+def _is_ours(process: psutil.Process, started_s: float) -> bool:
+    try:
+        return process.create_time() > started_s - 1 and process.environ().get("TANDEM_HOME") == str(home_folder())
+    except psutil.Error:
+        return False
+
 
 @dataclass(frozen=True)
 class Session:
@@ -59,6 +85,10 @@ class Session:
     ray_address: str
     dashboard_url: str
     mlflow_url: str
+    machine: dict[str, Any] = field(default_factory=dict)
+    """The settings that it was started with."""
+    ready: bool = True
+    """False until all of it answers; an `up` that is killed leaves it so."""
 
     def environment(self) -> dict[str, str]:
         """Return what a process needs in its environment to belong to this session."""
@@ -103,52 +133,63 @@ def require_session() -> Session:
     """Return the running session.
 
     Raises:
-        ClusterError: The cluster is not up, or part of it died.
+        ClusterError: The cluster is not up, not yet or not whole.
     """
     session = read_session()
     if session is None:
         raise ClusterError("the cluster is not up", f"no session in {home_folder()}", "python -m cluster up")
+    if not session.ready:
+        why = f"`up` is still at work, or was ended before all of it answered; see {log_folder()}"
+        raise ClusterError("the cluster is not ready", why, "python -m cluster up")
     if missing := session.missing():
         raise ClusterError(f"the cluster is not whole: {', '.join(missing)} ended", f"see {log_folder()}", "python -m cluster up")
     return session
 
 
-def start(machine: MachineConfig, say: Callable[[str], None]) -> Session:
+def start(machine: MachineConfig, say: Callable[[str], None], named: str | None = None) -> Session:
     """Start what is not running yet, and return when all of it answers; idempotent.
 
+    Args:
+        machine: The cards, and where to listen.
+        say: Told of each step, in words.
+        named: How the user named the machine; without it a cluster that is up will do, whatever its settings.
+
     Raises:
-        ClusterError: No room, a port is taken, or a process did not come up; what this call started is ended again.
+        ClusterError: No room, a port is taken, a process did not come up, or a cluster with other settings is up.
     """
     with _lock():
         old = read_session()
-        if old and not old.missing():
+        if old and old.ready and not old.missing():
+            if named:
+                _require_same(old, machine)
             return old
         if old:
             # A cluster without its head, or a card without its head, is of no use: begin afresh.
-            say(f"{', '.join(old.missing())} ended since the last `up`; starting again")
+            missing = ", ".join(old.missing())
+            say(f"{missing} ended since the last `up`; starting again" if missing else "the last `up` did not finish; starting again")
             end(old)
         require_disk(machine.min_disk_free_gib)
-        _require_free_ports(machine)
+        _require_free_ports(machine, named or "auto")
         if not token_file().is_file():
             write_text(token_file(), secrets.token_hex(32), mode=0o600)
         cards = find_cards(machine)
         session = _plan(machine, cards)
-        started: list[Process] = []
         try:
             for name, command, extra in _commands(machine, cards, session):
                 say(f"starting {name}")
-                started.append(_spawn(name, command, {**session.environment(), **_stack_environment(machine), **extra}))
+                process = _spawn(name, command, {**session.environment(), **_stack_environment(machine), **extra})
+                session = replace(session, processes=(*session.processes, process))
+                _keep(session)  # at once: an `up` that is killed leaves what the next `up` or `down` ends
                 if name == cards[0].name:
-                    _wait(started, lambda: _answers(f"{session.dashboard_url}/api/version"), "Ray's dashboard")
-            _wait(started, lambda: _num_nodes(session) == len(cards), "a raylet for each card")
-            _wait(started, lambda: _answers(f"{session.mlflow_url}/health"), "MLflow")
+                    _wait(session, lambda up: answers(f"{up.dashboard_url}/api/version"), "Ray's dashboard")
+            _wait(session, lambda up: _num_alive(up) == len(up.cards), "a raylet for each card")
+            _wait(session, lambda up: answers(f"{up.mlflow_url}/health"), "MLflow")
+            _write_exports(session)
+            session = replace(session, ready=True)
+            _keep(session)
         except BaseException:
-            end(Session(tuple(started), (), "", "", ""))
+            end(session)
             raise
-        session = Session(tuple(started), session.cards, session.ray_address, session.dashboard_url, session.mlflow_url)
-        write_text(home_folder() / "cluster.json", json.dumps(asdict(session), indent=2), mode=0o600)
-        exports = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in session.environment().items() if key != "PATH")
-        write_text(home_folder() / "env", exports + f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"\n', mode=0o600)
         return session
 
 
@@ -161,10 +202,7 @@ def stop() -> int:
 
 def end(session: Session) -> int:
     """End the processes of a session and all their children, and forget the session."""
-    family: list[psutil.Process] = []
-    for process in session.processes:
-        if root := process.running():
-            family += [*root.children(recursive=True), root]
+    family = [member for process in session.processes for member in process.family()]
     for member in reversed(family):
         _signal(member, psutil.Process.terminate)
     _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
@@ -173,6 +211,30 @@ def end(session: Session) -> int:
     psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
     (home_folder() / "cluster.json").unlink(missing_ok=True)
     return len(family)
+
+
+def _keep(session: Session) -> None:
+    write_text(home_folder() / "cluster.json", json.dumps(asdict(session), indent=2), mode=0o600)
+
+
+def _write_exports(session: Session) -> None:
+    """Write what Ray's own commands need in a shell."""
+    # Not MLflow's address: the next `up` in that shell would take it for another server that the user chose.
+    left_out = ("PATH", "MLFLOW_TRACKING_URI")
+    exports = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in session.environment().items() if key not in left_out)
+    write_text(home_folder() / "env", exports + f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"\n', mode=0o600)
+
+
+def _require_same(session: Session, machine: MachineConfig) -> None:
+    """Refuse settings that a running cluster does not have, instead of ignoring them."""
+    wanted = machine.model_dump(mode="json")
+    differ = [
+        f"  {key}={session.machine[key]} runs, {value} is asked for"
+        for key, value in wanted.items()
+        if session.machine.get(key, value) != value
+    ]
+    if differ:
+        raise ClusterError("the cluster is up with other settings", "\n".join(differ), "python -m cluster down")
 
 
 def _signal(process: psutil.Process, send: Callable[[psutil.Process], None]) -> None:
@@ -203,6 +265,8 @@ def _plan(machine: MachineConfig, cards: list[Card]) -> Session:
         ray_address=f"{machine.listen_host}:{machine.ray_port}",
         dashboard_url=f"http://{machine.listen_host}:{machine.dashboard_port}",
         mlflow_url=mlflow_url,
+        machine=machine.model_dump(mode="json"),
+        ready=False,
     )
 
 
@@ -218,7 +282,8 @@ def _commands(machine: MachineConfig, cards: list[Card], session: Session) -> It
     head += ["--dashboard-port", str(machine.dashboard_port), "--temp-dir", str(ray_folder())]
     for number, card in enumerate(cards):
         role = head if number == 0 else ["--address", session.ray_address]
-        extra = {"CUDA_VISIBLE_DEVICES": card.gpu.index if card.gpu else ""}
+        # nvidia-smi counts by bus, CUDA by speed unless told: with two kinds of GPU the cards would swap.
+        extra = {"CUDA_VISIBLE_DEVICES": card.gpu.index if card.gpu else "", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         yield card.name, [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role, *_raylet_arguments(machine, card)], extra
 
 
@@ -234,6 +299,7 @@ def _raylet_arguments(machine: MachineConfig, card: Card) -> list[str]:
         "--object-store-memory", str(int(machine.object_store_gib * BYTES_PER_GIB)),
         "--dashboard-agent-listen-port", str(_free_port()),
         "--ray-client-server-port", str(_free_port()),
+        "--include-log-monitor", "false",  # it sends workers' logs to drivers, and ours want none (log_to_driver=False)
         "--disable-usage-stats",
     ]  # fmt: skip
 
@@ -254,11 +320,27 @@ def _stack_environment(machine: MachineConfig) -> dict[str, str]:
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
         "RAY_prestart_worker_first_driver": "0",
+        **_idle_environment(),
         "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+    }
+
+
+def _idle_environment() -> dict[str, str]:
+    """Return what lets a cluster without work leave the cores alone: Ray's defaults are meant for large machines that are busy."""
+    return {
+        # Serve's controller looks for what is to be done; replicas answer without it. At 0.1 s it takes 3 % of a core.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        # Each card's agent reads CPU, memory and GPU of every process, and the dashboard its own, for its pages and Prometheus.
+        "REPORTER_UPDATE_INTERVAL_MS": "15000",
+        "METRICS_RECORD_INTERVAL_S": "30",
+        # Every process sends its counters to its card's agent, which keeps them for Prometheus.
+        "RAY_metrics_report_interval_ms": "30000",
+        # Agents look whether their raylet lives: five times in vain, and they end. `down` does not wait for that.
+        "RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S": "1",
     }
 
 
@@ -273,20 +355,19 @@ def _spawn(name: str, command: list[str], extra: Mapping[str, str]) -> Process:
     return Process(name, child.pid, psutil.Process(child.pid).create_time())
 
 
-def _wait(started: list[Process], ready: Callable[[], bool], what: str) -> None:
+def _wait(session: Session, ready: Callable[[Session], bool], what: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not ready():
-        dead = [process.name for process in started if not process.running()]
+    while not ready(session):
+        dead = session.missing()
         if dead or time.monotonic() > deadline:
-            name = dead[0] if dead else started[-1].name
+            name = dead[0] if dead else session.processes[-1].name
             problem = f"{name} ended while starting" if dead else f"{what} did not answer within {START_TIMEOUT_S} s"
             log = log_folder() / f"{name}.log"
-            lines = "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-LAST_LINES:])
-            raise ClusterError(problem, f"last lines of {log}:\n{lines}", "python -m cluster doctor")
+            raise ClusterError(problem, f"last lines of {log}:\n{last_lines(log.read_text(errors='replace'))}", "python -m cluster doctor")
         time.sleep(0.2)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     """Whether a service answers at all; one that asks for a token (401) is up."""
     try:
         return httpx.get(url, timeout=5, trust_env=False).status_code in (200, 401)
@@ -294,13 +375,22 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _num_nodes(session: Session) -> int:
+def read_raylets(client: httpx.Client) -> list[dict[str, Any]]:
+    """Ask the dashboard for all raylets, with their labels and state; dead ones too."""
+    return [node["raylet"] for node in client.get("/nodes", params={"view": "summary"}).json()["data"]["summary"]]
+
+
+def is_alive(raylet: Mapping[str, Any]) -> bool:
+    """Whether the dashboard takes a raylet for alive; one that it does not list is not."""
+    return raylet.get("state") == "ALIVE"
+
+
+def _num_alive(session: Session) -> int:
     try:
         with session.dashboard(timeout_s=5) as client:
-            summary = client.get("/nodes", params={"view": "summary"}).json()["data"]["summary"]
+            return sum(map(is_alive, read_raylets(client)))
     except (httpx.HTTPError, KeyError, ValueError):
         return 0
-    return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
 
 
 def port_owner(host: str, port: int) -> str | None:
@@ -322,7 +412,7 @@ def port_owner(host: str, port: int) -> str | None:
     return "another process"
 
 
-def _require_free_ports(machine: MachineConfig) -> None:
+def _require_free_ports(machine: MachineConfig, named: str = "auto") -> None:
     ports = {"ray_port": machine.ray_port, "dashboard_port": machine.dashboard_port}
     if not Environment().mlflow_tracking_uri:
         ports["mlflow_port"] = machine.mlflow_port
@@ -330,9 +420,8 @@ def _require_free_ports(machine: MachineConfig) -> None:
     if taken:
         problems = "\n".join(f"  port {port} ({name}) is held by {owner}" for name, (port, owner) in taken.items())
         name, (port, _) = next(iter(taken.items()))
-        raise ClusterError(
-            "a port is taken", problems, f"end that process, or choose another port: python -m cluster up auto {name}={port + 1}"
-        )
+        again = f"python -m cluster up {shlex.quote(named)} {name}={port + 1}"
+        raise ClusterError("a port is taken", problems, f"end that process, or choose another port: {again}")
 
 
 def _free_port() -> int:

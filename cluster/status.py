@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 from rich.table import Table
 
-from cluster.session import Session
+from cluster.session import Session, answers, is_alive, read_raylets
 from configs.errors import ClusterError
 
 NUM_JOBS = 8
@@ -23,20 +23,19 @@ def read_status(session: Session) -> list[Table]:
     """
     try:
         with session.dashboard() as client:
-            nodes = client.get("/nodes", params={"view": "summary"}).json()["data"]["summary"]
+            raylets = read_raylets(client)
             served = client.get("/api/serve/applications/").json().get("applications", {})
             jobs = client.get("/api/jobs/").json()
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise ClusterError("the dashboard does not answer", str(error), "python -m cluster down, then python -m cluster up") from None
-    return [_cards(session, nodes), _services(session, served), _jobs(jobs)]
+    return [_cards(session, raylets), _services(session, served), _jobs(jobs)]
 
 
-def _cards(session: Session, nodes: list[dict[str, Any]]) -> Table:
+def _cards(session: Session, raylets: list[dict[str, Any]]) -> Table:
     table = Table("card", "pool", "accelerator", "memory", "state", title="cards", title_justify="left", box=None, pad_edge=False)
-    states = {node["raylet"].get("labels", {}).get("card"): node["raylet"] for node in nodes}
+    alive = {raylet.get("labels", {}).get("card") for raylet in raylets if is_alive(raylet)}
     for card in session.cards:
-        raylet = states.get(card["card"], {})
-        state = "up" if raylet.get("state", "ALIVE") == "ALIVE" else "[red]gone[/]"
+        state = "up" if card["card"] in alive else "[red]gone[/]"
         table.add_row(card["card"], card["pool"], card["accelerator"], f"{card['memory-gib']} GiB", state)
     return table
 
@@ -44,7 +43,7 @@ def _cards(session: Session, nodes: list[dict[str, Any]]) -> Table:
 def _services(session: Session, served: dict[str, Any]) -> Table:
     table = Table("service", "address", "state", title="\nservices", title_justify="left", box=None, pad_edge=False)
     table.add_row("dashboard", session.dashboard_url, "up")
-    table.add_row("MLflow", session.mlflow_url, "up" if _answers(f"{session.mlflow_url}/health") else "[red]does not answer[/]")
+    table.add_row("MLflow", session.mlflow_url, "up" if answers(f"{session.mlflow_url}/health") else "[red]does not answer[/]")
     for application in served.values():
         table.add_row("chat", _address(application), application["status"].lower())
     if not served:
@@ -56,13 +55,6 @@ def _address(application: dict[str, Any]) -> str:
     arguments = (application.get("deployed_app_config") or {}).get("args", {})
     serve = arguments.get("config", {}).get("serve", {})
     return f"http://{serve.get('host')}:{serve.get('port')}/v1" if serve else ""
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5, trust_env=False).is_success
-    except httpx.HTTPError:
-        return False
 
 
 def _jobs(jobs: list[dict[str, Any]]) -> Table:

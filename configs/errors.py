@@ -56,3 +56,9 @@ class RegistryError(TandemError):
 
 class RunError(TandemError):
     """A training run that failed or cannot be resumed."""
+
+
+def last_lines(text: str, count: int = 12) -> str:
+    """Return the last lines of a log or traceback, without the empty ones, indented for an error's `why`."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return "\n".join(f"  {line}" for line in lines[-count:])

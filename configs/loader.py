@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -121,11 +121,13 @@ def _build(node: yaml.Node, path: Dotted, source: Source, within: tuple[yaml.Nod
 def _validate(model: type[T], source: Source, overrides: Sequence[str]) -> T:
     for override in overrides:
         _apply_override(source, override)
-    mistakes = list(source.mistakes)
+    bools = dict(_bools_for_numbers(model, source))
+    mistakes = [*source.mistakes, *bools.values()]
     try:
         config = model.model_validate(source.values)
     except ValidationError as error:
-        mistakes += [line for detail in _deepest(error.errors()) for line in _explain(model, source, detail)]
+        details = [detail for detail in _deepest(error.errors()) if _path(detail) not in bools]
+        mistakes += [line for detail in details for line in _explain(model, source, detail)]
     if mistakes:
         count = "one mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         remedy = "`python -m configs schema` lists every setting" if model is ChatbotConfig else "see configs/machines/auto.yaml"
@@ -198,6 +200,19 @@ def _explain(model: type[BaseModel], source: Source, detail: ErrorDetails) -> li
     setting = dict(setting_paths(model)).get(dotted)
     about = f". {setting.description}" if setting and setting.description else ""
     return [f"{place}: {dotted}: {message}, not {detail['input']!r}{about}"]
+
+
+def _bools_for_numbers(model: type[BaseModel], source: Source) -> Iterator[tuple[Dotted, str]]:
+    """Yield path and mistake of each `true` where a number belongs, which Python would take for 1."""
+    for dotted, info in setting_paths(model):
+        path: Dotted = tuple(dotted.split("."))
+        value: Any = source.values
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        kinds = get_args(info.annotation) or (info.annotation,)
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            about = f". {info.description}" if info.description else ""
+            yield path, f"{source.place(path)}: {dotted}: a number is wanted, not {value}{about}"
 
 
 def _is_union_tag(part: str | int) -> bool:

@@ -3,11 +3,13 @@
 A chatbot is one `ChatbotConfig`, a machine one `MachineConfig`, secrets and places one `Environment`.
 """
 
+import os
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
 Port = Annotated[int, Field(ge=1024, le=65535)]
@@ -122,6 +124,8 @@ class TrainConfig(Settings):
     """Decay of the adapter's weights."""
     max_grad_norm: float = Field(1.0, gt=0.0)
     """Gradients are clipped to this norm."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of each target spread over the whole vocabulary; helps a small data set generalise."""
     seed: int = Field(0, ge=0)
     """Seed of the adapter's start and of the order of rows."""
     eval_every_steps: int | None = Field(None, ge=1)
@@ -138,6 +142,14 @@ class TrainConfig(Settings):
     """Train cards used at once, each with its share of the batch."""
     max_failures: int = Field(2, ge=0)
     """Restarts from the last checkpoint after a worker died."""
+
+    @model_validator(mode="after")
+    def _stops_by_measure(self) -> Self:
+        if self.early_stopping_patience and not self.eval_every_steps:
+            raise ValueError(
+                f"train.early_stopping_patience={self.early_stopping_patience} counts evaluations; set train.eval_every_steps too"
+            )
+        return self
 
 
 class ServeConfig(Settings):
@@ -169,10 +181,24 @@ class ServeConfig(Settings):
     """Largest request body."""
 
     @model_validator(mode="after")
+    def _listens_at_home(self) -> Self:
+        """Refuse an address that others can reach: there are no keys yet."""
+        if self.host != "localhost" and not _is_loopback(self.host):
+            raise ValueError(f"serve.host={self.host}: there are no API keys yet, so the endpoint listens on 127.0.0.1 only")
+        return self
+
+    @model_validator(mode="after")
     def _adapters_fit(self) -> Self:
         if self.max_cpu_loras < self.max_loras:
             raise ValueError(f"serve.max_cpu_loras={self.max_cpu_loras} must be at least serve.max_loras={self.max_loras}")
         return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class ChatbotConfig(Settings):
@@ -261,7 +287,20 @@ class MachineConfig(Settings):
 class Environment(BaseSettings):
     """Secrets and places, from the environment or from `.env`."""
 
-    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True, use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read `.env` of the checkout, whose copy in a Ray job has none: secrets are not uploaded."""
+        checkout = Path(os.environ.get("TANDEM_CHECKOUT", "."))
+        return init_settings, env_settings, DotEnvSettingsSource(settings_cls, env_file=checkout / ".env", env_ignore_empty=True)
 
     huggingface_token: SecretStr | None = None
     """Token for gated models of the Hugging Face hub."""

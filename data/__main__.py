@@ -5,14 +5,13 @@ from typing import Annotated
 
 import typer
 
-from configs.cli import console, make_app, run_app
+from configs.cli import Overrides, console, make_app, run_app
 from configs.loader import load_chatbot
 from data.prepare import Prepared, check_source, prepare
 from data.show import prepared_table, show_rows
 from data.synthesize import Options, synthesize
 
 app = make_app("Check conversations, look at them as the model sees them, and make more.")
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted path.")]
 
 
 @app.command("prepare")

@@ -59,6 +59,19 @@ class Prepared:
         """Conversations to measure on."""
         return self.folder / "heldout.jsonl"
 
+    @property
+    def left_out(self) -> str:
+        """Say how many rows were left out or cut, and why; empty where none was."""
+        counts = {
+            "too long and dropped": self.num_dropped_too_long,
+            "too long and cut": self.num_cut,
+            "duplicates": self.num_duplicates,
+            "held out too": self.num_leaks,
+            "bad": self.num_bad,
+        }
+        found = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
+        return f"; of the source: {found}" if found else ""
+
     def to_json(self) -> str:
         """Write the report; the folder is where the report lies."""
         return json.dumps({name: value for name, value in asdict(self).items() if name not in ("folder", "from_cache")}, indent=2) + "\n"

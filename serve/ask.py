@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI, BadRequestError, OpenAI, OpenAIError
 
+from configs.errors import RunError
 from data.conversations import Conversation, answer_is_right, question
 
-NUM_AT_ONCE = 16
+NUM_AT_ONCE = 32
 TIMEOUT_S = 300
 
 
@@ -29,7 +30,13 @@ class Answer:
 def ask_all(
     endpoint: str, model: str, conversations: Sequence[Conversation], max_tokens: int, advance: Callable[[], None] = lambda: None
 ) -> list[Answer]:
-    """Ask `model` every question greedily, many at once; answers in the order of the questions."""
+    """Ask `model` every question greedily, many at once; answers in the order of the questions.
+
+    A question that the endpoint refuses (too long for it, say) is a wrong answer, with the reason as its text.
+
+    Raises:
+        RunError: The endpoint does not answer.
+    """
 
     async def ask_each() -> list[Answer]:
         gate = asyncio.Semaphore(NUM_AT_ONCE)
@@ -37,20 +44,26 @@ def ask_all(
 
             async def ask(conversation: Conversation) -> Answer:
                 async with gate:
-                    messages = question(conversation)
-                    reply = await client.chat.completions.create(
-                        model=model,
-                        messages=messages,  # type: ignore[arg-type]
-                        max_tokens=max_tokens,
-                        temperature=0,
-                    )
-                advance()
+                    try:
+                        reply = await client.chat.completions.create(
+                            model=model,
+                            messages=question(conversation),  # type: ignore[arg-type]
+                            max_tokens=max_tokens,
+                            temperature=0,
+                        )
+                    except BadRequestError as refused:
+                        return Answer(conversation, f"({refused.message})", right=False)
+                    finally:
+                        advance()
                 text = reply.choices[0].message.content or ""
                 return Answer(conversation, text, answer_is_right(text, conversation.keys))
 
             return await asyncio.gather(*(ask(conversation) for conversation in conversations))
 
-    return asyncio.run(ask_each())
+    try:
+        return asyncio.run(ask_each())
+    except OpenAIError as error:
+        raise _unanswered(endpoint, error) from error
 
 
 def accuracy(answers: Sequence[Answer]) -> float:
@@ -60,18 +73,27 @@ def accuracy(answers: Sequence[Answer]) -> float:
 
 
 def first_token_s(endpoint: str, model: str, conversation: Conversation) -> float:
-    """Ask one question, streamed; return the time of day at which the first token came."""
-    client = OpenAI(base_url=endpoint, api_key="none", timeout=TIMEOUT_S)
-    messages = question(conversation)
-    stream: Any = client.chat.completions.create(
-        model=model,
-        messages=messages,  # type: ignore[arg-type]
-        max_tokens=16,
-        temperature=0,
-        stream=True,
-    )
-    arrived_s = 0.0
-    for chunk in stream:
-        if not arrived_s and chunk.choices and chunk.choices[0].delta.content:
-            arrived_s = time.time()
+    """Ask one question, streamed; return the time of day at which the first token came.
+
+    Raises:
+        RunError: The endpoint does not answer.
+    """
+    try:
+        stream: Any = OpenAI(base_url=endpoint, api_key="none", timeout=TIMEOUT_S).chat.completions.create(
+            model=model,
+            messages=question(conversation),  # type: ignore[arg-type]
+            max_tokens=16,
+            temperature=0,
+            stream=True,
+        )
+        arrived_s = 0.0
+        for chunk in stream:
+            if not arrived_s and chunk.choices and chunk.choices[0].delta.content:
+                arrived_s = time.time()
+    except OpenAIError as error:
+        raise _unanswered(endpoint, error) from error
     return arrived_s or time.time()
+
+
+def _unanswered(endpoint: str, error: OpenAIError) -> RunError:
+    return RunError(f"no answer from {endpoint}", str(error), "python -m serve status")

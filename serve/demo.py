@@ -9,8 +9,10 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,19 +23,21 @@ from cluster.models import check_model, ensure_model
 from cluster.registry import Registry, Version
 from cluster.session import Session, start
 from configs.cli import console
-from configs.errors import RunError
+from configs.errors import RunError, last_lines
 from configs.loader import ROOT, load_machine
 from configs.schema import ChatbotConfig
 from data.conversations import Conversation, question, read_prepared
 from data.prepare import Prepared, check_source, prepare
 from serve.ask import Answer, accuracy, ask_all, first_token_s
-from serve.deploy import deploy, endpoint, served_base_name, wait_until_running
+from serve.deploy import deploy, endpoint, is_running, served_base_name, wait_until_running
 
 MAX_ANSWER_TOKENS = 48
 NUM_SHOWN = 5
 PROGRESS_LINE = re.compile(r"step (\d+)/(\d+)")
 REGISTERED_LINE = re.compile(r"registered as ([a-z0-9._-]+:\d+)")
+JOB_ID = re.compile(r"raysubmit_\w+")
 LAST_LINES = 15
+LOOK_AT_ENGINE_S = 10
 
 
 @dataclass
@@ -68,29 +72,30 @@ def bar(text: str, total: int | None = None) -> Iterator[Callable[..., None]]:
 
 def tell(config: ChatbotConfig, config_file: str, overrides: list[str]) -> dict[str, Any]:
     """Run the whole job once and return its figures, which are also written to `demo.json` in the home folder."""
-    story = Story()
+    story, started_s = Story(), time.monotonic()
     check_source(config.data)
     check_model(config.model)
     with story.stage("cluster", "Start the cluster: two cards, MLflow and the dashboard"):
-        with bar("starting") as update:
+        # The small model is converted once, half a minute that a second core has now.
+        with bar("starting") as update, ThreadPoolExecutor(1) as pool:
+            model_folder = pool.submit(ensure_model, config.model)
             session = start(load_machine(), lambda step: update(text=step))
         for card in session.cards:
             what = "answers questions" if card["pool"] == "serve" else "trains"
             console.print(f"   {card['card']} ({card['accelerator']}, {card['memory-gib']} GiB) [bold]{what}[/]")
         console.print(f"   MLflow {session.mlflow_url} · dashboard {session.dashboard_url} (token in {home_folder() / 'ray_token'})")
     with story.stage("data", f"Prepare the data: {config.data.source}"):
-        data = _prepare(config)
-    with story.stage("engine", f"Wake the serve card: {config.model.name} on one vLLM engine, before any training"):
+        data = _prepare(config, model_folder)
+    with story.stage(
+        "train", f"The serve card loads {config.model.name} on a vLLM engine, while the train card fine-tunes it, as a Ray job"
+    ):
         address = deploy(config, session, lambda _: None, wait=False)
-        with bar("loading the engine") as update, session.dashboard() as client:
-            wait_until_running(client, lambda words: update(text=words))
-        console.print(f"   {served_base_name(config.model.name)} answers at {address}")
-    with story.stage("train", "Fine-tune on the train card, as a Ray job"):
-        version = _train(session, config_file, overrides)
+        version = _train(session, config, config_file, overrides)
     heldout = read_prepared(data.heldout_file)
-    first_s = first_token_s(address, version.name, heldout[0])
-    waited_s = first_s - float(version.tags["finished_s"])
-    with story.stage("register", "The adapter is in the registry"):
+    with story.stage("register", "The adapter is in the registry, and its first token comes from the engine that is up"):
+        with bar("loading the engine") as update:
+            wait_until_running(session, lambda words: update(text=words))
+        waited_s = first_token_s(address, version.name, heldout[0]) - float(version.tags["finished_s"])
         _show_version(version, session)
     with story.stage("ask", "Ask base and adapter the same held-out questions, on the same engine"):
         base_answers, adapter_answers = _ask_both(config, version, heldout)
@@ -107,47 +112,90 @@ def tell(config: ChatbotConfig, config_file: str, overrides: list[str]) -> dict[
         "train_tokens_per_s": round(json.loads(version.tags["scores"])["tokens_per_s"], 1),
         "finished_to_first_token_s": round(waited_s, 2),
         "stages_s": story.stages_s,
+        "total_s": round(time.monotonic() - started_s, 1),
     }
     write_text(home_folder() / "demo.json", json.dumps(figures, indent=2) + "\n")
     _summarise(figures, config, session, heldout)
     return figures
 
 
-def _prepare(config: ChatbotConfig) -> Prepared:
+def _prepare(config: ChatbotConfig, model_folder: "Future[Path]") -> Prepared:
     with bar("base model and tokens"):
-        data = prepare(config, ensure_model(config.model))
-    console.print(f"   {data.num_train} conversations to train on, {data.num_heldout} held out: wordings that training never sees")
+        data = prepare(config, model_folder.result())
+    console.print(
+        f"   {data.num_train} conversations to train on, {data.num_heldout} held out: wordings that training never sees{data.left_out}"
+    )
     console.print(f"   {data.num_train_tokens:,} tokens, {data.num_loss_tokens:,} of them the assistant's; fingerprint {data.fingerprint}")
     return data
 
 
-def _train(session: Session, config_file: str, overrides: list[str]) -> Version:
+def _train(session: Session, config: ChatbotConfig, config_file: str, overrides: list[str]) -> Version:
     """Submit the job as a user would and follow its log to the registered version."""
-    command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "train", config_file, *overrides]
+    words = [_reachable(config_file), *overrides, *_absolute_paths(config)]
+    command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "train", *words]
     console.print(f"   [dim]$ {' '.join(command)}[/]")
     environment = {**os.environ, **session.environment(), "PYTHONUNBUFFERED": "1"}
-    job = subprocess.Popen(
+    with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    ) as job:
+        lines: list[str] = []
+        try:
+            with bar("sending the job") as update:
+                found = _follow(job, lines, update, session)
+        except BaseException:
+            _stop(lines, environment)
+            job.terminate()
+            raise
+        if found:
+            # The adapter can be asked for now; the job's own end is not waited for.
+            job.terminate()
+            return Registry(session.mlflow_url).find(found)
+    why = f"last lines of its log:\n{last_lines(os.linesep.join(lines), LAST_LINES)}"
+    raise RunError("the training job failed", why, "mend what they name, then make demo again")
+
+
+def _follow(job: "subprocess.Popen[str]", lines: list[str], update: Callable[..., None], session: Session) -> str | None:
+    """Show progress until the job registers a version or ends; return the version's name."""
     assert job.stdout
-    lines: list[str] = []
-    with bar("sending the job") as update:
-        for line in job.stdout:
-            lines.append(line.rstrip())
-            if step := PROGRESS_LINE.search(line):
-                note = line.partition("·")[2].strip()
-                update(completed=int(step[1]), total=int(step[2]), note=note, text=f"step {step[1]}/{step[2]}")
-                if not console.is_terminal:
-                    console.print(f"   {line.strip()}")
-            elif line.startswith("train"):
-                console.print(f"   [dim]{line.strip()}[/]")
-                update(text=line.removeprefix("train").strip())
-            elif found := REGISTERED_LINE.search(line):
-                # The adapter can be asked for now; the job's own end is not waited for.
-                return Registry(session.mlflow_url).find(found[1])
+    looked_s = time.monotonic()
+    for line in job.stdout:
+        lines.append(line.rstrip())
+        if step := PROGRESS_LINE.search(line):
+            note = line.partition("·")[2].strip()
+            update(completed=int(step[1]), total=int(step[2]), note=note, text=f"step {step[1]}/{step[2]}")
+            if not console.is_terminal:
+                console.print(f"   {line.strip()}")
+        elif line.startswith("train"):
+            console.print(f"   [dim]{line.strip()}[/]")
+            update(text=line.removeprefix("train").strip())
+        elif found := REGISTERED_LINE.search(line):
+            return found[1]
+        if time.monotonic() - looked_s > LOOK_AT_ENGINE_S:
+            is_running(session)  # an engine that cannot start is told now, not after hours of training
+            looked_s = time.monotonic()
     job.wait()
-    tail = "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
-    raise RunError("the training job failed", f"last lines of its log:\n{tail}", "mend what they name, then make demo again")
+    return None
+
+
+def _stop(lines: list[str], environment: dict[str, str]) -> None:
+    """End the job that was submitted, so that it does not go on holding the card unseen."""
+    if job := next((found[0] for line in lines if (found := JOB_ID.search(line))), None):
+        console.print(f"   stopping {job}")
+        subprocess.run(["ray", "job", "stop", "--no-wait", job], cwd=ROOT, env=environment, capture_output=True, check=False)
+
+
+def _absolute_paths(config: ChatbotConfig) -> list[str]:
+    """Name local folders and files by their whole paths, where the job's copy of the checkout would not have them."""
+    settings = {"model.name": config.model.name, "data.source": config.data.source}
+    local = {name: value for name, value in settings.items() if Path(value).expanduser().exists()}
+    return [f"{name}={_reachable(value)}" for name, value in local.items() if _reachable(value) != value]
+
+
+def _reachable(path: str) -> str:
+    """Return a path that a job can open: as it is where the file is uploaded with the checkout, else whole."""
+    whole = Path(path).expanduser().resolve()
+    ignored = subprocess.run(["git", "-C", str(ROOT), "check-ignore", "-q", str(whole)], capture_output=True, check=False).returncode == 0
+    return path if whole.is_relative_to(ROOT) and not ignored and not Path(path).is_absolute() else str(whole)
 
 
 def _show_version(version: Version, session: Session) -> None:
@@ -182,7 +230,7 @@ def _summarise(figures: dict[str, Any], config: ChatbotConfig, session: Session,
     table = Table("what", "figure", title="\nThe whole job", title_justify="left", box=None, pad_edge=False)
     for name, seconds in figures["stages_s"].items():
         table.add_row(f"{name}", f"{seconds:.0f} s")
-    table.add_row("[bold]all stages[/]", f"[bold]{sum(figures['stages_s'].values()):.0f} s[/]")
+    table.add_row("[bold]all stages[/]", f"[bold]{figures['total_s']:.0f} s[/]")
     table.add_row("training speed", f"{figures['train_tokens_per_s']:,.0f} tokens/s")
     table.add_row("held-out answers right, base", f"{figures['base_accuracy']:.0%}")
     table.add_row("held-out answers right, adapter", f"{figures['adapter_accuracy']:.0%}")

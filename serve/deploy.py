@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 
-from cluster.models import check_model
+from cluster.models import check_model, ensure_model
 from cluster.session import Session, port_owner
-from configs.errors import ClusterError
+from configs.errors import ClusterError, last_lines
 from configs.schema import ChatbotConfig
 
 APPLICATION = "chat"
@@ -21,7 +21,7 @@ API = "/api/serve/applications/"
 POLL_S = 0.5
 START_TIMEOUT_S = 900
 REQUESTS_WAITING_FACTOR = 4
-MESSAGE_LINES = 12
+FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 
 def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], wait: bool = True) -> str:
@@ -35,13 +35,18 @@ def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], 
     """
     check_model(config.model)
     with _dashboard(session) as client:
-        running = _details(client)
-        _require_port(config, running)
+        _require_port(config, _details(client))
+    say("fetching the base model")
+    ensure_model(config.model)  # here, where its progress and its errors are seen, and not in the replica
+    with _dashboard(session) as client:
+        if _status(client) in FAILED:
+            # Serve would say the same again without trying: to it, the same application is no news.
+            client.delete(API)
         answer = client.put(API, json=_wanted(config, session))
-        if answer.is_error:
-            raise ClusterError("Ray Serve refused the application", answer.text[:2000], "python -m cluster status")
-        if wait:
-            wait_until_running(client, say)
+    if answer.is_error:
+        raise ClusterError("Ray Serve refused the application", answer.text[:2000], "python -m cluster status")
+    if wait:
+        wait_until_running(session, say)
     return endpoint(config)
 
 
@@ -67,39 +72,57 @@ def served_base_name(name: str) -> str:
     return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
 
 
-def wait_until_running(client: httpx.Client, say: Callable[[str], None]) -> None:
+def wait_until_running(session: Session, say: Callable[[str], None]) -> None:
     """Wait until the application answers.
 
     Raises:
         ClusterError: It failed, or took too long.
     """
     deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        application = _details(client).get("applications", {}).get(APPLICATION, {})
-        status = application.get("status", "NOT_STARTED")
-        if status == "RUNNING":
-            return
-        if status in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > deadline:
-            raise ClusterError(
-                f"the engine did not start ({status})", failure_reason(application), "python -m serve CONFIG, with the reason mended"
-            )
-        say(f"the engine is starting ({status.lower()})")
+    while not is_running(session):
+        if time.monotonic() > deadline:
+            raise _not_started(*application_status(session))
+        say("the engine is starting")
         time.sleep(POLL_S)
+
+
+def is_running(session: Session) -> bool:
+    """Whether the application answers.
+
+    Raises:
+        ClusterError: It has failed for good.
+    """
+    status, reason = application_status(session)
+    if status in FAILED:
+        raise _not_started(status, reason)
+    return status == "RUNNING"
+
+
+def _not_started(status: str, reason: str) -> ClusterError:
+    return ClusterError(f"the engine did not start ({status})", reason, "python -m serve CONFIG, with the reason mended")
 
 
 def failure_reason(application: dict[str, Any]) -> str:
     """Return the last lines of what Serve says of a failed application."""
     deployments = application.get("deployments", {}).values()
     messages = [application.get("message", ""), *(entry.get("message", "") for entry in deployments)]
-    lines = [line for line in max(messages, key=len).splitlines() if line.strip()]
-    return "\n".join(f"  {line}" for line in lines[-MESSAGE_LINES:])
+    return last_lines(max(messages, key=len))
 
 
 def application_status(session: Session) -> tuple[str, str]:
     """Return the application's status and message; NOT_STARTED where there is none."""
     with _dashboard(session) as client:
-        application = _details(client).get("applications", {}).get(APPLICATION, {})
+        application = _application(client)
     return application.get("status", "NOT_STARTED"), failure_reason(application) if application else ""
+
+
+def _status(client: httpx.Client) -> str:
+    return str(_application(client).get("status", "NOT_STARTED"))
+
+
+def _application(client: httpx.Client) -> dict[str, Any]:
+    found: dict[str, Any] = _details(client).get("applications", {}).get(APPLICATION, {})
+    return found
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from configs.cli import Overrides, console, make_app, run_app
-from configs.errors import EXIT_STOPPED
+from configs.errors import EXIT_STOPPED, RunError
 from configs.loader import load_chatbot
 
 if TYPE_CHECKING:
@@ -24,13 +24,16 @@ def run(
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with this stopped or failed run.")] = None,
 ) -> None:
     """Train one adapter on a train card, and register it."""
+    if resume and overrides:
+        why = "a run goes on with the config that it was begun with"
+        raise RunError("--resume takes no settings", why, f"leave out {' '.join(overrides)}, or --resume to train anew")
     settings = load_chatbot(config, overrides or [])
     from train.job import train
 
     outcome = train(settings, lambda words: console.print(f"[dim]train[/]  {words}"), ProgressLines(), resume)
     if outcome.stop_reason:
-        step = int(outcome.metrics["step"])
-        console.print(f"stopped at step {step}: {outcome.stop_reason}. Go on with: python -m train {config} --resume {outcome.run_id}")
+        where = f"at step {int(outcome.metrics['step'])}" if outcome.metrics else "at once"
+        console.print(f"stopped {where}: {outcome.stop_reason}. Go on with: python -m train {config} --resume {outcome.run_id}")
         sys.exit(EXIT_STOPPED)
     assert outcome.version
     console.print(

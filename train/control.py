@@ -8,8 +8,9 @@ from typing import Any
 
 import ray
 
+from configs.errors import TandemError
+
 NAMESPACE = "tandem"
-WORKER_WAIT_S = 30
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Control:
     def __init__(self) -> None:
         self.progress: Progress | None = None
         self.stop_reason: str | None = None
+        self.refusal: TandemError | None = None
 
     def report(self, progress: Progress) -> str | None:
         """Take a worker's progress; return why it should stop, if it should."""
@@ -43,6 +45,14 @@ class Control:
         """Let the workers save and leave after the step they are in."""
         self.stop_reason = self.stop_reason or reason
 
+    def refuse(self, error: TandemError) -> None:
+        """Take what a worker found that the user can mend."""
+        self.refusal = self.refusal or error
+
+    def read_refusal(self) -> TandemError | None:
+        """Return what keeps the run from being trained, if anything does."""
+        return self.refusal
+
 
 def make_control(run_id: str) -> Any:
     """Start the actor of a run; it takes no card and ends with its driver."""
@@ -52,3 +62,12 @@ def make_control(run_id: str) -> Any:
 def find_control(run_id: str) -> Any:
     """Return the actor of a run, from anywhere in the cluster."""
     return ray.get_actor(f"run-{run_id}", namespace=NAMESPACE)
+
+
+def is_going_on(run_id: str) -> bool:
+    """Whether a driver is at work on the run: its actor ends with it."""
+    try:
+        find_control(run_id)
+    except ValueError:
+        return False
+    return True

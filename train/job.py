@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ from cluster.home import home_folder, require_disk
 from cluster.models import check_model, ensure_model, model_fingerprint
 from cluster.registry import Manifest, Registry, Version
 from cluster.session import Session, require_session
-from configs.errors import ClusterError, RunError
+from configs.errors import ClusterError, RegistryError, RunError, TandemError, last_lines
 from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
 from train.record import FAILED, FINISHED, STOPPED, Record, config_fingerprint, git_commit
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from train.control import Progress
 
 POLL_S = 0.5
-LAST_LINES = 12
+ASKED = "the job was asked to stop"
 Say = Callable[[str], None]
+Handler = Callable[[int, FrameType | None], None]
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
         TandemError: What the user can mend; nothing was registered.
     """
     session = require_session()
-    require_disk(MachineConfig().min_disk_free_gib)
+    require_disk(session.machine.get("min_disk_free_gib", MachineConfig().min_disk_free_gib))
     registry = Registry(session.mlflow_url)
     record: Record | None = None
     if resume:
-        record, config = Record.resume(registry.client, resume)
+        record, config = Record.find(registry.client, resume)
         say(f"going on with run {resume}")
     check_source(config.data)
     check_model(config.model)
@@ -68,21 +69,34 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
     data = prepare(config, folder)
     say(f"data {data.fingerprint}: {data.num_train} conversations to train on, {data.num_heldout} held out")
     base_fingerprint = model_fingerprint(folder)
-    with _ray(session):
+    if record:
+        record.require_same(data, base_fingerprint)
+    # Ray, as it connects, takes SIGTERM for itself.
+    with _ray(session), _on_signals(signal.default_int_handler):
         _require_cards(config.train.num_workers)
-        record = record or Record.begin(registry.client, config, data, base_fingerprint)
+        if record:
+            _require_at_rest(record.run_id)
+            record.reopen()
+        else:
+            record = Record.begin(registry.client, config, data, base_fingerprint)
         say(f"run {record.run_id}")
         try:
             checkpoint, metrics, stop_reason = _fit(config, session, record.run_id, folder, data, show)
+            if not stop_reason:
+                say("registering the adapter")
+                manifest = _manifest(config, record.run_id, base_fingerprint, data, checkpoint, metrics)
+                version = registry.register(manifest, checkpoint)
+        except KeyboardInterrupt:
+            with suppress(RegistryError):
+                record.end(STOPPED, ASKED)
+            return Outcome(record.run_id, {}, stop_reason=ASKED)
         except BaseException as error:
-            record.end(STOPPED if isinstance(error, KeyboardInterrupt) else FAILED, str(error))
+            with suppress(RegistryError):  # MLflow may be the very thing that failed
+                record.end(FAILED, str(error))
             raise
     if stop_reason:
         record.end(STOPPED, stop_reason)
         return Outcome(record.run_id, metrics, stop_reason=stop_reason)
-    say("registering the adapter")
-    manifest = _manifest(config, record.run_id, base_fingerprint, data, checkpoint, metrics)
-    version = registry.register(manifest, checkpoint)
     record.end(FINISHED)
     return Outcome(record.run_id, metrics, version)
 
@@ -117,23 +131,35 @@ def _require_cards(num_workers: int) -> None:
         raise ClusterError(f"train.num_workers={num_workers} wants as many train cards", why, f"train.num_workers={max(1, num_cards)}")
 
 
+def _require_at_rest(run_id: str) -> None:
+    """Refuse to go on with a run that another process is training."""
+    from train.control import is_going_on
+
+    if is_going_on(run_id):
+        raise RunError(f"run {run_id} is still going on", "its driver is at work in this cluster", "wait for it to end, or stop its job")
+
+
 def _fit(
     config: ChatbotConfig, session: Session, run_id: str, folder: Path, data: Prepared, show: Callable[["Progress"], None]
 ) -> tuple[Path, dict[str, float], str | None]:
     """Run the workers; return the checkpoint to register, its metrics, and why the run was stopped if it was."""
+    import ray
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer
 
     from train.control import make_control
     from train.worker import Task, train_worker
 
-    has_heldout = data.num_heldout > 0
-    task = Task(config, run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url, has_heldout)
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Leave SIGINT to us: Ray's handler would abort the run and exit with status 0."""
+
+    task = Task(config, run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url)
     control = make_control(run_id)
-    keep_best = bool(config.train.early_stopping_patience) and has_heldout
+    keep_best = bool(config.train.early_stopping_patience)
     ranking = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"} if keep_best else {}
-    on_gpu = any("gpu-share" in card for card in session.cards)
-    trainer = TorchTrainer(
+    on_gpu = any("gpu-share" in card for card in session.cards if card["pool"] == "train")
+    trainer = Trainer(
         train_worker,
         train_loop_config=task,
         scaling_config=ray_train.ScalingConfig(
@@ -155,54 +181,84 @@ def _fit(
             result = trainer.fit()
         except ray_train.TrainingFailedError as error:
             raise _failure(error, run_id) from None
+        refusal: TandemError | None = ray.get(control.read_refusal.remote())
+    if refusal:
+        raise refusal
     if result.error or result.checkpoint is None:
         raise _failure(result.error or RuntimeError("it ended without a checkpoint"), run_id)
-    best = result.get_best_checkpoint("eval_loss", "min") if keep_best else result.checkpoint
-    checkpoint, metrics = next((kept, found) for kept, found in result.best_checkpoints if kept == best)
-    finished = metrics["step"] >= metrics["num_steps"]
-    return Path(checkpoint.path), metrics, None if finished or (keep_best and not stop_reason()) else stop_reason() or "stopped"
+    kept = [(Path(checkpoint.path), metrics) for checkpoint, metrics in result.best_checkpoints]
+    newest = next(entry for entry in kept if entry[0] == Path(result.checkpoint.path))
+    if newest[1]["step"] < newest[1]["num_steps"] and (stop_reason() or not keep_best):
+        return *newest, stop_reason() or "stopped"
+    # Of those without a held-out loss of their own, none was measured.
+    measured = [entry for entry in kept if "eval_loss" in entry[1]] if keep_best else []
+    best = min(measured, key=lambda entry: entry[1]["eval_loss"], default=newest)
+    return *best, None
 
 
-def _failure(error: Exception, run_id: str) -> RunError:
-    """Tell the last lines of what a worker said, which name the reason."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    why = "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
+def _failure(error: Exception, run_id: str) -> TandemError:
+    """Tell the reason that a worker found, or else its last lines, which name it."""
+    for cause in getattr(error, "worker_failures", {}).values():
+        if isinstance(cause, TandemError):
+            return cause
+    why = last_lines(str(error))
+    if not any((home_folder() / "runs" / run_id).glob("checkpoint_*")):
+        return RunError("training failed before its first checkpoint", why, "mend the reason, then begin anew")
     return RunError(
         "training failed", why, f"mend the reason, then python -m train CONFIG --resume {run_id}, or without --resume to begin anew"
     )
 
 
 @contextmanager
+def _on_signals(handler: Handler) -> Iterator[None]:
+    """Answer SIGTERM, which `ray job stop` sends, and SIGINT with one handler."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
 def _watch(control: Any, show: Callable[["Progress"], None]) -> Iterator[Callable[[], str | None]]:
-    """Show progress while the run goes on, and pass SIGTERM (which `ray job stop` sends) on to the workers as a wish to stop."""
+    """Show progress while the run goes on, and pass a signal to end on to the workers as a wish to stop.
+
+    KeyboardInterrupt is raised where nobody is there yet to hear the wish, and for whoever asks a second time.
+    """
     import ray
 
-    done, asked = threading.Event(), threading.Event()
+    done, asked, begun = threading.Event(), threading.Event(), threading.Event()
+
+    def look(shown: "Progress | None") -> "Progress | None":
+        if asked.is_set():
+            ray.get(control.ask_to_stop.remote(ASKED))
+        progress: Progress | None = ray.get(control.read.remote())
+        if progress and progress != shown:
+            begun.set()
+            show(progress)
+        return progress
 
     def watch() -> None:
-        shown, passed_on = None, False
-        while not done.wait(POLL_S):
-            if asked.is_set() and not passed_on:
-                ray.get(control.ask_to_stop.remote("the job was asked to stop"))
-                passed_on = True
-            progress = ray.get(control.read.remote())
-            if progress and progress != shown:
-                shown = progress
-                show(progress)
+        shown = None
+        with suppress(ray.exceptions.RayError):  # the cluster is gone, and fit() tells why
+            while not done.wait(POLL_S):
+                shown = look(shown)
 
     def ask(number: int, frame: FrameType | None) -> None:
+        at_once = asked.is_set() or not begun.is_set()
         asked.set()
+        if at_once:
+            raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield lambda: "the job was asked to stop" if asked.is_set() else None
+        with _on_signals(ask):
+            yield lambda: ASKED if asked.is_set() else None
     finally:
         done.set()
         watcher.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _manifest(

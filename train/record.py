@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cluster.registry import mlflow_errors
 from configs.errors import RunError
 from configs.loader import ROOT, setting_paths
 from configs.schema import ChatbotConfig
@@ -23,6 +24,8 @@ from data.prepare import Prepared
 FINISHED, STOPPED, FAILED = "FINISHED", "KILLED", "FAILED"
 MAX_PARAM_LETTERS = 500
 CONFIG_FILE = "config.json"
+NO_SUCH_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+DESCRIBED = {"data": "data", "base": "base model"}
 
 
 class Record:
@@ -36,10 +39,6 @@ class Record:
         """Start a run, with every parameter, the fingerprints, the commit and the environment."""
         from mlflow.entities import Param, RunTag
 
-        experiment = client.get_experiment_by_name(config.name)
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(config.name)
-        run = client.create_run(experiment_id)
-        record = cls(client, run.info.run_id)
         facts = {
             "data_fingerprint": data.fingerprint,
             "config_fingerprint": config_fingerprint(config),
@@ -52,43 +51,70 @@ class Record:
         params += [
             Param(f"data.{name}", str(getattr(data, name))) for name in ("num_train", "num_heldout", "num_train_tokens", "num_loss_tokens")
         ]
-        client.log_batch(record.run_id, params=params, tags=[RunTag(name, text) for name, text in facts.items()])
+        with mlflow_errors(client.tracking_uri):
+            experiment = client.get_experiment_by_name(config.name)
+            experiment_id = experiment.experiment_id if experiment else client.create_experiment(config.name)
+            record = cls(client, client.create_run(experiment_id).info.run_id)
+            client.log_batch(record.run_id, params=params, tags=[RunTag(name, text) for name, text in facts.items()])
         record.attach("environment.txt", "\n".join(sorted({f"{found.name}=={found.version}" for found in distributions()})))
         record.attach(CONFIG_FILE, config.model_dump_json(indent=2))
         return record
 
     @classmethod
-    def resume(cls, client: Any, run_id: str) -> tuple["Record", ChatbotConfig]:
-        """Take up a run that was stopped or failed, with the config it began with.
+    def find(cls, client: Any, run_id: str) -> tuple["Record", ChatbotConfig]:
+        """Return a run that was stopped or failed, and the config it began with; `reopen` takes it up.
 
         Raises:
             RunError: There is no such run, or it is finished.
         """
         from mlflow.exceptions import MlflowException
 
+        with mlflow_errors(client.tracking_uri), tempfile.TemporaryDirectory() as folder:
+            try:
+                run = client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code not in NO_SUCH_RUN:
+                    raise
+                raise RunError(f"no run {run_id} to resume", str(error), "take the run's id from MLflow, or leave out --resume") from None
+            if run.info.status == FINISHED:
+                raise RunError(f"run {run_id} is finished", "there is nothing left to do", "leave out --resume to train anew")
+            text = Path(client.download_artifacts(run_id, CONFIG_FILE, folder)).read_text()
         try:
-            run = client.get_run(run_id)
-            with tempfile.TemporaryDirectory() as folder:
-                config = ChatbotConfig.model_validate_json(Path(client.download_artifacts(run_id, CONFIG_FILE, folder)).read_text())
+            return cls(client, run_id), ChatbotConfig.model_validate_json(text)
         except ValidationError as error:
             what = f"run {run_id} cannot be resumed: its config is of another version of Tandem"
             raise RunError(what, str(error), "leave out --resume to train anew") from None
-        except MlflowException as error:
-            raise RunError(f"no run {run_id} to resume", str(error), "take the run's id from MLflow, or leave out --resume") from None
-        if run.info.status == FINISHED:
-            raise RunError(f"run {run_id} is finished", "there is nothing left to do", "leave out --resume to train anew")
-        client.set_terminated(run_id, "RUNNING")
-        return cls(client, run_id), config
+
+    def require_same(self, data: Prepared, base_fingerprint: str) -> None:
+        """Refuse to go on with another base model or other data than the run began with.
+
+        Raises:
+            RunError: One of them has changed.
+        """
+        with mlflow_errors(self.client.tracking_uri):
+            tags = self.client.get_run(self.run_id).data.tags
+        for name, now in (("data", data.fingerprint), ("base", base_fingerprint)):
+            then = tags.get(f"{name}_fingerprint")
+            if then != now:
+                what = f"run {self.run_id} cannot be resumed: its {DESCRIBED[name]} changed"
+                raise RunError(what, f"it began with {then}, and now there is {now}", "put it back, or leave out --resume to train anew")
+
+    def reopen(self) -> None:
+        """Mark that the run goes on."""
+        with mlflow_errors(self.client.tracking_uri):
+            self.client.set_terminated(self.run_id, "RUNNING")
 
     def attach(self, name: str, text: str) -> None:
         """Keep a text with the run."""
-        self.client.log_text(self.run_id, text, name)
+        with mlflow_errors(self.client.tracking_uri):
+            self.client.log_text(self.run_id, text, name)
 
     def end(self, status: str, reason: str = "") -> None:
         """Mark how the run ended."""
-        if reason:
-            self.client.set_tag(self.run_id, "reason", reason[:MAX_PARAM_LETTERS])
-        self.client.set_terminated(self.run_id, status)
+        with mlflow_errors(self.client.tracking_uri):
+            if reason:
+                self.client.set_tag(self.run_id, "reason", reason[:MAX_PARAM_LETTERS])
+            self.client.set_terminated(self.run_id, status)
 
 
 def config_fingerprint(config: ChatbotConfig) -> str:

@@ -26,7 +26,7 @@ NUM_WARMUP_STEPS = 2  # kernels are compiled and memory is first taken in them
 class ReportCallback(TrainerCallback):  # type: ignore[misc]
     """Reports after each step, and stops the run when its driver asks for it.
 
-    Speed is tokens over the time spent in steps; evaluation and saving are not counted.
+    Speed is tokens over the time from step to step, with batching and reporting; evaluation and saving are left out.
     """
 
     def __init__(self, task: "Task", control: Any, is_first: bool, num_workers: int) -> None:
@@ -34,32 +34,34 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
 
         self.task, self.control, self.is_first, self.num_workers = task, control, is_first, num_workers
         self.mlflow = MlflowClient(task.mlflow_url)
-        self.step_started_s = 0.0
         self.num_steps_here = 0
+        self.step_began_s = 0.0  # where the step before it ended, later by what is left out
+        self.counted_until_s = 0.0
         self.tokens_at_step_begin = 0
         self.steps_s = 0.0
         self.tokens_before = 0
         self.newest: dict[str, float] = {}
+        self.evaluated_step: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Count speed from here, not from what an earlier process did before a resume."""
-        self.tokens_before = state.num_input_tokens_seen
+        self.tokens_before = self.tokens_at_step_begin = state.num_input_tokens_seen
         self._send(state)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock of a step."""
-        self.step_started_s, self.tokens_at_step_begin = time.perf_counter(), state.num_input_tokens_seen
+        self.step_began_s = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Send progress; save and leave if the driver asks for it; evaluate at the end."""
         if self.num_steps_here == NUM_WARMUP_STEPS:
             self.steps_s, self.tokens_before = 0.0, self.tokens_at_step_begin
         self.num_steps_here += 1
-        self.steps_s += time.perf_counter() - self.step_started_s
+        now_s = time.perf_counter()
+        self.steps_s += now_s - self.step_began_s
+        self.step_began_s, self.tokens_at_step_begin = now_s, state.num_input_tokens_seen
         if self._asked_to_stop(state):
             control.should_save = control.should_training_stop = True
-        elif state.global_step >= state.max_steps and self.task.has_heldout:
+        elif state.global_step >= state.max_steps:
             control.should_evaluate = True
+        self.counted_until_s = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Write losses, rate and speed to MLflow."""
@@ -70,15 +72,20 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         if not found:
             return
         self.newest.update(found)
+        if "eval_loss" in found:
+            self.evaluated_step = state.global_step
         if self.is_first:
             from mlflow.entities import Metric
 
             now_ms = int(time.time() * 1000)
             metrics = [Metric(name, value, now_ms, state.global_step) for name, value in found.items()]
             self.mlflow.log_batch(self.task.run_id, metrics=metrics)
+        if "eval_loss" not in found:  # else it is part of the evaluation
+            self.counted_until_s = time.perf_counter()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop early where the held-out loss has not got better for so many evaluations; save each one's adapter to choose from."""
+        self._leave_out()
         patience = self.task.config.train.early_stopping_patience
         if not patience:
             return
@@ -94,17 +101,26 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         # transformers pickles its own arguments here; nothing of ours reads them.
         (folder / "training_args.bin").unlink(missing_ok=True)
-        tokens_per_s = self._tokens_per_s(state)
         metrics = {
             **self.newest,
             "step": state.global_step,
             "num_steps": state.max_steps,
-            "tokens_per_s": tokens_per_s,
+            "tokens_per_s": self._tokens_per_s(state),
             "saved_s": time.time(),
+            "num_tokens": state.num_input_tokens_seen,
+            "peak_memory_gib": peak_memory_gib(),
         }
-        metrics |= {"num_tokens": state.num_input_tokens_seen, "peak_memory_gib": peak_memory_gib()}
+        if self.evaluated_step != state.global_step:  # an older adapter's; Ray ranks a checkpoint without it last
+            metrics.pop("eval_loss", None)
         checkpoint = ray_train.Checkpoint.from_directory(str(folder)) if self.is_first else None
         ray_train.report(metrics, checkpoint=checkpoint)
+        self._leave_out()
+
+    def _leave_out(self) -> None:
+        """Leave out of the speed what was done since the last thing that counts."""
+        now_s = time.perf_counter()
+        self.step_began_s += now_s - self.counted_until_s
+        self.counted_until_s = now_s
 
     def _tokens_per_s(self, state: Any) -> float:
         return (state.num_input_tokens_seen - self.tokens_before) / self.steps_s if self.steps_s else 0.0

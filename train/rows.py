@@ -1,26 +1,59 @@
-"""Training rows as tensors: tokenised conversations, padded or packed into batches.
+"""Training rows as tensors: tokenised conversations, in an order, padded or packed into batches.
 
 Knows tokens and labels. Does not know the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 
 from configs.schema import DataConfig
 from data.conversations import read_prepared
 from data.template import NO_LOSS, fit, tokenize
 
 Row = dict[str, list[int]]
+SEEDS_APART = 1_000_003  # so that no epoch of one seed is ordered like one of another
 
 
 def read_rows(file: Path, tokenizer: Any, config: DataConfig) -> list[Row]:
     """Read a prepared file as rows of `input_ids` and `labels`, cut where the config says so."""
     tokens, _ = fit((tokenize(conversation, tokenizer) for conversation in read_prepared(file)), config)
     return [{"input_ids": row.input_ids, "labels": row.labels} for row in tokens if row]
+
+
+class RowOrder(Sampler[int]):  # type: ignore[misc]
+    """The order of an epoch's rows: random, or with `by_length` rows of like length together.
+
+    It depends on seed and epoch alone. transformers' own order by length draws from the global random state, which a resumed
+    process no longer has.
+    """
+
+    def __init__(self, rows: Sequence[Row], batch_size: int, seed: int, by_length: bool) -> None:
+        self.lengths = [len(row["input_ids"]) for row in rows]
+        self.batch_size, self.seed, self.by_length = batch_size, seed, by_length
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of another epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield each row's place once."""
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        chance = torch.Generator().manual_seed(self.seed * SEEDS_APART + self.epoch)
+        if self.by_length:
+            yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=chance)
+        else:
+            yield from torch.randperm(len(self.lengths), generator=chance).tolist()
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ModelError
+from configs.errors import ModelError, TandemError
 from configs.schema import ChatbotConfig
 from train.control import find_control
+
+EVAL_TOKENS = 2048  # an evaluation batch; micro-batches of a few short rows leave a processor idle
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,11 @@ class Task:
     train_file: str
     heldout_file: str
     mlflow_url: str
-    has_heldout: bool
 
 
 def train_worker(task: Task) -> None:
     """Train one adapter; report metrics and checkpoints to Ray Train, progress to the driver, curves to MLflow."""
+    import ray
     from ray import train as ray_train
 
     context = ray_train.get_context()
@@ -42,7 +44,12 @@ def train_worker(task: Task) -> None:
             os.environ.pop(name, None)
     checkpoint = ray_train.get_checkpoint()
     with tempfile.TemporaryDirectory(prefix="tandem-train-") as scratch:
-        trainer = _make_trainer(task, Path(scratch), context.get_world_size(), context.get_world_rank() == 0)
+        try:
+            trainer = _make_trainer(task, Path(scratch), context.get_world_size(), context.get_world_rank() == 0)
+        except TandemError as error:
+            # Told, not raised: Ray would begin anew `max_failures` times, to the same end.
+            ray.get(find_control(task.run_id).refuse.remote(error))
+            return
         if checkpoint:
             with checkpoint.as_directory() as folder:
                 trainer.train(resume_from_checkpoint=folder)
@@ -52,12 +59,13 @@ def train_worker(task: Task) -> None:
 
 def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -> Any:
     import torch
-    from transformers import Trainer, set_seed
+    from transformers import set_seed
 
     from data.template import load_tokenizer
     from train.model import add_adapter, load_base, packs_safely
     from train.reporting import ReportCallback
-    from train.rows import Packer, Padder, read_rows
+    from train.rows import Packer, Padder, RowOrder, read_rows
+    from train.step import OrderedTrainer
 
     train = task.config.train
     set_seed(train.seed)
@@ -70,20 +78,21 @@ def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -
         raise ModelError(
             "train.packing does not suit this model", "its layers would let packed conversations see each other", "train.packing=false"
         )
-    model = add_adapter(base, train.lora, train.gradient_checkpointing)
-    arguments = _arguments(task.config, scratch, num_workers, len(rows), base.dtype == torch.bfloat16)
+    model = add_adapter(base, train.lora, train.gradient_checkpointing, train.label_smoothing)
+    arguments = _arguments(task.config, scratch, num_workers, len(rows), longest_tokens, base.dtype == torch.bfloat16)
     reporter = ReportCallback(task, find_control(task.run_id), is_first, num_workers)
-    return Trainer(
+    return OrderedTrainer(
+        RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing),
         model=model,
         args=arguments,
         train_dataset=rows,
-        eval_dataset=heldout or None,
+        eval_dataset=heldout,
         data_collator=Packer() if train.packing else Padder(tokenizer.pad_token_id or tokenizer.eos_token_id),
         callbacks=[reporter],
     )
 
 
-def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows: int, autocast: bool) -> Any:
+def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows: int, longest_tokens: int, autocast: bool) -> Any:
     """Translate our settings into transformers' own."""
     import torch
     from transformers import TrainingArguments
@@ -96,10 +105,11 @@ def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows:
     return TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=micro_batch,
-        per_device_eval_batch_size=micro_batch,
+        per_device_eval_batch_size=max(micro_batch, EVAL_TOKENS // longest_tokens),
         gradient_accumulation_steps=per_worker // micro_batch,
         learning_rate=train.learning_rate,
-        lr_scheduler_type=train.schedule,
+        # transformers' own "constant" leaves out the warm-up.
+        lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
         warmup_steps=round(num_steps * train.warmup_share),
         num_train_epochs=train.num_epochs,
         max_steps=train.max_steps or -1,
@@ -120,7 +130,7 @@ def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows:
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        train_sampling_strategy="random" if train.packing else "group_by_length",
+        train_sampling_strategy="random" if train.packing else "group_by_length",  # in evaluation; for training, see RowOrder
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
     )

@@ -22,7 +22,7 @@ from bench import make_model, run_cli, write_result
 from cluster.session import require_session
 from configs.cli import console
 from configs.loader import ROOT, load_chatbot
-from serve.engine import engine_arguments, engine_environment
+from serve.engine import CPU_WORKER, engine_arguments, engine_environment
 
 BARE_PORT = 8100
 NUM_PROMPTS = {1: 8, 64: 384, 256: 768}
@@ -37,6 +37,8 @@ def bare_vllm(config_file: str, overrides: list[str]) -> Iterator[float]:
     shares = [float(card["gpu-share"]) for card in session.cards if card["pool"] == "serve" and "gpu-share" in card]
     share = min(shares) if shares else None
     arguments = engine_arguments(config.model, config.serve, Path(config.model.name), "bench", share)
+    if CPU_WORKER in arguments:  # ours, not vLLM's own
+        del arguments[arguments.index(CPU_WORKER) - 1 : arguments.index(CPU_WORKER) + 1]
     environment = {**os.environ, **engine_environment(config.serve, share is not None, os.cpu_count() or 1)}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(BARE_PORT), *arguments]
     started_s = time.monotonic()
@@ -108,21 +110,14 @@ def main() -> None:
     started_s = time.monotonic()
     run_cli("serve", str(config))
     figures["start_s"] = time.monotonic() - started_s
-    port = load_chatbot(config).serve.port
+    port, smallest = load_chatbot(config).serve.port, arguments.at_once[0]
+    notes = {"eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "front": "Serve's Python proxy"}
     for count in arguments.at_once:
         figures |= {f"c{count}_{name}": value for name, value in load(port, folder.name, folder, count).items()}
         figures[f"serve_ratio_c{count}"] = figures[f"c{count}_tokens_per_s"] / figures[f"bare_c{count}_tokens_per_s"]
-        console.print({name: round(value, 3) for name, value in figures.items() if f"c{count}_" in name or name.endswith(f"_c{count}")})
-    smallest = arguments.at_once[0]
-    figures["ttft_added_ms"] = figures[f"c{smallest}_ttft_ms"] - figures[f"bare_c{smallest}_ttft_ms"]
-    notes = {
-        "shape": arguments.shape,
-        "eager": arguments.eager,
-        "tokens_in": TOKENS_IN,
-        "tokens_out": TOKENS_OUT,
-        "front": "Serve's Python proxy",
-    }
-    write_result("serving", figures, notes)
+        figures["ttft_added_ms"] = figures[f"c{smallest}_ttft_ms"] - figures[f"bare_c{smallest}_ttft_ms"]
+        # After each, so that a machine that is taken away leaves what was measured.
+        write_result("serving" if arguments.shape == "8b" else f"serving-{arguments.shape}", figures, notes)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """The stack itself: up, up again, status, what listens, what is refused."""
 
+import json
+import re
+
 import httpx
 import pytest
 
-from tests.ray.stack import Stack, free_port
+from cluster.session import Process
+from tests.ray.stack import Stack, free_port, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -16,10 +20,34 @@ def test_a_second_up_changes_nothing(stack: Stack):
     assert (stack.home / "cluster.json").read_text() == before
 
 
+def test_an_up_with_other_settings_is_refused(stack: Stack):
+    before = (stack.home / "cluster.json").read_text()
+    done = stack.run("cluster", "up", "auto", *(f"{name}={free_port()}" for name in stack.ports if name != "chat"))
+    assert done.returncode == 2
+    assert "up with other settings" in done.stderr
+    assert "python -m cluster down" in done.stderr
+    assert (stack.home / "cluster.json").read_text() == before
+
+
+def test_what_a_killed_up_left_is_no_cluster_and_down_ends_it(stack: Stack, tmp_path):
+    other = Stack(tmp_path / "home", tmp_path, {name: free_port() for name in stack.ports})
+    record = other.home / "cluster.json"
+    up = other.begin("cluster", "up", "auto", *(f"{name}={port}" for name, port in other.ports.items() if name != "chat"))
+    wait_for(record.exists)
+    up.kill()
+    up.wait()
+    left = [Process(**entry) for entry in json.loads(record.read_text())["processes"]]
+    assert all(process.running() for process in left)
+    assert "the cluster is not ready" in other.run("cluster", "status").stderr
+    assert other.run("cluster", "down").returncode == 0
+    assert not any(process.running() for process in left)
+    assert not record.exists()
+
+
 def test_status_lists_a_card_of_each_pool_and_the_services(stack: Stack):
     shown = stack.run("cluster", "status").stdout
-    assert "serve" in shown
-    assert "train" in shown
+    for pool in ("serve", "train"):
+        assert re.search(rf"^card\d+ +{pool} .* up *$", shown, re.MULTILINE), shown
     assert f"http://127.0.0.1:{stack.ports['mlflow_port']}" in shown
 
 

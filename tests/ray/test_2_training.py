@@ -62,6 +62,8 @@ def test_a_killed_worker_goes_on_from_its_checkpoint_with_the_same_losses(stack:
     worker.kill()
     text, _ = run.communicate(timeout=300)
     assert run.returncode == 0, text
+    steps = [metric.step for metric in stack.registry.client.get_metric_history(found[1], "loss")]
+    assert steps.count(1) == 1, "it did not begin anew"
     assert stack.losses(found[1]) == pytest.approx(unbroken, abs=1e-4)
 
 
@@ -107,16 +109,14 @@ def test_early_stopping_registers_the_best_checkpoint(stack: Stack, config):
     assert json.loads(version.tags["scores"])["eval_loss"] == pytest.approx(min(metric.value for metric in history))
 
 
-def test_packing_gives_the_same_first_loss(stack: Stack, config, unbroken):
-    version = stack.train(config, "train.packing=true", "train.max_steps=1", "train.batch_size=56")
-    apart = stack.train(config, "train.packing=false", "train.max_steps=1", "train.batch_size=56")
-    assert stack.losses(version.run_id)[1] == pytest.approx(stack.losses(apart.run_id)[1], abs=0.02)
-
-
-def test_a_run_that_fails_says_so_and_registers_nothing(stack: Stack, config):
+def test_a_run_that_is_refused_says_why_at_once_and_registers_nothing(stack: Stack, config):
     before = [version.name for version in stack.registry.versions()]
-    done = stack.run("train", str(config), "train.lora.target_modules=[nothing]", "train.max_failures=0")
+    done = stack.run("train", str(config), "train.lora.target_modules=[nothing]")
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "target_modules" in done.stderr
-    assert "--resume" in done.stderr or "Try" in done.stderr
+    assert done.stderr.splitlines()[0] == "error: train.lora.target_modules names no layer of this model"
+    assert "no linear layer is named nothing" in done.stderr
+    assert "Try: train.lora.target_modules=all-linear" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "--resume" not in done.stderr, "it would be refused again"
+    assert stack.registry.client.get_run(RUN_ID.search(done.stdout)[1]).info.status == "FAILED"
     assert [version.name for version in stack.registry.versions()] == before

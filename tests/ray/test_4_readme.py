@@ -63,7 +63,7 @@ def test_the_demo_lifts_the_bot_from_near_nothing(demo):
     assert figures["api_key"] is None
     assert figures["train_tokens_per_s"] > 0
     assert figures["finished_to_first_token_s"] > 0
-    assert set(figures["stages_s"]) == {"cluster", "data", "engine", "train", "register", "ask", "live"}
+    assert set(figures["stages_s"]) == {"cluster", "data", "train", "register", "ask", "live"}
 
 
 def test_the_printed_curl_line_answers_and_ends(demo, shell):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.registry import Registry
+from cluster.registry import Registry, Version
 from configs.errors import RegistryError
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
@@ -79,7 +79,7 @@ def test_a_downloaded_version_is_kept(registry, register, home, tmp_path):
 def test_a_download_that_fails_leaves_nothing(registry, register, home, tmp_path):
     version = register()
     (tmp_path / "artifacts").rename(tmp_path / "gone")
-    with pytest.raises(Exception, match="adapter"):
+    with pytest.raises(RegistryError, match="adapter"):
         registry.download(version)
     assert files(home / "adapters") == []
     assert list((home / "adapters" / "helpdesk").iterdir()) == []
@@ -91,7 +91,7 @@ def test_two_registries_that_number_alike_do_not_share_files(registry, register)
     version = register()
     other = replace(version, run_id="f" * 32)
     registry.download(version)
-    with pytest.raises(Exception, match="f" * 32):
+    with pytest.raises(RegistryError, match="f" * 32):
         registry.download(other)
 
 
@@ -150,14 +150,27 @@ def test_what_is_no_name_is_refused(name, registry):
         registry.find(name, versions=[])
 
 
-def test_a_registry_that_does_not_answer_is_an_error_with_a_remedy(home, monkeypatch):
+def test_a_registry_that_does_not_answer_is_an_error_with_a_remedy(make_run, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as held:  # bound, but nobody listens
         held.bind(("127.0.0.1", 0))
         registry = Registry(f"http://127.0.0.1:{held.getsockname()[1]}")
-        for ask in (registry.versions, lambda: registry.promote("helpdesk:1"), lambda: registry.rollback("helpdesk")):
+        made = make_run()
+        version = Version("helpdesk", 1, made.manifest.run_id, {})
+        asks = [registry.versions, lambda: registry.promote("helpdesk:1"), lambda: registry.rollback("helpdesk")]
+        asks += [lambda: registry.register(made.manifest, made.adapter), lambda: registry.download(version)]
+        for ask in asks:
             with pytest.raises(RegistryError, match="Try: "):
                 ask()
+
+
+def test_an_alias_that_the_registry_refuses_is_an_error_with_a_remedy(registry, register, monkeypatch):
+    register()
+    versions = registry.versions()
+    registry.client.delete_registered_model("helpdesk")
+    monkeypatch.setattr(registry, "versions", lambda: versions)  # as if it were deleted meanwhile
+    with pytest.raises(RegistryError, match=r"(?s)helpdesk.*Try: "):
+        registry.promote("helpdesk:1")
 
 
 def test_the_command_line_promotes_rolls_back_and_lists(registry, register, command, up):

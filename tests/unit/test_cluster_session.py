@@ -3,22 +3,40 @@
 import fcntl
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import psutil
 import pytest
 
+from cluster.cards import find_cards
 from cluster.home import write_text
-from cluster.session import Process, Session, _require_free_ports, port_owner, read_session, require_session, start, stop, token_file
+from cluster.session import (
+    Process,
+    Session,
+    _commands,
+    _require_free_ports,
+    _write_exports,
+    answers,
+    port_owner,
+    read_session,
+    require_session,
+    start,
+    stop,
+    token_file,
+)
 from configs.errors import ClusterError
 from configs.loader import ROOT
 from configs.schema import MachineConfig
+from tests.unit.test_cluster_cards import LARGE, SMALL
 
 pytestmark = pytest.mark.usefixtures("home")
 ME = f"{psutil.Process().name()} (process {os.getpid()})"
@@ -119,6 +137,13 @@ def test_every_taken_port_is_named():
     ]
 
 
+def test_the_remedy_of_a_taken_port_names_the_machine_that_was_asked_for():
+    ray, dashboard = free_ports(2)
+    with listener() as mlflow, pytest.raises(ClusterError) as refused:
+        _require_free_ports(MachineConfig(ray_port=ray, dashboard_port=dashboard, mlflow_port=mlflow), "my desk.yaml")
+    assert refused.value.remedy.endswith(f"python -m cluster up 'my desk.yaml' mlflow_port={mlflow + 1}")
+
+
 def test_the_port_of_mlflow_does_not_matter_where_another_server_is_named(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
     ray, dashboard = free_ports(2)
@@ -180,6 +205,68 @@ def test_down_ends_what_up_started_with_its_children_and_nothing_else(home):
             child.wait()
 
 
+@contextmanager
+def killed_leader(**environment: str) -> Iterator[tuple[Process, psutil.Process]]:
+    """Give a process that was killed, not yet waited for, and the child that it left in its session."""
+    leader = subprocess.Popen(["sh", "-c", "sleep 60; true"], start_new_session=True, env={**os.environ, **environment})
+    process = Process("mlflow", leader.pid, psutil.Process(leader.pid).create_time())
+    while not (children := psutil.Process(leader.pid).children()):
+        time.sleep(0.01)
+    leader.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, leader.pid, os.WEXITED | os.WNOWAIT)
+    try:
+        yield process, children[0]
+    finally:
+        leader.wait()
+        if children[0].is_running():
+            children[0].kill()
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_down_ends_what_a_killed_process_left_behind(home, reaped):
+    with killed_leader() as (leader, orphan):
+        if reaped:
+            os.waitpid(leader.pid, 0)
+        keep(home, session_of(leader))
+        assert stop() == 1
+        assert not orphan.is_running()
+
+
+def test_down_leaves_the_session_of_somebody_else_with_a_number_of_ours(home, tmp_path):
+    with killed_leader(TANDEM_HOME=str(tmp_path / "another")) as (leader, orphan):
+        keep(home, session_of(leader))
+        assert stop() == 0
+        assert orphan.is_running()
+
+
+def test_an_up_that_was_cut_off_is_no_session_and_the_next_one_ends_its_leftovers(home):
+    left = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        keep(home, replace(session_of(Process("mlflow", left.pid, psutil.Process(left.pid).create_time())), ready=False))
+        with pytest.raises(ClusterError, match=r"(?s)the cluster is not ready.*Try: python -m cluster up"):
+            require_session()
+        said: list[str] = []
+        with pytest.raises(ClusterError, match="no room on disk"):
+            start(MachineConfig(min_disk_free_gib=1e9), said.append)
+        assert said == ["the last `up` did not finish; starting again"]
+        assert left.poll() is not None
+        assert read_session() is None
+    finally:
+        left.kill()
+        left.wait()
+
+
+def test_another_machine_than_the_one_that_is_up_is_refused(home):
+    session = replace(session_of(Process("card0", os.getpid(), own_start())), machine=MachineConfig().model_dump(mode="json"))
+    keep(home, session)
+    assert start(MachineConfig(), print, "auto") == session
+    with pytest.raises(ClusterError, match="up with other settings") as refused:
+        start(MachineConfig(ray_port=7000), print, "desk")
+    assert (refused.value.why, refused.value.remedy) == ("  ray_port=6379 runs, 7000 is asked for", "python -m cluster down")
+    assert start(MachineConfig(ray_port=7000), print) == session, "who names no machine takes what is up"
+    assert read_session() == session
+
+
 def test_one_up_or_down_at_a_time(home):
     home.mkdir()
     with (home / "cluster.lock").open("w") as held:
@@ -197,6 +284,34 @@ def test_the_environment_of_a_session_carries_the_token_and_leaves_the_path(home
     assert environment["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5000"
     assert environment["TANDEM_HOME"] == str(home)
     assert environment["PATH"].endswith(os.environ["PATH"])
+
+
+def test_a_shell_with_the_exports_can_start_the_next_cluster(home):
+    """MLflow's address in it would be taken for another server."""
+    _write_exports(session_of())
+    exports = (home / "env").read_text()
+    assert f"export RAY_AUTH_TOKEN_PATH={token_file()}\n" in exports
+    assert "MLFLOW_TRACKING_URI" not in exports
+
+
+def test_each_card_sees_the_gpu_that_nvidia_smi_numbered():
+    cards = find_cards(MachineConfig(), [LARGE, SMALL])
+    extras = {name: extra for name, _, extra in _commands(MachineConfig(), cards, session_of())}
+    assert [extras[card.name]["CUDA_VISIBLE_DEVICES"] for card in cards] == [SMALL.index, LARGE.index]
+    assert {extras[card.name]["CUDA_DEVICE_ORDER"] for card in cards} == {"PCI_BUS_ID"}
+
+
+@pytest.mark.parametrize(("status", "up"), [(200, True), (401, True), (503, False)])
+def test_a_service_that_asks_for_a_token_answers(status, up):
+    class Door(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Door) as server:
+        Thread(target=server.handle_request).start()
+        assert answers(f"http://127.0.0.1:{server.server_port}/") is up
+    assert not answers(f"http://127.0.0.1:{server.server_port}/")
 
 
 @pytest.mark.parametrize(

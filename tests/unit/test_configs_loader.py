@@ -54,6 +54,14 @@ WRONG = {
         "train:\n  lora:\n    rank: 0\n",
         "6: train.lora.rank: input should be greater than or equal to 1, not 0. Rank of the two small matrices beside each weight.",
     ),
+    "true for a number": (
+        "train:\n  lora:\n    rank: true\n",
+        "6: train.lora.rank: a number is wanted, not True. Rank of the two small matrices beside each weight.",
+    ),
+    "no for a number that may be left out": (
+        "train:\n  max_steps: no\n",
+        "5: train.max_steps: a number is wanted, not False. Stop after so many steps, whatever `num_epochs` says.",
+    ),
     "none of the words allowed": (
         "data_:\nmodel:\n  precision: fp64\n",
         "6: model.precision: input should be 'auto', 'bf16' or 'fp32', not 'fp64'. "
@@ -91,6 +99,13 @@ def test_all_mistakes_are_named_at_once_each_with_its_own_line():
     }
     with pytest.raises(ConfigError, match=r"^8 mistakes in bot.yaml"):
         load_chatbot("bot.yaml", ["serve.port=80", "train.seed=abc"])
+
+
+def test_true_for_a_number_is_one_mistake_and_true_for_a_switch_is_none():
+    assert load(f"{BOT}train:\n  lora:\n    use_rslora: true\n").train.lora.use_rslora
+    assert mistakes(load, BOT, "serve.port=true") == [
+        "command line: 'serve.port=true': serve.port: a number is wanted, not True. Port of the chat endpoint."
+    ]
 
 
 @pytest.mark.parametrize("value", ["5", "[1]"])
@@ -226,6 +241,7 @@ UNSERVABLE = {
     "train.lora.bias=all": "train.lora.bias=all: vLLM cannot serve trained biases; use none",
     "train.lora.rank=128": "train.lora.rank=128 is over serve.max_lora_rank=64; lower the one or raise the other",
     "data.max_length_tokens=4096": "data.max_length_tokens=4096 is over serve.max_model_len_tokens=2048",
+    "train.early_stopping_patience=2": "train.early_stopping_patience=2 counts evaluations; set train.eval_every_steps too",
     "train.num_workers=3": "train.batch_size=16 must be a multiple of train.num_workers=3",
     "train.micro_batch_size=3": "train.micro_batch_size=3 must divide a worker's share of train.batch_size=16",
     "serve.max_cpu_loras=3": "must be at least",

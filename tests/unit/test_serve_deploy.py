@@ -48,6 +48,10 @@ class DashboardDoor(BaseHTTPRequestHandler):
         self.server.put.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self._send(self.server.refuses_with, {})
 
+    def do_DELETE(self) -> None:
+        self.server.applications = {}
+        self._send(200, {})
+
     def _send(self, status: int, value: object) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
@@ -70,6 +74,7 @@ def dashboard():
 
 @pytest.fixture
 def bot(home, tmp_path) -> ChatbotConfig:
+    (home / "models" / "smollm2-135m").mkdir(parents=True)  # as if it had been converted
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         port = door.getsockname()[1]
@@ -95,13 +100,20 @@ def test_deploy_waits_until_the_engine_runs(bot, up, dashboard, monkeypatch):
     dashboard.after_put = [{"status": "DEPLOYING"}, {"status": "DEPLOYING"}, {"status": "RUNNING"}]
     said = []
     deploy(bot, up(dashboard.url), said.append)
-    assert said == ["the engine is starting (deploying)"] * 2
+    assert said == ["fetching the base model"] + ["the engine is starting"] * 2
 
 
 def test_an_engine_that_does_not_start_is_refused_with_its_own_last_words(bot, up, dashboard):
     dashboard.after_put = [{"status": "DEPLOY_FAILED", "message": "short", "deployments": {"engine": {"message": MESSAGES}}}]
     with pytest.raises(ClusterError, match=r"(?s)the engine did not start \(DEPLOY_FAILED\).*line 39"):
         deploy(bot, up(dashboard.url), print)
+
+
+def test_after_a_failure_the_same_config_is_tried_again(bot, up, dashboard):
+    dashboard.applications = {"chat": {"status": "DEPLOY_FAILED", "message": "no memory"}}
+    deploy(bot, up(dashboard.url), print, wait=False)
+    assert dashboard.applications == {}, "to Serve the same application is no news: it must be gone first"
+    assert len(dashboard.put) == 1
 
 
 def test_a_taken_port_is_refused_before_serve_is_told(bot, up, dashboard):
@@ -189,6 +201,7 @@ def test_an_engine_on_the_cpu_is_eager_and_takes_nothing_of_a_gpu(tmp_path):
         "--enable-lora": None,
         "--disable-uvicorn-access-log": None,
         "--enforce-eager": None,
+        "--worker-cls": "serve.cpu_lora.GroupedLoraWorker",
     }
 
 
@@ -197,6 +210,7 @@ def test_an_engine_on_a_gpu_takes_its_share_of_the_memory(share, memory, tmp_pat
     options = pairs(engine_arguments(ModelConfig(), SERVE, tmp_path, "base", share))
     assert (options["--gpu-memory-utilization"], options["--quantization"], options["--dtype"]) == (memory, "fp8", "auto")
     assert "--enforce-eager" not in options
+    assert "--worker-cls" not in options
     options = pairs(engine_arguments(ModelConfig(), ServeConfig(enforce_eager=True), tmp_path, "base", share))
     assert "--enforce-eager" in options
     assert "--quantization" not in options

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.errors import ModelError
@@ -94,6 +95,22 @@ def test_logits_of_the_answers_alone_give_the_same_loss_and_gradients(num_items,
     assert_same(ours, full)
     assert len(ours[1]) == NUM_LAYERS * len(LINEAR) * 2
     assert all(gradient.abs().max() > 0 for gradient in ours[1].values()), "each matrix learns"
+
+
+@pytest.mark.parametrize("scale", [None, 0.5], ids=["plain", "changes its logits"])
+def test_smoothing_is_torchs_own_and_for_training_alone(scale):
+    base = tiny()
+    base.config.logit_scale = scale
+    model = add_adapter(base, LoraConfig(rank=RANK), False, label_smoothing=0.2)
+    batch = Padder(0)(rows())
+    labels = batch["labels"]
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    for smoothing, training in ((0.2, True), (0.0, False)):
+        model.train(training)
+        with torch.no_grad():
+            logits, loss = model(**inputs).logits, model(**batch).loss
+        whole = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LOSS, label_smoothing=smoothing)
+        torch.testing.assert_close(loss, whole, **CLOSE)
 
 
 def test_packed_and_padded_batches_give_the_same_loss_and_gradients():

@@ -1,13 +1,16 @@
 """What a run's record tells: every setting, fingerprints that change when they should, and the commit."""
 
 import json
+import socket
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from configs.errors import RunError
+from cluster.registry import Registry
+from configs.errors import RegistryError, RunError
 from configs.loader import load_chatbot, setting_paths
 from configs.schema import ChatbotConfig
 from data.prepare import Prepared, prepare
@@ -124,7 +127,7 @@ def test_a_run_begins_with_all_that_went_in(client, config, data):
 def test_a_long_setting_does_not_stop_a_run(client, config, data, tmp_path):
     long = load_chatbot(tmp_path / "bot.yaml", [f"data.system_prompt={'x' * 10_000}"])
     record = Record.begin(client, long, data, "f" * 16)
-    assert Record.resume(client, record.run_id)[1] == long
+    assert Record.find(client, record.run_id)[1] == long
 
 
 def test_a_run_goes_on_with_its_own_config_until_it_is_finished(client, config, data):
@@ -134,21 +137,50 @@ def test_a_run_goes_on_with_its_own_config_until_it_is_finished(client, config, 
         run = client.get_run(record.run_id)
         assert run.info.status == status
         assert run.data.tags["reason"].startswith("the card was wanted")
-        record, found = Record.resume(client, record.run_id)
+        record, found = Record.find(client, record.run_id)
         assert (record.run_id, found) == (run.info.run_id, config)
+        assert client.get_run(record.run_id).info.status == status, "as long as it may yet be refused"
+        record.reopen()
         assert client.get_run(record.run_id).info.status == "RUNNING"
     record.end(FINISHED)
     with pytest.raises(RunError, match=f"run {record.run_id} is finished"):
-        Record.resume(client, record.run_id)
+        Record.find(client, record.run_id)
 
 
 def test_a_run_that_is_not_there_cannot_go_on(client):
     with pytest.raises(RunError, match="no run gone to resume"):
-        Record.resume(client, "gone")
+        Record.find(client, "gone")
 
 
 def test_a_run_whose_own_config_can_no_longer_be_read_is_refused(client, config, data):
     record = Record.begin(client, config, data, "f" * 16)
     client.log_text(record.run_id, json.dumps({"name": "bot", "no_longer": "a setting"}), "config.json")
     with pytest.raises(RunError, match=record.run_id):
-        Record.resume(client, record.run_id)
+        Record.find(client, record.run_id)
+
+
+def test_a_run_goes_on_with_the_data_and_the_base_that_it_began_with(client, config, data):
+    record = Record.begin(client, config, data, "f" * 16)
+    record.require_same(data, "f" * 16)
+    with pytest.raises(RunError, match=f"(?s)base model changed.*{'f' * 16}.*{'0' * 16}.*--resume"):
+        record.require_same(data, "0" * 16)
+    with pytest.raises(RunError, match=f"(?s)its data changed.*{data.fingerprint}.*{'0' * 16}"):
+        record.require_same(replace(data, fingerprint="0" * 16), "f" * 16)
+
+
+def test_a_server_that_does_not_answer_is_an_error_with_a_remedy(config, data, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as held:  # bound, but nobody listens
+        held.bind(("127.0.0.1", 0))
+        away = Record(Registry(f"http://127.0.0.1:{held.getsockname()[1]}").client, "0" * 32)
+        asks = [lambda: away.end(FAILED), away.reopen, lambda: away.attach("note.txt", "x"), lambda: Record.find(away.client, "gone")]
+        asks += [lambda: Record.begin(away.client, config, data, "f" * 16), lambda: away.require_same(data, "f" * 16)]
+        for ask in asks:
+            with pytest.raises(RegistryError, match="cluster status"):
+                ask()
+
+
+def test_overrides_do_not_go_with_resume(command, config, tmp_path):
+    refused = command("train", str(tmp_path / "bot.yaml"), "train.num_epochs=9", "--resume", "0" * 32)
+    assert (refused.status, refused.err.splitlines()[0]) == (2, "error: --resume takes no settings")
+    assert "leave out train.num_epochs=9" in refused.err

@@ -7,7 +7,7 @@ from configs.schema import DataConfig
 from data.conversations import to_jsonl
 from data.template import NO_LOSS, load_tokenizer
 from tests.unit.data_fixtures import chat, tokenizer_folder
-from train.rows import Packer, Padder, read_rows
+from train.rows import Packer, Padder, RowOrder, read_rows
 
 N = NO_LOSS
 ROWS = [
@@ -70,3 +70,32 @@ def test_rows_are_the_conversations_tokens_cut_or_dropped_as_the_config_says(fil
 def test_an_empty_file_has_no_rows(tmp_path):
     (tmp_path / "heldout.jsonl").write_text("")
     assert read_rows(tmp_path / "heldout.jsonl", load_tokenizer(tokenizer_folder()), DataConfig(source="x")) == []
+
+
+def order(seed: int = 0, epoch: int = 0, by_length: bool = True) -> list[int]:
+    made = RowOrder([{"input_ids": [0] * (1 + place % 7), "labels": []} for place in range(40)], 4, seed, by_length)
+    made.set_epoch(epoch)
+    assert len(made) == 40
+    return list(made)
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+def test_the_order_of_rows_depends_on_seed_and_epoch_alone(by_length):
+    torch.manual_seed(1)
+    first = order(by_length=by_length)
+    torch.manual_seed(2)
+    assert order(by_length=by_length) == first
+    state = torch.get_rng_state()
+    others = [order(by_length=by_length, **change) for change in ({"epoch": 1}, {"seed": 1}, {"epoch": 2})]
+    assert torch.equal(torch.get_rng_state(), state), "dropout is the same with any order"
+    assert all(sorted(other) == sorted(first) == list(range(40)) for other in others)
+    assert len({tuple(found) for found in (first, *others)}) == 4
+
+
+def test_rows_of_like_length_go_together():
+    spread = [max(place % 7 for place in batch) - min(place % 7 for place in batch) for batch in zip(*[iter(order())] * 4, strict=True)]
+    loose = [
+        max(place % 7 for place in batch) - min(place % 7 for place in batch)
+        for batch in zip(*[iter(order(by_length=False))] * 4, strict=True)
+    ]
+    assert sum(spread) < sum(loose) / 2

@@ -1,0 +1,69 @@
+"""What the demo hands to its job, and what it makes of an endpoint that refuses: without a cluster."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from configs.errors import RunError
+from configs.loader import ROOT, load_chatbot
+from data.conversations import Conversation, Message
+from serve.ask import accuracy, ask_all, first_token_s
+from serve.demo import _absolute_paths, _reachable
+
+ASKED = Conversation((Message("user", "Where?"), Message("assistant", "Here.")), keys=("here",))
+
+
+@pytest.fixture
+def refusing():
+    """An endpoint that answers every request with 400, as one does whose model is too short for the question."""
+
+    class Door(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = b'{"error": {"message": "too long", "type": "invalid_request_error"}}'
+            self.send_response(400)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Door)
+    threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_refused_question_is_a_wrong_answer(refusing):
+    answers = ask_all(refusing, "bot", [ASKED, ASKED], max_tokens=4)
+    assert [answer.right for answer in answers] == [False, False]
+    assert "too long" in answers[0].text
+    assert accuracy(answers) == 0.0
+
+
+def test_an_endpoint_that_is_not_there_is_one_clear_error(refusing):
+    with pytest.raises(RunError, match="no answer from"):
+        first_token_s(refusing, "bot", ASKED)
+    with pytest.raises(RunError, match="no answer from"):
+        ask_all("http://127.0.0.1:9/v1", "bot", [ASKED], max_tokens=4)
+
+
+def test_a_job_gets_paths_that_its_copy_of_the_checkout_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert _reachable("configs/helpdesk.yaml") == "configs/helpdesk.yaml"
+    assert _reachable(".tandem/models/mine") == str(ROOT / ".tandem" / "models" / "mine"), "git ignores it, so it is not uploaded"
+    assert _reachable(str(tmp_path / "mine.yaml")) == str(tmp_path / "mine.yaml")
+
+
+def test_only_local_paths_outside_the_upload_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert _absolute_paths(load_chatbot("configs/helpdesk.yaml")) == []
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("")
+    assert _absolute_paths(load_chatbot("configs/helpdesk.yaml", [f"data.source={rows}"])) == []
+    monkeypatch.chdir(tmp_path)
+    config = load_chatbot(ROOT / "configs" / "helpdesk.yaml", ["data.source=rows.jsonl", "model.name=meta-llama/Llama-3.1-8B"])
+    assert _absolute_paths(config) == [f"data.source={rows}"]

@@ -1,0 +1,103 @@
+"""What a run's driver tells of a failure, and when a wish to stop ends it at once; no cluster is needed for either."""
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import ray
+from ray.train import WorkerGroupError
+
+from configs.errors import ModelError
+from train.job import _failure, _on_signals, _watch
+
+RUN = "0" * 32
+TRACE = "Traceback:\n" + "\n\n".join(f"  frame {number}" for number in range(40)) + "\nValueError: the loss is not a number"
+
+
+def test_what_the_user_can_mend_is_told_as_the_worker_found_it(home):
+    found = ModelError("train.packing does not suit this model", "its layers mix rows", "train.packing=false")
+    assert _failure(WorkerGroupError(TRACE, {1: found}), RUN) is found
+
+
+def test_other_failures_tell_the_workers_last_lines(home):
+    failure = _failure(WorkerGroupError(TRACE, {0: ValueError("the loss is not a number")}), RUN)
+    assert failure.why.endswith("ValueError: the loss is not a number")
+    assert "frame 0" not in failure.why
+
+
+def test_resuming_is_named_only_where_there_is_a_checkpoint(home):
+    error = WorkerGroupError(TRACE, {})
+    assert "--resume" not in str(_failure(error, RUN))
+    (home / "runs" / RUN / "checkpoint_2026").mkdir(parents=True)
+    assert f"--resume {RUN}" in _failure(error, RUN).remedy
+
+
+class Method:
+    """A method of an actor, which here answers at once."""
+
+    def __init__(self, answer):
+        self.answer, self.calls = answer, []
+
+    def remote(self, *arguments):
+        self.calls.append(arguments)
+        return self.answer
+
+
+@pytest.fixture
+def control(monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    return SimpleNamespace(read=Method(None), ask_to_stop=Method(None))
+
+
+def wait_for(what):
+    for _ in range(500):
+        if what():
+            return
+        time.sleep(0.02)
+    raise AssertionError("waited too long")
+
+
+def be_sent(number: int) -> None:
+    os.kill(os.getpid(), number)
+    wait_for(lambda: False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_the_first_progress_a_signal_ends_the_run_at_once(number, control):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), _watch(control, lambda progress: None):
+        be_sent(number)
+    assert signal.getsignal(number) is before
+
+
+def test_later_the_first_signal_is_a_wish_and_the_second_an_order(control):
+    shown = []
+    control.read.answer = "step 1"
+    with _watch(control, shown.append) as stop_reason:
+        wait_for(lambda: shown)
+        assert stop_reason() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(lambda: control.ask_to_stop.calls)
+        assert stop_reason() == "the job was asked to stop"
+        with pytest.raises(KeyboardInterrupt):
+            be_sent(signal.SIGTERM)
+    assert shown == ["step 1"]
+
+
+def test_a_cluster_that_is_gone_ends_the_watch_without_noise(control, capfd):
+    class Gone:
+        def remote(self):
+            raise ray.exceptions.RayActorError
+
+    control.read = Gone()
+    with _watch(control, lambda progress: None) as stop_reason:
+        time.sleep(0.7)
+    assert stop_reason() is None
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_sigterm_may_be_taken_for_ctrl_c():
+    with pytest.raises(KeyboardInterrupt), _on_signals(signal.default_int_handler):
+        be_sent(signal.SIGTERM)

@@ -1,0 +1,75 @@
+"""What a run reports: a held-out loss only for the adapter it was measured on, and a speed without evaluation and saving."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+from ray import train as ray_train
+
+from configs.schema import ChatbotConfig
+from tests.unit.test_train_model import rows, tiny
+from train.model import add_adapter
+from train.reporting import NUM_WARMUP_STEPS, ReportCallback
+from train.rows import Padder, RowOrder
+from train.step import OrderedTrainer
+from train.worker import Task, _arguments
+
+ROWS = rows([6 + place * 5 % 17 for place in range(10)])
+BATCHING_S, SLOW_S = 1.0, 100.0
+
+
+class Timed(ReportCallback):
+    """Has a clock of its own, by which each step takes a second, and each evaluation and each saving long."""
+
+    now_s = 0.0
+
+    def on_step_begin(self, *_, **__):
+        Timed.now_s += BATCHING_S
+
+    def on_prediction_step(self, *_, **__):
+        Timed.now_s += SLOW_S
+
+    def on_save(self, args, state, control, **_):
+        Timed.now_s += SLOW_S
+        super().on_save(args, state, control)
+
+
+@pytest.fixture
+def reported(registry, make_run, tmp_path, monkeypatch):
+    """Train six steps, evaluate each second and save each; return the callback and what Ray Train would be told."""
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr("train.reporting.time", SimpleNamespace(perf_counter=lambda: Timed.now_s, time=time.time))
+    monkeypatch.setattr(ray_train, "report", lambda metrics, checkpoint: found.append(metrics))
+    found: list[dict[str, float]] = []
+    torch.manual_seed(0)
+    settings = {"batch_size": 4, "max_steps": 6, "log_every_steps": 1, "checkpoint_every_steps": 1, "eval_every_steps": 2}
+    config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": settings})
+    task = Task(config, make_run().manifest.run_id, "", "", "", registry.url)
+    control = SimpleNamespace(report=SimpleNamespace(remote=lambda progress: None))
+    callback = Timed(task, control, is_first=True, num_workers=1)
+    OrderedTrainer(
+        RowOrder(ROWS, 4, 0, by_length=True),
+        model=add_adapter(tiny(), config.train.lora, False),
+        args=_arguments(config, tmp_path / "scratch", 1, len(ROWS), 32, autocast=False),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        data_collator=Padder(0),
+        callbacks=[callback],
+    ).train()
+    return callback, found
+
+
+def test_only_the_checkpoint_of_an_evaluations_step_carries_its_loss(reported, registry):
+    callback, found = reported
+    assert [metrics["step"] for metrics in found] == [1, 2, 3, 4, 5, 6]
+    measured = {metrics["step"]: metrics["eval_loss"] for metrics in found if "eval_loss" in metrics}
+    history = registry.client.get_metric_history(callback.task.run_id, "eval_loss")
+    assert sorted(measured) == [2, 4, 6]
+    assert measured == pytest.approx({metric.step: metric.value for metric in history})
+
+
+def test_evaluation_and_saving_are_no_part_of_the_speed(reported):
+    callback, _ = reported
+    assert callback.steps_s == (6 - NUM_WARMUP_STEPS) * BATCHING_S

@@ -1,0 +1,82 @@
+"""A run that goes on from a checkpoint takes the same steps as one that was never broken; a real Trainer on a tiny Llama, without Ray."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import set_seed
+
+from configs.schema import ChatbotConfig
+from tests.unit.test_train_model import rows, tiny
+from train.model import add_adapter
+from train.rows import Packer, Padder, RowOrder
+from train.step import OrderedTrainer
+from train.worker import _arguments
+
+ROWS = rows([6 + place * 5 % 17 for place in range(10)])
+STEPS_AN_EPOCH = 3
+SAME = 1e-6  # some two units of a loss's last digit
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(folder: Path, packing: bool, resume: str | None = None) -> dict[int, float]:
+    """Train two epochs, in which the order of rows and the dropout matter, in double precision; return the loss of each step."""
+    settings = {"packing": packing, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 0.05, "num_epochs": 2}
+    settings |= {"log_every_steps": 1, "checkpoint_every_steps": 100 if resume else 1, "lora": {"rank": 4, "dropout": 0.2}}
+    config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": settings})
+    set_seed(config.train.seed)
+    model = add_adapter(tiny(), config.train.lora, gradient_checkpointing=False).double()
+    trainer = OrderedTrainer(
+        RowOrder(ROWS, config.train.batch_size, config.train.seed, by_length=not packing),
+        model=model,
+        args=_arguments(config, folder, 1, len(ROWS), 32, autocast=False),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        data_collator=Packer() if packing else Padder(0),
+    )
+    trainer.args.save_total_limit = None
+    trainer.train(resume_from_checkpoint=resume)
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["by length", "packed"])
+def unbroken(request, tmp_path_factory) -> tuple[bool, Path, dict[int, float]]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    losses = train(folder, request.param)
+    assert sorted(losses) == list(range(1, 2 * STEPS_AN_EPOCH + 1))
+    return request.param, folder, losses
+
+
+@pytest.mark.parametrize("step", [STEPS_AN_EPOCH, STEPS_AN_EPOCH + 1], ids=["epoch begins", "amid an epoch"])
+def test_a_resumed_run_takes_the_steps_of_an_unbroken_one(step, unbroken, tmp_path):
+    packing, folder, losses = unbroken
+    assert train(tmp_path, packing, str(folder / f"checkpoint-{step}")) == pytest.approx(losses, abs=SAME)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_every_schedule_warms_up(schedule, tmp_path):
+    settings = {"schedule": schedule, "warmup_share": 0.5, "max_steps": 10}
+    config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": settings})
+    arguments = _arguments(config, tmp_path, 1, 10, 32, autocast=False)
+    trainer = OrderedTrainer(RowOrder(ROWS, 4, 0, by_length=True), model=tiny(), args=arguments, train_dataset=ROWS)
+    trainer.create_optimizer_and_scheduler(10)
+    rates = []
+    for _ in range(5):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates == sorted(rates)
+    assert rates[0] < rates[-1] < config.train.learning_rate
+
+
+@pytest.mark.parametrize(("longest_tokens", "num_rows"), [(32, 64), (900, 2), (5000, 2)])
+def test_evaluation_fills_its_batches(longest_tokens, num_rows, tmp_path):
+    config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": {"micro_batch_size": 2}})
+    assert _arguments(config, tmp_path, 1, 10, longest_tokens, autocast=False).per_device_eval_batch_size == num_rows
