@@ -1,5 +1,6 @@
 """`python -m serve CONFIG|promote|rollback|status`: serve a base model with its adapters, and say which version is live."""
 
+import json
 from typing import Annotated
 
 import typer
@@ -64,14 +65,14 @@ def status() -> None:
     console.print(f"engine  {state}{f': {reason}' if reason and state != 'RUNNING' else ''}", markup=False)
     table = Table("version", "aliases", "base", "rank", "data", "held-out loss", box=None, pad_edge=False)
     for version in Registry(session.mlflow_url).versions():
-        scores = version.tags.get("scores", "")
+        loss = json.loads(version.tags.get("scores", "{}")).get("eval_loss")
         table.add_row(
             version.name,
             ", ".join(version.aliases),
             version.tags.get("base_model", ""),
             version.tags.get("rank", ""),
             version.tags.get("data_fingerprint", ""),
-            scores,
+            "" if loss is None else f"{loss:.3f}",
         )
     console.print(table)
 

@@ -15,6 +15,7 @@ from cluster.registry import ADAPTER_FILES, LIVE, MANIFEST_FILE, VERSION_NAME, R
 
 REFRESH_S = 1.0
 MIN_REFRESH_S = 0.2
+REGISTRY_TIMEOUT_S = 10.0
 log = logging.getLogger("tandem.serve")
 
 
@@ -55,7 +56,10 @@ class Adapters:
     async def watch(self) -> None:
         """Read the registry for ever."""
         while True:
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:  # no fault of one adapter may end the watch over all of them
+                log.exception("a look at the registry failed")
             await asyncio.sleep(REFRESH_S)
 
     async def refresh(self) -> None:
@@ -67,7 +71,7 @@ class Adapters:
             await asyncio.sleep(max(0.0, self._looked_s + MIN_REFRESH_S - time.monotonic()))
             self._looked_s = time.monotonic()
             try:
-                self._take(await asyncio.to_thread(self.registry.versions))
+                self._take(await asyncio.wait_for(asyncio.to_thread(self.registry.versions), REGISTRY_TIMEOUT_S))
             except Exception as error:  # whatever a registry that is down may raise: serving goes on without it
                 log.warning("the registry does not answer, the known names stay: %s", error)
         for version in [live for live in self._live.values() if self._is_ours(live) and live.name not in self._folders]:

@@ -67,7 +67,7 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
     say(f"base model {config.model.name}")
     folder = ensure_model(config.model)
     data = prepare(config, folder)
-    say(f"data {data.fingerprint}: {data.num_train} conversations to train on, {data.num_heldout} held out")
+    say(f"data {data.fingerprint}: {data.num_train} conversations to train on, {data.num_heldout} held out{data.left_out}")
     base_fingerprint = model_fingerprint(folder)
     if record:
         record.require_same(data, base_fingerprint)

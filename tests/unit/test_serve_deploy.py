@@ -142,14 +142,14 @@ def test_a_dashboard_that_does_not_answer_is_an_error_and_no_traceback(bot, up, 
 
 
 def test_status_lists_versions_and_tells_why_an_engine_failed(command, up, dashboard, registry, register):
-    register()
+    register(scores={"loss": 0.5, "eval_loss": 0.25})
     registry.promote("helpdesk:1")
     dashboard.applications = {"chat": {"status": "DEPLOY_FAILED", "message": "KeyError: list[int] in [/opt/vllm] failed"}}
     up(dashboard.url, registry.url)
     ended = command("serve", "status")
     assert ended.status == 0
     assert ended.out.splitlines()[:1] == ["engine  DEPLOY_FAILED:   KeyError: list[int] in [/opt/vllm] failed"]
-    assert [word for word in ("helpdesk:1", "live", "smollm2-135m", "0.25") if word not in ended.out] == []
+    assert [word for word in ("helpdesk:1", "live", "smollm2-135m", "0.250") if word not in ended.out] == []
 
 
 def test_status_of_the_cluster_names_cards_services_and_jobs(command, up, dashboard):
