@@ -60,7 +60,8 @@ class Story:
 def bar(text: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """Show a progress bar, or where the total is unknown one that moves; yield a function that sets or advances it."""
     columns = (TextColumn("   {task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    # Twice a second: the default of ten takes CPU from the work that it shows.
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
         task = progress.add_task(text, total=total, note="")
 
         def update(completed: int | None = None, total: int | None = None, note: str = "", text: str | None = None) -> None:
