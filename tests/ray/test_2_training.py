@@ -57,7 +57,8 @@ def test_a_killed_worker_goes_on_from_its_checkpoint_with_the_same_losses(stack:
     run = stack.begin("train", str(config), *SETTINGS)
     found, _ = read_until(run, RUN_ID)
     history = stack.home / "runs" / found[1]
-    wait_for(lambda: len(list(history.glob("checkpoint_*"))) >= 1)
+    # The second is begun only when the first one is whole.
+    wait_for(lambda: len(list(history.glob("checkpoint_*/"))) >= 2)
     (worker,) = stack.workers("RayTrainWorker")
     worker.kill()
     text, _ = run.communicate(timeout=300)
@@ -77,7 +78,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_with_the_same_losses(s
     job.communicate(timeout=120)
     assert stack.registry.client.get_run(run_id).info.status == "KILLED"
     assert len(stack.losses(run_id)) < NUM_STEPS
-    (checkpoint,) = (stack.home / "runs" / run_id).glob("checkpoint_*")
+    (checkpoint,) = (stack.home / "runs" / run_id).glob("checkpoint_*/")
     assert (checkpoint / "adapter_model.safetensors").is_file()
     done = stack.run("train", str(config), "--resume", run_id)
     assert done.returncode == 0, done.stdout + done.stderr
