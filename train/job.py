@@ -202,7 +202,7 @@ def _failure(error: Exception, run_id: str) -> TandemError:
         if isinstance(cause, TandemError):
             return cause
     why = last_lines(str(error))
-    if not any((home_folder() / "runs" / run_id).glob("checkpoint_*")):
+    if not any((home_folder() / "runs" / run_id).glob("checkpoint_*/")):  # Ray keeps a file of that name beside them
         return RunError("training failed before its first checkpoint", why, "mend the reason, then begin anew")
     return RunError(
         "training failed", why, f"mend the reason, then python -m train CONFIG --resume {run_id}, or without --resume to begin anew"

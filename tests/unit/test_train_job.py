@@ -29,6 +29,8 @@ def test_other_failures_tell_the_workers_last_lines(home):
 
 def test_resuming_is_named_only_where_there_is_a_checkpoint(home):
     error = WorkerGroupError(TRACE, {})
+    (home / "runs" / RUN).mkdir(parents=True)
+    (home / "runs" / RUN / "checkpoint_manager_snapshot.json").write_text("{}")  # Ray writes it before there is a checkpoint
     assert "--resume" not in str(_failure(error, RUN))
     (home / "runs" / RUN / "checkpoint_2026").mkdir(parents=True)
     assert f"--resume {RUN}" in _failure(error, RUN).remedy
