@@ -189,7 +189,7 @@ def _absolute_paths(config: ChatbotConfig) -> list[str]:
     """Name local folders and files by their whole paths, where the job's copy of the checkout would not have them."""
     settings = {"model.name": config.model.name, "data.source": config.data.source}
     local = {name: value for name, value in settings.items() if Path(value).expanduser().exists()}
-    return [f"{name}={_reachable(value)}" for name, value in local.items() if _reachable(value) != value]
+    return [f"{name}={whole}" for name, value in local.items() if (whole := _reachable(value)) != value]
 
 
 def _reachable(path: str) -> str:

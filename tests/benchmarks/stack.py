@@ -20,10 +20,7 @@ NUM_REPEATS = 3
 
 def idle_gib() -> float:
     """Return the memory of all processes of the stack; shared pages are counted once."""
-    family = []
-    for process in require_session().processes:
-        if root := process.running():
-            family += [root, *root.children(recursive=True)]
+    family = [member for process in require_session().processes for member in process.family()]
     return sum(member.memory_full_info().pss for member in family) / BYTES_PER_GIB
 
 

@@ -1,10 +1,9 @@
 """More conversations from seed facts: by templates, and by a model behind a real HTTP server."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from data.reword import NEAR_DUPLICATE, is_near_any, likeness, reword_by_templat
 from data.split import split_conversations
 from data.synthesize import Options, synthesize
 from tests.unit.data_fixtures import chat, chatbot, write_rows
+from tests.unit.json_door import JsonDoor, listening
 
 NOBODY = "http://127.0.0.1:9/v1"
 SEEDS = [
@@ -24,7 +24,7 @@ SEEDS = [
 ]
 
 
-class FakeModel(BaseHTTPRequestHandler):
+class FakeModel(JsonDoor):
     """An OpenAI-compatible endpoint; `reply` makes the text, `served` are its models, `status` its mood."""
 
     served: tuple[str, ...] = ("smollm2-135m",)
@@ -34,7 +34,10 @@ class FakeModel(BaseHTTPRequestHandler):
     reply = staticmethod(lambda prompt: "")
 
     def do_GET(self) -> None:
-        self._send({"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in self.served]})
+        self.send_json(
+            self.status,
+            {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in self.served]},
+        )
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -46,18 +49,7 @@ class FakeModel(BaseHTTPRequestHandler):
         self.prompts.append(prompt)
         message = {"role": "assistant", "content": self.reply(prompt)}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
-        self._send({"id": "1", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [choice]})
-
-    def _send(self, body: dict) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(self.status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        pass
+        self.send_json(self.status, {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [choice]})
 
 
 @contextmanager
@@ -65,13 +57,8 @@ def endpoint(**settings) -> Iterator[tuple[str, type[FakeModel]]]:
     handler = type(
         "Handler", (FakeModel,), {"prompts": [], **{name: staticmethod(v) if callable(v) else v for name, v in settings.items()}}
     )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", handler
-    finally:
-        server.shutdown()
-        server.server_close()
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as address:
+        yield f"{address}/v1", handler
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What the demo hands to its job, and what it makes of an endpoint that refuses: without a cluster."""
 
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer
 
 import pytest
 
@@ -10,6 +9,7 @@ from configs.loader import ROOT, load_chatbot
 from data.conversations import Conversation, Message
 from serve.ask import accuracy, ask_all, first_token_s
 from serve.demo import _absolute_paths, _reachable
+from tests.unit.json_door import JsonDoor, listening
 
 ASKED = Conversation((Message("user", "Where?"), Message("assistant", "Here.")), keys=("here",))
 
@@ -18,23 +18,12 @@ ASKED = Conversation((Message("user", "Where?"), Message("assistant", "Here.")),
 def refusing():
     """An endpoint that answers every request with 400, as one does whose model is too short for the question."""
 
-    class Door(BaseHTTPRequestHandler):
+    class Door(JsonDoor):
         def do_POST(self) -> None:
-            body = b'{"error": {"message": "too long", "type": "invalid_request_error"}}'
-            self.send_response(400)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.send_json(400, {"error": {"message": "too long", "type": "invalid_request_error"}})
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Door)
-    threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    with listening(HTTPServer(("127.0.0.1", 0), Door)) as address:
+        yield f"{address}/v1"
 
 
 def test_a_refused_question_is_a_wrong_answer(refusing):

@@ -2,8 +2,7 @@
 
 import json
 import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from configs.loader import load_chatbot
 from configs.schema import ChatbotConfig, ModelConfig, ServeConfig
 from serve.deploy import deploy, endpoint, failure_reason, served_base_name
 from serve.engine import engine_arguments, engine_environment
+from tests.unit.json_door import JsonDoor, listening
 
 MESSAGES = "\n".join(f"line {number}" for number in range(40))
 
@@ -30,46 +30,34 @@ class Dashboard(ThreadingHTTPServer):
         self.refuses_with = 200
 
 
-class DashboardDoor(BaseHTTPRequestHandler):
+class DashboardDoor(JsonDoor):
     server: Dashboard
 
     def do_GET(self) -> None:
         self.server.tokens.add(self.headers.get("Authorization"))
         if self.path.startswith("/api/jobs"):
-            self._send(200, [])
+            self.send_json(200, [])
         elif self.path.startswith("/nodes"):
-            self._send(200, {"data": {"summary": [{"raylet": {"state": "ALIVE", "labels": {"card": "card0"}}}]}})
+            self.send_json(200, {"data": {"summary": [{"raylet": {"state": "ALIVE", "labels": {"card": "card0"}}}]}})
         else:
             if self.server.after_put and self.server.put:
                 self.server.applications = {"chat": self.server.after_put.pop(0)}
-            self._send(200, {"applications": self.server.applications})
+            self.send_json(200, {"applications": self.server.applications})
 
     def do_PUT(self) -> None:
         self.server.put.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        self._send(self.server.refuses_with, {})
+        self.send_json(self.server.refuses_with, {})
 
     def do_DELETE(self) -> None:
         self.server.applications = {}
-        self._send(200, {})
-
-    def _send(self, status: int, value: object) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
+        self.send_json(200, {})
 
 
 @pytest.fixture
 def dashboard():
     server = Dashboard()
-    threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with listening(server):
+        yield server
 
 
 @pytest.fixture
