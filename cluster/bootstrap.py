@@ -49,7 +49,9 @@ def install(lock: Path) -> None:
     stamp_file().write_text("unfinished")
     python = str(VENV / "bin" / "python")
     subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", f"uv=={UV_VERSION}"], check=True)
-    command = [python, "-m", "uv", "pip", "install", "--no-deps", "--python", python, "-r", str(lock), *torch_source(lock)]
+    # Compiled once here; else each of the stack's 20 processes compiles what it imports, wherever Python may not write beside the source.
+    options = ["--no-deps", "--compile-bytecode", "--python", python]
+    command = [python, "-m", "uv", "pip", "install", *options, "-r", str(lock), *torch_source(lock)]
     environment = {**os.environ, "UV_LINK_MODE": os.environ.get("UV_LINK_MODE", "copy"), "UV_HTTP_TIMEOUT": "300"}
     subprocess.run(command, check=True, env=environment)
     stamp_file().write_text(stamp(lock))

@@ -69,6 +69,8 @@ class LoraConfig(Settings):
     """Share of adapter inputs zeroed in training."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the linear layers that get an adapter."""
+    num_layers: int | None = Field(None, ge=1)
+    """Only the last so many of the model's blocks get an adapter; the steps skip the way back through the others."""
     use_rslora: bool = False
     """Rank-stabilised scale; better at high ranks."""
     use_dora: bool = False

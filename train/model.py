@@ -83,6 +83,7 @@ def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        exclude_modules=_left_out(base, lora),
         use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
     )
@@ -105,6 +106,17 @@ def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label
         # An instance attribute: forward() of this one model, not of its class.
         base.forward = MethodType(_answer_forward(type(base).forward, changes_logits, label_smoothing), base)
     return model
+
+
+def _left_out(base: Any, lora: LoraConfig) -> str | None:
+    """Match the modules of the first blocks where only the last `num_layers` get an adapter; a block's number comes first in a name."""
+    num_blocks = int(base.config.get_text_config().num_hidden_layers)
+    if lora.num_layers is None or lora.num_layers == num_blocks:
+        return None
+    if lora.num_layers > num_blocks:
+        why = f"train.lora.num_layers is {lora.num_layers}, and this model has {num_blocks} blocks"
+        raise ModelError("the adapter does not fit the model", why, f"train.lora.num_layers={num_blocks}, or leave it out")
+    return rf"\D*\.({'|'.join(map(str, range(num_blocks - lora.num_layers)))})\..*"
 
 
 def packs_safely(base: Any) -> bool:

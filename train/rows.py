@@ -20,9 +20,17 @@ SEEDS_APART = 1_000_003  # so that no epoch of one seed is ordered like one of a
 
 
 def read_rows(file: Path, tokenizer: Any, config: DataConfig) -> list[Row]:
-    """Read a prepared file as rows of `input_ids` and `labels`, cut where the config says so."""
+    """Read a prepared file as rows of `input_ids` and `labels`, cut where the config says so.
+
+    What follows the last token that carries loss (a template's line break, a question without an answer) teaches nothing and is left out.
+    """
     tokens, _ = fit((tokenize(conversation, tokenizer) for conversation in read_prepared(file)), config)
-    return [{"input_ids": row.input_ids, "labels": row.labels} for row in tokens if row]
+    rows = []
+    for row in tokens:
+        if row:
+            end = max(place for place, label in enumerate(row.labels) if label != NO_LOSS) + 1
+            rows.append({"input_ids": row.input_ids[:end], "labels": row.labels[:end]})
+    return rows
 
 
 class RowOrder(Sampler[int]):  # type: ignore[misc]

@@ -166,6 +166,18 @@ def test_named_layers_alone_get_an_adapter():
     assert {name.split(".")[-4] for name in trained(with_adapter(target_modules=["q_proj", "v_proj"]))} == {"q_proj", "v_proj"}
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_the_last_blocks_alone_get_an_adapter(targets):
+    assert {name.split(".")[4] for name in trained(with_adapter(num_layers=1, target_modules=targets))} == {str(NUM_LAYERS - 1)}
+    assert len(trained(with_adapter(num_layers=NUM_LAYERS))) == len(trained(with_adapter()))
+
+
+def test_more_blocks_than_the_model_has_are_refused():
+    with pytest.raises(ModelError, match="this model has") as refused:
+        add_adapter(tiny(), LoraConfig(num_layers=NUM_LAYERS + 1), False)
+    assert f"train.lora.num_layers={NUM_LAYERS}" in refused.value.remedy
+
+
 def test_dropout_and_rank_stabilised_scale_reach_the_adapter():
     model = with_adapter(dropout=0.5, use_rslora=True, alpha=8)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj

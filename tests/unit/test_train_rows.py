@@ -61,10 +61,16 @@ def test_rows_are_the_conversations_tokens_cut_or_dropped_as_the_config_says(fil
     whole = read_rows(file, tokenizer, DataConfig(source="x"))
     assert [len(row["input_ids"]) == len(row["labels"]) for row in whole] == [True, True]
     assert tokenizer.decode([label for label in whole[0]["labels"] if label != N]) == "Ho<|im_end|>"
-    limit = len(whole[0]["input_ids"])
+    limit = len(whole[0]["input_ids"]) + 1  # with the line break that ends the conversation
     assert read_rows(file, tokenizer, DataConfig(source="x", max_length_tokens=limit)) == whole[:1]
     cut = read_rows(file, tokenizer, DataConfig(source="x", max_length_tokens=limit + 1, too_long="cut"))
     assert cut == [whole[0], {name: values[: limit + 1] for name, values in whole[1].items()}]
+
+
+def test_nothing_follows_the_last_token_that_carries_loss(file):
+    """The template ends each turn with a line break, which nothing is predicted from."""
+    rows = read_rows(file, load_tokenizer(tokenizer_folder()), DataConfig(source="x"))
+    assert all(row["labels"][-1] != N for row in rows)
 
 
 def test_an_empty_file_has_no_rows(tmp_path):
