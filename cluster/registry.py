@@ -85,6 +85,7 @@ class Registry:
         if self._client is None:
             os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
             os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+            os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
             from mlflow.tracking import MlflowClient
 
             self._client = MlflowClient(self.url)
@@ -134,7 +135,7 @@ class Registry:
         """Return the version that `helpdesk:3` names, or for `helpdesk` the live one."""
         match = VERSION_NAME.match(name)
         if not match:
-            raise RegistryError(f"{name!r} names no version", "", "write helpdesk:3 for version 3, or helpdesk for the live one")
+            raise RegistryError(f"{name!r} names no version", "", "python -m serve status lists the versions; one is named like helpdesk:3")
         known = [entry for entry in (self.versions() if versions is None else versions) if entry.chatbot == match["chatbot"]]
         if not known:
             raise RegistryError(f"no chatbot named {match['chatbot']}", "the registry has no version of it", "python -m serve status")
@@ -160,9 +161,13 @@ class Registry:
 
     def rollback(self, chatbot: str) -> Version:
         """Make the previous version live again."""
-        previous = [entry for entry in self.versions() if entry.chatbot == chatbot and PREVIOUS in entry.aliases]
+        own = [entry for entry in self.versions() if entry.chatbot == chatbot]
+        if not own:
+            raise RegistryError(f"no chatbot named {chatbot}", "the registry has no version of it", "python -m serve status")
+        previous = [entry for entry in own if PREVIOUS in entry.aliases]
         if not previous:
-            raise RegistryError(f"{chatbot} has no previous version", "nothing was live before", "python -m serve status")
+            why = "no other version of it was ever live"
+            raise RegistryError(f"{chatbot} has no version to go back to", why, f"python -m serve promote {own[-1].name}")
         return self.promote(previous[0].name)
 
     def download(self, version: Version) -> Path:

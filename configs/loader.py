@@ -83,7 +83,9 @@ def read_source(file: Path) -> Source:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {file}", str(error), "a readable YAML file in UTF-8") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML", str(error), "mend the line named above; indent with spaces") from None
+        raise ConfigError(
+            f"{file} is not YAML", str(error).replace('"<unicode string>"', str(file)), "mend the line named above; indent with spaces"
+        ) from None
     source = Source(str(file))
     if node is None:
         return source

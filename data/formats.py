@@ -12,6 +12,8 @@ from configs.schema import DataConfig
 from data.conversations import ROLES, Conversation, Message, Split
 from data.readers import RawRow, Table, read_tables
 
+NO_SPLIT = "has no split, and data.split is marked"
+
 Fields = dict[str, Any]
 Turn = tuple[Any, Any]  # role and content, not checked yet
 SPLITS: dict[str, Split] = {"train": "train", "heldout": "heldout", "test": "heldout", "validation": "heldout"}
@@ -154,7 +156,7 @@ def _group(fields: Fields) -> str | None:
 def _split(fields: Fields, table_split: str | None) -> Split:
     value = fields.get("split") or _known_split(table_split or "")
     if not value:
-        raise RowError("has no split, and data.split is marked")
+        raise RowError(NO_SPLIT)
     if not isinstance(value, str) or value not in SPLITS:
         raise RowError(f"has the unknown split {value!r}; known: {', '.join(SPLITS)}")
     return SPLITS[value]

@@ -14,7 +14,7 @@ from cluster.home import home_folder, new_folder, write_text
 from configs.errors import DataError
 from configs.schema import ChatbotConfig, DataConfig
 from data.conversations import Conversation, Message, read_prepared, to_jsonl
-from data.formats import BadRow, read_conversations
+from data.formats import NO_SPLIT, BadRow, read_conversations
 from data.split import SplitResult, split_conversations
 from data.template import RefusedByTemplateError, TokenRow, fit, load_tokenizer, tokenize
 
@@ -234,7 +234,10 @@ def bad_rows_error(config: DataConfig, bad: list[BadRow]) -> DataError:
     if len(bad) > NUM_SHOWN_BAD:
         shown.append(f"  and {len(bad) - NUM_SHOWN_BAD} more")
     count = "one bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
-    return DataError(f"{count} in {config.source}", "\n".join(shown), "mend them, or set them aside with data.skip_bad=true")
+    remedy = "mend them, or set them aside with data.skip_bad=true"
+    if any(row.reason == NO_SPLIT for row in bad):
+        remedy = "data.split=row holds out a share of the rows by itself; or mark each row's split as train or heldout"
+    return DataError(f"{count} in {config.source}", "\n".join(shown), remedy)
 
 
 def _all_too_long(config: DataConfig, side: str, fitted: Fitted, tokens: Tokens) -> DataError:

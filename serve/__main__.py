@@ -50,7 +50,7 @@ def promote(version: VersionName) -> None:
 
 @app.command()
 def rollback(chatbot: Annotated[str, typer.Argument(metavar="NAME", help="Such as helpdesk.")]) -> None:
-    """Make the version live that was live before."""
+    """Make the version live that was live before; a second rollback undoes the first."""
     version = Registry(require_session().mlflow_url).rollback(chatbot)
     console.print(f"[green]live[/]  {version.name} again")
 

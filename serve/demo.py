@@ -240,6 +240,6 @@ def _summarise(figures: dict[str, Any], config: ChatbotConfig, session: Session,
     request = {"model": config.name, "messages": [question(heldout[0])[-1]]}
     body = json.dumps(request).replace("'", "'\\''")
     console.print("\nAsk it yourself:\n")
-    print(f"curl {figures['endpoint']}/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+    print(f"curl -s {figures['endpoint']}/chat/completions -H 'Content-Type: application/json' -d '{body}'")
     console.print(f"\nchat endpoint  {figures['endpoint']}\nMLflow         {session.mlflow_url}\ndashboard      {session.dashboard_url}")
     console.print("to stop        make down")

@@ -67,10 +67,9 @@ class Front:
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = _parse(await self._read_body(receive))
         name = request.get("model")
-        if name is None or name == "":
-            name = self.adapters.base.name
-        if not isinstance(name, str):
-            raise RefusedError(400, "invalid_request_error", "model must be a string", "model")
+        if not isinstance(name, str) or not name:
+            known = ", ".join(self.adapters.names()[:10])
+            raise RefusedError(400, "invalid_request_error", f"you must name a model; there are: {known}", "model")
         request["model"] = version = await self._resolve(name)
         self._add_system_prompt(request, version)
         body = json.dumps(request).encode()  # ASCII: half a surrogate pair has no UTF-8

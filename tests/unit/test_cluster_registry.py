@@ -112,7 +112,7 @@ def test_rollback_makes_the_previous_one_live_and_another_undoes_it(registry, re
     register()
     register()
     registry.promote("helpdesk:1")
-    with pytest.raises(RegistryError, match="helpdesk has no previous version"):
+    with pytest.raises(RegistryError, match="helpdesk has no version to go back to"):
         registry.rollback("helpdesk")
     registry.promote("helpdesk:2")
     assert registry.rollback("helpdesk").name == "helpdesk:1"

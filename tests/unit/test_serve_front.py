@@ -255,8 +255,6 @@ def test_a_client_that_leaves_before_its_body_came_is_not_answered_by_the_engine
         ("helpdesk", "helpdesk:2"),
         ("helpdesk:1", "helpdesk:1"),
         ("smollm2-135m", "smollm2-135m"),
-        (None, "smollm2-135m"),
-        ("", "smollm2-135m"),
     ],
 )
 def test_a_name_is_handed_on_as_the_version_that_it_means(model, version, ask, engine):
@@ -266,9 +264,12 @@ def test_a_name_is_handed_on_as_the_version_that_it_means(model, version, ask, e
     assert answer.headers == {b"content-type": b"text/event-stream", b"x-tandem-model": version.encode()}
 
 
-def test_a_request_without_a_model_is_for_the_base(ask, engine):
-    assert ask("POST", "/v1/completions", {"prompt": "Hi"}).headers[b"x-tandem-model"] == b"smollm2-135m"
-    assert engine.request == {"model": "smollm2-135m", "prompt": "Hi"}
+@pytest.mark.parametrize("body", [{"prompt": "Hi"}, {"prompt": "Hi", "model": None}, {"prompt": "Hi", "model": ""}])
+def test_a_request_without_a_model_is_told_which_there_are(ask, engine, body):
+    error = refused(ask("POST", "/v1/completions", body), 400)
+    assert "smollm2-135m, helpdesk, helpdesk:1" in error["message"]
+    assert error["param"] == "model"
+    assert engine.bodies == []
 
 
 def test_all_else_is_handed_on_as_it_came(ask, engine):
