@@ -1,4 +1,4 @@
-"""`python -m serve CONFIG|promote|rollback|status|keys`: serve a base model with its adapters; say which version is live, and who may ask."""
+"""`python -m serve CONFIG|promote|rollback|status|keys`: serve a base model with its adapters, say what is live, and who may ask."""
 
 import json
 import time
@@ -83,13 +83,15 @@ def status() -> None:
 @keys_app.command("create")
 def create_key(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")],
-    models: Annotated[str | None, typer.Option(metavar="NAME,...", help="Chatbots, versions or bases that it may use; all, if empty.")] = None,
+    models: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Chatbots, versions or bases that it may use; all, if empty.")
+    ] = None,
     expires: Annotated[str | None, typer.Option(metavar="TIME", help="Such as 30d, 12h or 5m.")] = None,
 ) -> None:
     """Make a key and show it, once: only its hash is kept."""
     from serve.keys import KeyFile, parse_lifetime
 
-    allowed = [model.strip() for model in models.split(",") if model.strip()] if models is not None else None
+    allowed = None if models is None else [model.strip() for model in models.split(",")]
     secret = KeyFile().create(name, allowed, parse_lifetime(expires) if expires is not None else None)
     console.print(f"[green]key[/]  {secret}", soft_wrap=True)
     console.print("     shown this once; send it as: Authorization: Bearer KEY")

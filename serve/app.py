@@ -39,7 +39,7 @@ class Engine:
         self.engine, app = await start_engine(arguments, adapters)
         await adapters.refresh()
         self.watcher = asyncio.create_task(adapters.watch())
-        return Front(app, adapters, KeyFile(), self.config.serve.max_body_bytes)
+        return Front(app, adapters, KeyFile(host=self.config.serve.host), self.config.serve.max_body_bytes)
 
     async def check_health(self) -> None:
         """Tell Serve to replace this replica if its engine has died."""

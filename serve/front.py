@@ -75,19 +75,21 @@ class Front:
             raise RefusedError(404, "invalid_request_error", f"no such route: {method} {path}")
 
     def _authorize(self, scope: Scope) -> Key | None:
-        """Return the key that the request shows; None where no key was ever made.
+        """Return the key that the request shows; None where none is asked for.
 
         The file is looked at for each request, which takes microseconds: a revoked key is out at once, on every replica.
         """
         try:
-            if not self.keys.read():
+            if not self.keys.are_asked_for():
                 return None
         except AccessError as error:
             log.error("%s", error)
             raise RefusedError(503, "service_unavailable", "keys cannot be checked now") from None
         kind, _, secret = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
         if kind.lower() != "bearer" or not secret:
-            raise RefusedError(401, "invalid_request_error", "this endpoint asks for a key: Authorization: Bearer KEY", code="invalid_api_key")
+            raise RefusedError(
+                401, "invalid_request_error", "this endpoint asks for a key: Authorization: Bearer KEY", code="invalid_api_key"
+            )
         key = self.keys.find(secret.strip())
         if key is None or not key.is_valid():
             reason = "is unknown" if key is None else "was revoked" if key.revoked else "has expired"

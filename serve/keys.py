@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ KEY_BYTES = 32
 PREFIX = "sk-tandem-"
 OWNER_ONLY = 0o600
 UNITS_S = {"m": 60, "h": 3600, "d": 86400}
+ModelName = Annotated[str, StringConstraints(pattern=r"^[^\s,]{1,200}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
 
 
@@ -33,7 +35,7 @@ class Key(BaseModel):
 
     name: Name
     sha256: str
-    models: tuple[str, ...] | None = None
+    models: tuple[ModelName, ...] | None = None
     """Chatbots, versions or bases that it may use; all, if empty."""
     created_s: float
     expires_s: float | None = None
@@ -54,8 +56,9 @@ STORED = TypeAdapter(list[Key])
 class KeyFile:
     """The keys of one home folder. Revoked ones stay, so that an endpoint that once had keys never opens by itself."""
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, host: str = "127.0.0.1") -> None:
         self.file = file or home_folder() / "keys.json"
+        self.host = host
         self._keys: dict[str, Key] = {}
         self._stamp: tuple[int, int] | None = None
 
@@ -77,6 +80,14 @@ class KeyFile:
             raise AccessError("the keys cannot be read", f"{self.file}: {error}", "restore the file from a copy") from None
         return list(self._keys.values())
 
+    def are_asked_for(self) -> bool:
+        """Whether a request must show a key: as soon as one was ever made, and always where others can reach the address.
+
+        Raises:
+            AccessError: The file is there, and cannot be read.
+        """
+        return bool(self.read()) or not is_loopback(self.host)
+
     def find(self, secret: str) -> Key | None:
         """Return the key that a client shows, if it is one, valid or not."""
         return self._keys.get(_digest(secret))
@@ -96,13 +107,16 @@ class KeyFile:
                 key = Key(
                     name=name,
                     sha256=_digest(secret),
-                    models=tuple(models) if models else None,
+                    models=None if models is None else tuple(models),
                     created_s=now_s,
                     expires_s=now_s + lifetime_s if lifetime_s else None,
                 )
-            except ValidationError:
-                why = "a name has letters, digits, dots, dashes, underscores and @, at most 64 of them"
-                raise AccessError(f"{name!r} is no name for a key", why, "python -m serve keys create alice") from None
+            except ValidationError as error:
+                why = "a key's name has letters, digits, dots, dashes, underscores and @, at most 64 of them; a model's name has no spaces"
+                wrong = ", ".join(repr(mistake["input"]) for mistake in error.errors())
+                raise AccessError(
+                    f"no key was made: {wrong} is no name", why, "python -m serve keys create alice --models helpdesk"
+                ) from None
             self._write([*keys, key])
         return secret
 
@@ -133,6 +147,14 @@ class KeyFile:
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone; a name other than localhost counts as open."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def parse_lifetime(text: str) -> float:
