@@ -6,7 +6,8 @@
     ├── ModelError            a base model that cannot be had or does not suit
     ├── ClusterError          cards, ports, disk, or a service that is not there
     ├── RegistryError         a chatbot, version or alias that is not in the registry
-    └── RunError              a training run that failed or cannot be resumed
+    ├── RunError              a training run that failed or cannot be resumed
+    └── AccessError           a key that is not there, or a place that must not be open without one
 
 Raise one of these for whatever a user can mend; let everything else be a traceback, because it is a bug.
 """
@@ -56,6 +57,10 @@ class RegistryError(TandemError):
 
 class RunError(TandemError):
     """A training run that failed or cannot be resumed."""
+
+
+class AccessError(TandemError):
+    """A key that is not there, or a place that must not be open without one."""
 
 
 def last_lines(text: str, count: int = 12) -> str:

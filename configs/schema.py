@@ -4,7 +4,6 @@ A chatbot is one `ChatbotConfig`, a machine one `MachineConfig`, secrets and pla
 """
 
 import os
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -158,7 +157,7 @@ class ServeConfig(Settings):
     """How the base model and its adapters are served."""
 
     host: str = "127.0.0.1"
-    """Address that the chat endpoint listens on."""
+    """Address that the chat endpoint listens on; others than loopback need a key (`python -m serve keys create`)."""
     port: Port = 8000
     """Port of the chat endpoint."""
     max_model_len_tokens: int = Field(2048, ge=16, le=1_048_576)
@@ -183,24 +182,10 @@ class ServeConfig(Settings):
     """Largest request body."""
 
     @model_validator(mode="after")
-    def _listens_at_home(self) -> Self:
-        """Refuse an address that others can reach: there are no keys yet."""
-        if self.host != "localhost" and not _is_loopback(self.host):
-            raise ValueError(f"serve.host={self.host}: there are no API keys yet, so the endpoint listens on 127.0.0.1 only")
-        return self
-
-    @model_validator(mode="after")
     def _adapters_fit(self) -> Self:
         if self.max_cpu_loras < self.max_loras:
             raise ValueError(f"serve.max_cpu_loras={self.max_cpu_loras} must be at least serve.max_loras={self.max_loras}")
         return self
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class ChatbotConfig(Settings):

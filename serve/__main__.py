@@ -1,6 +1,7 @@
-"""`python -m serve CONFIG|promote|rollback|status`: serve a base model with its adapters, and say which version is live."""
+"""`python -m serve CONFIG|promote|rollback|status|keys`: serve a base model with its adapters, say what is live, and who may ask."""
 
 import json
+import time
 from typing import Annotated
 
 import typer
@@ -12,6 +13,8 @@ from configs.cli import Overrides, console, make_app, run_app
 from configs.loader import load_chatbot
 
 app = make_app("Serve a base model with its adapters, and choose which version is live.", default="run")
+keys_app = make_app("Keys for the chat endpoint. As soon as there is one, every request must show a key.")
+app.add_typer(keys_app, name="keys")
 VersionName = Annotated[str, typer.Argument(metavar="NAME:VERSION", help="Such as helpdesk:3.")]
 
 
@@ -75,6 +78,48 @@ def status() -> None:
             "" if loss is None else f"{loss:.3f}",
         )
     console.print(table)
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")],
+    models: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Chatbots, versions or bases that it may use; all, if empty.")
+    ] = None,
+    expires: Annotated[str | None, typer.Option(metavar="TIME", help="Such as 30d, 12h or 5m.")] = None,
+) -> None:
+    """Make a key and show it, once: only its hash is kept."""
+    from serve.keys import KeyFile, parse_lifetime
+
+    allowed = None if models is None else [model.strip() for model in models.split(",")]
+    secret = KeyFile().create(name, allowed, parse_lifetime(expires) if expires is not None else None)
+    console.print(f"[green]key[/]  {secret}", soft_wrap=True)
+    console.print("     shown this once; send it as: Authorization: Bearer KEY")
+
+
+@keys_app.command("list")
+def list_keys() -> None:
+    """List the keys, without their secrets."""
+    from serve.keys import KeyFile
+
+    table = Table("name", "may use", "made", "expires", "state", box=None, pad_edge=False)
+    for key in KeyFile().read():
+        state = "valid" if key.is_valid() else "revoked" if key.revoked else "expired"
+        table.add_row(key.name, ", ".join(key.models or ("all",)), _day(key.created_s), _day(key.expires_s), state)
+    console.print(table if table.row_count else "no keys: on loopback, everyone may ask")
+
+
+@keys_app.command("revoke")
+def revoke_key(name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")]) -> None:
+    """Close a key for good; it is out with the next request, on every replica."""
+    from serve.keys import KeyFile
+
+    KeyFile().revoke(name)
+    console.print(f"[green]revoked[/]  {name}")
+
+
+def _day(moment_s: float | None) -> str:
+    return "" if moment_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(moment_s))
 
 
 if __name__ == "__main__":

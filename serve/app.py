@@ -15,6 +15,7 @@ from configs.schema import ChatbotConfig
 from serve.adapters import Adapters, Base
 from serve.engine import engine_arguments, engine_environment, start_engine
 from serve.front import Front
+from serve.keys import KeyFile
 
 MAX_CONSTRUCTOR_RETRIES = 3
 HEALTH_PERIOD_S = 5.0
@@ -38,7 +39,7 @@ class Engine:
         self.engine, app = await start_engine(arguments, adapters)
         await adapters.refresh()
         self.watcher = asyncio.create_task(adapters.watch())
-        return Front(app, adapters, self.config.serve.max_body_bytes)
+        return Front(app, adapters, KeyFile(host=self.config.serve.host), self.config.serve.max_body_bytes)
 
     async def check_health(self) -> None:
         """Tell Serve to replace this replica if its engine has died."""

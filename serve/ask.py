@@ -19,6 +19,18 @@ TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
+class Endpoint:
+    """Whom to ask, and the key to show there."""
+
+    address: str
+    api_key: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the official client is made with."""
+        return {"base_url": self.address, "api_key": self.api_key or "none", "timeout": TIMEOUT_S}
+
+
+@dataclass(frozen=True)
 class Answer:
     """One answer to a held-out question, and whether it has the key strings."""
 
@@ -28,7 +40,7 @@ class Answer:
 
 
 def ask_all(
-    endpoint: str, model: str, conversations: Sequence[Conversation], max_tokens: int, advance: Callable[[], None] = lambda: None
+    endpoint: Endpoint, model: str, conversations: Sequence[Conversation], max_tokens: int, advance: Callable[[], None] = lambda: None
 ) -> list[Answer]:
     """Ask `model` every question greedily, many at once; answers in the order of the questions.
 
@@ -40,7 +52,7 @@ def ask_all(
 
     async def ask_each() -> list[Answer]:
         gate = asyncio.Semaphore(NUM_AT_ONCE)
-        async with AsyncOpenAI(base_url=endpoint, api_key="none", timeout=TIMEOUT_S) as client:
+        async with AsyncOpenAI(**endpoint.settings()) as client:
 
             async def ask(conversation: Conversation) -> Answer:
                 async with gate:
@@ -72,14 +84,14 @@ def accuracy(answers: Sequence[Answer]) -> float:
     return sum(answer.right for answer in judged) / len(judged) if judged else 0.0
 
 
-def first_token_s(endpoint: str, model: str, conversation: Conversation) -> float:
+def first_token_s(endpoint: Endpoint, model: str, conversation: Conversation) -> float:
     """Ask one question, streamed; return the time of day at which the first token came.
 
     Raises:
         RunError: The endpoint does not answer.
     """
     try:
-        stream: Any = OpenAI(base_url=endpoint, api_key="none", timeout=TIMEOUT_S).chat.completions.create(
+        stream: Any = OpenAI(**endpoint.settings()).chat.completions.create(
             model=model,
             messages=question(conversation),  # type: ignore[arg-type]
             max_tokens=16,
@@ -95,5 +107,5 @@ def first_token_s(endpoint: str, model: str, conversation: Conversation) -> floa
     return arrived_s or time.time()
 
 
-def _unanswered(endpoint: str, error: OpenAIError) -> RunError:
-    return RunError(f"no answer from {endpoint}", str(error), "python -m serve status")
+def _unanswered(endpoint: Endpoint, error: OpenAIError) -> RunError:
+    return RunError(f"no answer from {endpoint.address}", str(error), "python -m serve status")

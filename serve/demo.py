@@ -28,10 +28,12 @@ from configs.loader import ROOT, load_machine
 from configs.schema import ChatbotConfig
 from data.conversations import Conversation, question, read_prepared
 from data.prepare import Prepared, check_source, prepare
-from serve.ask import Answer, accuracy, ask_all, first_token_s
-from serve.deploy import deploy, endpoint, is_running, served_base_name, wait_until_running
+from serve.ask import Answer, Endpoint, accuracy, ask_all, first_token_s
+from serve.deploy import deploy, is_running, served_base_name, wait_until_running
+from serve.keys import OWNER_ONLY, KeyFile
 
 MAX_ANSWER_TOKENS = 48
+KEY_NAME = "demo"
 NUM_SHOWN = 5
 PROGRESS_LINE = re.compile(r"step (\d+)/(\d+)")
 REGISTERED_LINE = re.compile(r"registered as ([a-z0-9._-]+:\d+)")
@@ -90,24 +92,24 @@ def tell(config: ChatbotConfig, config_file: str, overrides: list[str]) -> dict[
     with story.stage(
         "train", f"The serve card loads {config.model.name} on a vLLM engine, while the train card fine-tunes it, as a Ray job"
     ):
-        address = deploy(config, session, lambda _: None, wait=False)
+        chat = Endpoint(deploy(config, session, lambda _: None, wait=False), _own_key())
         version = _train(session, config, config_file, overrides)
     heldout = read_prepared(data.heldout_file)
     with story.stage("register", "The adapter is in the registry, and its first token comes from the engine that is up"):
         with bar("loading the engine") as update:
             wait_until_running(session, lambda words: update(text=words))
-        waited_s = first_token_s(address, version.name, heldout[0]) - float(version.tags["finished_s"])
+        waited_s = first_token_s(chat, version.name, heldout[0]) - float(version.tags["finished_s"])
         _show_version(version, session)
     with story.stage("ask", "Ask base and adapter the same held-out questions, on the same engine"):
-        base_answers, adapter_answers = _ask_both(config, version, heldout)
+        base_answers, adapter_answers = _ask_both(chat, config, version, heldout)
     with story.stage("live", f"Make {version.name} live"):
         Registry(session.mlflow_url).promote(version.name)
         console.print(f"   requests for [bold]{config.name}[/] now go to [bold]{version.name}[/]; the engine did not restart")
     figures = {
         "model": config.name,
         "version": version.name,
-        "endpoint": address,
-        "api_key": None,
+        "endpoint": chat.address,
+        "api_key": chat.api_key,
         "base_accuracy": round(accuracy(base_answers), 4),
         "adapter_accuracy": round(accuracy(adapter_answers), 4),
         "train_tokens_per_s": round(json.loads(version.tags["scores"])["tokens_per_s"], 1),
@@ -115,7 +117,7 @@ def tell(config: ChatbotConfig, config_file: str, overrides: list[str]) -> dict[
         "stages_s": story.stages_s,
         "total_s": round(time.monotonic() - started_s, 1),
     }
-    write_text(home_folder() / "demo.json", json.dumps(figures, indent=2) + "\n")
+    write_text(home_folder() / "demo.json", json.dumps(figures, indent=2) + "\n", OWNER_ONLY)
     _summarise(figures, config, session, heldout)
     return figures
 
@@ -206,11 +208,22 @@ def _show_version(version: Version, session: Session) -> None:
     console.print(f"   {session.mlflow_url}/#/models/{version.chatbot}/versions/{version.number}")
 
 
-def _ask_both(config: ChatbotConfig, version: Version, heldout: list[Conversation]) -> tuple[list[Answer], list[Answer]]:
-    address, answers = endpoint(config), []
+def _own_key() -> str | None:
+    """Make the demo a key, where the endpoint asks for one; its last one is lost, for only hashes are kept."""
+    keys = KeyFile()
+    known = keys.read()
+    if not known:
+        return None
+    if any(key.name == KEY_NAME and key.is_valid() for key in known):
+        keys.revoke(KEY_NAME)
+    return keys.create(KEY_NAME)
+
+
+def _ask_both(chat: Endpoint, config: ChatbotConfig, version: Version, heldout: list[Conversation]) -> tuple[list[Answer], list[Answer]]:
+    answers = []
     for model in (served_base_name(config.model.name), version.name):
         with bar(f"asking {model}", total=len(heldout)) as update:
-            answers.append(ask_all(address, model, heldout, MAX_ANSWER_TOKENS, update))
+            answers.append(ask_all(chat, model, heldout, MAX_ANSWER_TOKENS, update))
         console.print(f"   {model}: {accuracy(answers[-1]):.0%} of {len(heldout)} right")
     table = Table("question (held out)", served_base_name(config.model.name), version.name, show_lines=True)
     every = max(1, len(heldout) // NUM_SHOWN)
@@ -239,7 +252,8 @@ def _summarise(figures: dict[str, Any], config: ChatbotConfig, session: Session,
     console.print(table)
     request = {"model": config.name, "messages": [question(heldout[0])[-1]]}
     body = json.dumps(request).replace("'", "'\\''")
+    shown = f"-H 'Authorization: Bearer {figures['api_key']}' " if figures["api_key"] else ""
     console.print("\nAsk it yourself:\n")
-    print(f"curl -s {figures['endpoint']}/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+    print(f"curl -s {figures['endpoint']}/chat/completions -H 'Content-Type: application/json' {shown}-d '{body}'")
     console.print(f"\nchat endpoint  {figures['endpoint']}\nMLflow         {session.mlflow_url}\ndashboard      {session.dashboard_url}")
     console.print("to stop        make down")

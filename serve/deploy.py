@@ -13,8 +13,9 @@ import httpx
 
 from cluster.models import check_model, ensure_model
 from cluster.session import Session, port_owner
-from configs.errors import ClusterError, last_lines
+from configs.errors import AccessError, ClusterError, last_lines
 from configs.schema import ChatbotConfig
+from serve.keys import KeyFile, is_loopback
 
 APPLICATION = "chat"
 API = "/api/serve/applications/"
@@ -30,9 +31,11 @@ def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], 
     Idempotent: the same config again changes nothing, another one takes the place of the last.
 
     Raises:
+        AccessError: Others could reach the address, and there is no key.
         ClusterError: The port is taken, or the engine did not start; its reason is in the message.
         ModelError: The base model cannot be had.
     """
+    _require_keys(config)
     check_model(config.model)
     with _dashboard(session) as client:
         _require_port(config, _details(client))
@@ -48,6 +51,14 @@ def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], 
     if wait:
         wait_until_running(session, say)
     return endpoint(config)
+
+
+def _require_keys(config: ChatbotConfig) -> None:
+    """Refuse an address that others can reach while everyone there could ask."""
+    host = config.serve.host
+    if not is_loopback(host) and not any(key.is_valid() for key in KeyFile().read()):
+        why = "others can reach that address, and there is no key: everyone there could ask"
+        raise AccessError(f"serve.host={host} is not served", why, "python -m serve keys create NAME, or serve.host=127.0.0.1")
 
 
 def _require_port(config: ChatbotConfig, running: dict[str, Any]) -> None:

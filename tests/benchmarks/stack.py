@@ -13,7 +13,7 @@ from cluster.home import BYTES_PER_GIB, home_folder
 from cluster.registry import Registry
 from cluster.session import require_session
 from data.conversations import read_prepared
-from serve.ask import first_token_s
+from serve.ask import Endpoint, first_token_s
 
 NUM_REPEATS = 3
 
@@ -24,7 +24,7 @@ def idle_gib() -> float:
     return sum(member.memory_full_info().pss for member in family) / BYTES_PER_GIB
 
 
-def registered_to_first_token_s(endpoint: str, chatbot: str) -> float:
+def registered_to_first_token_s(endpoint: Endpoint, chatbot: str) -> float:
     """Register copies of the live adapter, ask each for the first time at once, and return the median of the seconds."""
     registry = Registry(require_session().mlflow_url)
     live = registry.find(chatbot)
@@ -47,7 +47,7 @@ def main() -> None:
     figures = {
         "demo_s": demo["total_s"],
         "idle_stack_gib": idle_gib(),
-        "registered_to_first_token_s": registered_to_first_token_s(demo["endpoint"], demo["model"]),
+        "registered_to_first_token_s": registered_to_first_token_s(Endpoint(demo["endpoint"], demo["api_key"]), demo["model"]),
         **{name: demo[name] for name in ("base_accuracy", "adapter_accuracy", "train_tokens_per_s", "finished_to_first_token_s")},
         **{f"demo_{name}_s": seconds for name, seconds in demo["stages_s"].items()},
     }

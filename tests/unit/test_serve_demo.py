@@ -7,7 +7,7 @@ import pytest
 from configs.errors import RunError
 from configs.loader import ROOT, load_chatbot
 from data.conversations import Conversation, Message
-from serve.ask import accuracy, ask_all, first_token_s
+from serve.ask import Endpoint, accuracy, ask_all, first_token_s
 from serve.demo import _absolute_paths, _reachable
 from tests.unit.json_door import JsonDoor, listening
 
@@ -27,7 +27,7 @@ def refusing():
 
 
 def test_a_refused_question_is_a_wrong_answer(refusing):
-    answers = ask_all(refusing, "bot", [ASKED, ASKED], max_tokens=4)
+    answers = ask_all(Endpoint(refusing), "bot", [ASKED, ASKED], max_tokens=4)
     assert [answer.right for answer in answers] == [False, False]
     assert "too long" in answers[0].text
     assert accuracy(answers) == 0.0
@@ -35,9 +35,9 @@ def test_a_refused_question_is_a_wrong_answer(refusing):
 
 def test_an_endpoint_that_is_not_there_is_one_clear_error(refusing):
     with pytest.raises(RunError, match="no answer from"):
-        first_token_s(refusing, "bot", ASKED)
+        first_token_s(Endpoint(refusing), "bot", ASKED)
     with pytest.raises(RunError, match="no answer from"):
-        ask_all("http://127.0.0.1:9/v1", "bot", [ASKED], max_tokens=4)
+        ask_all(Endpoint("http://127.0.0.1:9/v1"), "bot", [ASKED], max_tokens=4)
 
 
 def test_a_job_gets_paths_that_its_copy_of_the_checkout_has(tmp_path, monkeypatch):

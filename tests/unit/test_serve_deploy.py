@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from configs.errors import ClusterError
+from configs.errors import AccessError, ClusterError
 from configs.loader import load_chatbot
 from configs.schema import ChatbotConfig, ModelConfig, ServeConfig
 from serve.deploy import deploy, endpoint, failure_reason, served_base_name
 from serve.engine import engine_arguments, engine_environment
+from serve.keys import KeyFile
 from tests.unit.json_door import JsonDoor, listening
 
 MESSAGES = "\n".join(f"line {number}" for number in range(40))
@@ -95,6 +96,19 @@ def test_an_engine_that_does_not_start_is_refused_with_its_own_last_words(bot, u
     dashboard.after_put = [{"status": "DEPLOY_FAILED", "message": "short", "deployments": {"engine": {"message": MESSAGES}}}]
     with pytest.raises(ClusterError, match=r"(?s)the engine did not start \(DEPLOY_FAILED\).*line 39"):
         deploy(bot, up(dashboard.url), print)
+
+
+def test_an_address_that_others_reach_is_served_with_a_key_alone(bot, up, dashboard):
+    opened = bot.model_copy(update={"serve": bot.serve.model_copy(update={"host": "0.0.0.0"})})
+    with pytest.raises(AccessError, match=r"(?s)0\.0\.0\.0 is not served.*keys create"):
+        deploy(opened, up(dashboard.url), print, wait=False)
+    assert dashboard.put == []
+    KeyFile().create("alice", lifetime_s=-1)
+    with pytest.raises(AccessError):
+        deploy(opened, up(dashboard.url), print, wait=False)
+    KeyFile().create("bob")
+    deploy(opened, up(dashboard.url), print, wait=False)
+    assert dashboard.put[0]["http_options"]["host"] == "0.0.0.0"
 
 
 def test_after_a_failure_the_same_config_is_tried_again(bot, up, dashboard):

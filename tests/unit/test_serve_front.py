@@ -11,7 +11,9 @@ import pytest
 from cluster.registry import Version
 from serve.adapters import Adapters, Base
 from serve.front import Front
+from serve.keys import KeyFile
 
+NOWHERE = Path("/nowhere/keys.json")
 BASE = Base("smollm2-135m", "0123456789abcdef", max_lora_rank=16)
 QUESTION = {"role": "user", "content": "Wie geht's? 😀"}
 ASKED = {"model": "helpdesk", "messages": [QUESTION], "stream": True, "unknown_setting": {"kept": [1, 2.5, None]}}
@@ -107,7 +109,12 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def ask(shelf, engine):
+def keys(tmp_path) -> KeyFile:
+    return KeyFile(tmp_path / "keys.json")
+
+
+@pytest.fixture
+def ask(shelf, engine, keys):
     """Send one request to a front before `engine`; the body may come in several pieces."""
 
     def send(method: str, path: str, body: Any = b"", headers: Any = (), max_body_bytes: int = 4096) -> Answer:
@@ -120,7 +127,7 @@ def ask(shelf, engine):
             return next(coming)
 
         async def once() -> None:
-            front = Front(engine, Adapters(shelf, BASE), max_body_bytes)
+            front = Front(engine, Adapters(shelf, BASE), keys, max_body_bytes)
             await front.adapters.refresh()
             scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
             await front(scope, receive, answer.send)
@@ -245,7 +252,7 @@ def test_a_client_that_leaves_before_its_body_came_is_not_answered_by_the_engine
         return {"type": "http.disconnect"}
 
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
-    asyncio.run(Front(engine, Adapters(shelf, BASE), 4096)(scope, receive, Answer().send))
+    asyncio.run(Front(engine, Adapters(shelf, BASE), KeyFile(NOWHERE), 4096)(scope, receive, Answer().send))
     assert engine.scopes == []
 
 
@@ -273,8 +280,13 @@ def test_a_request_without_a_model_is_told_which_there_are(ask, engine, body):
 
 
 def test_all_else_is_handed_on_as_it_came(ask, engine):
-    sent = [(b"content-type", b"application/json"), (b"authorization", b"Bearer x"), (b"x-request-id", b"7")]
-    lengths = [(b"content-length", b"1"), (b"transfer-encoding", b"chunked"), (b"x-tandem-model", b"forged")]
+    sent = [(b"content-type", b"application/json"), (b"x-request-id", b"7")]
+    lengths = [
+        (b"authorization", b"Bearer x"),
+        (b"content-length", b"1"),
+        (b"transfer-encoding", b"chunked"),
+        (b"x-tandem-model", b"forged"),
+    ]
     ask("POST", "/v1/chat/completions", {**ASKED, "model": "helpdesk:1"}, [*sent, *lengths])
     assert engine.request == {**ASKED, "model": "helpdesk:1"}
     assert engine.scopes[-1]["headers"] == [*sent, (b"content-length", str(len(engine.bodies[-1])).encode())]
@@ -361,7 +373,11 @@ def test_web_sockets_are_closed(shelf, engine):
     async def receive() -> dict[str, Any]:
         return {"type": "websocket.connect"}
 
-    asyncio.run(Front(engine, Adapters(shelf, BASE), 4096)({"type": "websocket", "path": "/v1/realtime", "headers": []}, receive, send))
+    asyncio.run(
+        Front(engine, Adapters(shelf, BASE), KeyFile(NOWHERE), 4096)(
+            {"type": "websocket", "path": "/v1/realtime", "headers": []}, receive, send
+        )
+    )
     assert [message["type"] for message in sent] == ["websocket.close"]
     assert engine.scopes == []
 
@@ -375,6 +391,77 @@ def test_the_lifespan_is_the_engines_own(shelf, engine):
     async def receive() -> dict[str, Any]:
         return {"type": "lifespan.startup"}
 
-    asyncio.run(Front(engine, Adapters(shelf, BASE), 4096)({"type": "lifespan"}, receive, send))
+    asyncio.run(Front(engine, Adapters(shelf, BASE), KeyFile(NOWHERE), 4096)({"type": "lifespan"}, receive, send))
     assert engine.after_body == [{"type": "lifespan.startup"}]
     assert sent == [{"type": "lifespan.startup.complete"}]
+
+
+def show(secret: str) -> list[tuple[bytes, bytes]]:
+    return [(b"authorization", b"Bearer " + secret.encode())]
+
+
+def keyed(ask, secret: str | None, **changes: Any) -> Answer:
+    return ask("POST", "/v1/chat/completions", {**ASKED, **changes}, show(secret) if secret else ())
+
+
+def test_as_soon_as_there_is_a_key_every_request_shows_one(ask, keys, engine):
+    assert chat(ask).status == 200
+    secret = keys.create("alice")
+    for headers in (
+        (),
+        show("sk-tandem-wrong"),
+        [(b"authorization", b"Basic " + secret.encode())],
+        [(b"authorization", b"Bearer ")],
+        show(secret[:-1]),
+    ):
+        for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/nothing")):
+            answer = ask(method, path, ASKED, headers)
+            assert answer.status == 401
+            assert answer.json["error"]["code"] == "invalid_api_key"
+    assert len(engine.bodies) == 1, "nothing refused reaches the engine"
+    assert keyed(ask, secret).status == 200
+    assert b"authorization" not in engine.headers, "the engine sees no key"
+
+
+def test_health_needs_no_key(ask, keys):
+    keys.create("alice")
+    assert ask("GET", "/health").status == 200
+
+
+def test_a_revoked_or_expired_key_is_out_at_once_and_the_door_stays_shut(ask, keys):
+    secret, short = keys.create("alice"), keys.create("bob", lifetime_s=-1)
+    assert "expired" in keyed(ask, short).json["error"]["message"]
+    KeyFile(keys.file).revoke("alice")  # as another process does it
+    assert "revoked" in keyed(ask, secret).json["error"]["message"]
+    assert keyed(ask, None).status == 401, "no valid key is left, and still none may ask without"
+
+
+def test_a_key_opens_its_models_and_knows_of_no_others(ask, keys):
+    secret = keys.create("alice", ["helpdesk"])
+    listed = ask("GET", "/v1/models", b"", show(secret)).json["data"]
+    assert [card["id"] for card in listed] == ["helpdesk", "helpdesk:1", "helpdesk:2"]
+    assert keyed(ask, secret, model="helpdesk").status == keyed(ask, secret, model="helpdesk:1").status == 200
+    other, nothing = (keyed(ask, secret, model=name).json["error"]["message"] for name in ("other:1", "nothing:1"))
+    assert other.replace("other", "nothing") == nothing
+    assert BASE.name not in nothing
+    assert keyed(ask, secret, model=BASE.name).status == 404, "the base is not among its models"
+    assert BASE.name not in keyed(ask, secret, model=None).json["error"]["message"]
+
+
+def test_a_key_for_one_version_opens_that_version_alone(ask, keys):
+    secret = keys.create("alice", ["helpdesk:1"])
+    assert keyed(ask, secret, model="helpdesk:1").status == 200
+    assert keyed(ask, secret, model="helpdesk").status == keyed(ask, secret, model="helpdesk:2").status == 404
+
+
+@pytest.mark.parametrize("harm", ["garbled", "gone"])
+def test_keys_that_cannot_be_read_shut_the_door(ask, keys, harm):
+    secret = keys.create("alice")
+    assert keyed(ask, secret).status == 200
+    keys.file.unlink() if harm == "gone" else keys.file.write_text("[{}]")
+    assert keyed(ask, secret).status == keyed(ask, None).status == 503
+
+
+def test_where_others_can_reach_the_address_no_key_means_no_entry(ask, keys):
+    keys.host = "0.0.0.0"
+    assert keyed(ask, None).status == 401

@@ -1,0 +1,169 @@
+"""API keys: who may ask, for which chatbots, and until when.
+
+Knows one file of hashes in the home folder. Does not know HTTP or the engine. A key is 256 random bits, so a plain SHA-256 of it
+is as good as a slow hash, and cheap enough for each request.
+"""
+
+import fcntl
+import hashlib
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
+
+from cluster.home import home_folder, write_text
+from configs.errors import AccessError
+
+KEY_BYTES = 32
+PREFIX = "sk-tandem-"
+OWNER_ONLY = 0o600
+UNITS_S = {"m": 60, "h": 3600, "d": 86400}
+ModelName = Annotated[str, StringConstraints(pattern=r"^[^\s,]{1,200}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
+
+
+class Key(BaseModel):
+    """One key; the secret itself is kept nowhere."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    sha256: str
+    models: tuple[ModelName, ...] | None = None
+    """Chatbots, versions or bases that it may use; all, if empty."""
+    created_s: float
+    expires_s: float | None = None
+    revoked: bool = False
+
+    def is_valid(self) -> bool:
+        """Whether it opens anything now."""
+        return not self.revoked and (self.expires_s is None or time.time() < self.expires_s)
+
+    def may_use(self, name: str) -> bool:
+        """Whether it opens a base, a chatbot or a version; a chatbot's name opens all of its versions."""
+        return self.models is None or name in self.models or name.partition(":")[0] in self.models
+
+
+STORED = TypeAdapter(list[Key])
+
+
+class KeyFile:
+    """The keys of one home folder. Revoked ones stay, so that an endpoint that once had keys never opens by itself."""
+
+    def __init__(self, file: Path | None = None, host: str = "127.0.0.1") -> None:
+        self.file = file or home_folder() / "keys.json"
+        self.host = host
+        self._keys: dict[str, Key] = {}
+        self._stamp: tuple[int, int] | None = None
+
+    def read(self) -> list[Key]:
+        """Return all keys, the oldest first; quick where the file has not changed.
+
+        Raises:
+            AccessError: The file is there, and cannot be read.
+        """
+        try:
+            found = self.file.stat()
+            if (found.st_mtime_ns, found.st_ino) != self._stamp:
+                self._keys = {key.sha256: key for key in STORED.validate_json(self.file.read_bytes())}
+                self._stamp = (found.st_mtime_ns, found.st_ino)
+        except FileNotFoundError:
+            if self._stamp:
+                raise AccessError("the keys are gone", f"{self.file} is no longer there", "put it back, or restart serving") from None
+        except (OSError, ValidationError) as error:
+            raise AccessError("the keys cannot be read", f"{self.file}: {error}", "restore the file from a copy") from None
+        return list(self._keys.values())
+
+    def are_asked_for(self) -> bool:
+        """Whether a request must show a key: as soon as one was ever made, and always where others can reach the address.
+
+        Raises:
+            AccessError: The file is there, and cannot be read.
+        """
+        return bool(self.read()) or not is_loopback(self.host)
+
+    def find(self, secret: str) -> Key | None:
+        """Return the key that a client shows, if it is one, valid or not."""
+        return self._keys.get(_digest(secret))
+
+    def create(self, name: str, models: list[str] | None = None, lifetime_s: float | None = None) -> str:
+        """Add a key and return its secret, which nobody can read again.
+
+        Raises:
+            AccessError: The name is taken, or is none.
+        """
+        secret, now_s = PREFIX + secrets.token_urlsafe(KEY_BYTES), time.time()
+        with self._locked():
+            keys = self.read()
+            if any(key.name == name and key.is_valid() for key in keys):
+                raise AccessError(f"there is a key named {name} already", "", f"another name, or python -m serve keys revoke {name} first")
+            try:
+                key = Key(
+                    name=name,
+                    sha256=_digest(secret),
+                    models=None if models is None else tuple(models),
+                    created_s=now_s,
+                    expires_s=now_s + lifetime_s if lifetime_s else None,
+                )
+            except ValidationError as error:
+                why = "a key's name has letters, digits, dots, dashes, underscores and @, at most 64 of them; a model's name has no spaces"
+                wrong = ", ".join(repr(mistake["input"]) for mistake in error.errors())
+                raise AccessError(
+                    f"no key was made: {wrong} is no name", why, "python -m serve keys create alice --models helpdesk"
+                ) from None
+            self._write([*keys, key])
+        return secret
+
+    def revoke(self, name: str) -> None:
+        """Close a key for good.
+
+        Raises:
+            AccessError: No valid key has this name.
+        """
+        with self._locked():
+            keys = self.read()
+            if not any(key.name == name and not key.revoked for key in keys):
+                known = ", ".join(key.name for key in keys if key.is_valid()) or "none"
+                raise AccessError(f"no key is named {name}", f"there are: {known}", "python -m serve keys list")
+            self._write([key.model_copy(update={"revoked": True}) if key.name == name else key for key in keys])
+
+    def _write(self, keys: list[Key]) -> None:
+        write_text(self.file, STORED.dump_json(keys, indent=1).decode() + "\n", OWNER_ONLY)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep two commands from writing over each other."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.with_suffix(".lock").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone; a name other than localhost counts as open."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_lifetime(text: str) -> float:
+    """Return the seconds that `30d`, `12h` or `5m` means.
+
+    Raises:
+        AccessError: It means none.
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,5})([mhd])", text)
+    if not match:
+        raise AccessError(f"{text!r} is no time", "a time is a number and m, h or d", "--expires 30d")
+    return float(match[1]) * UNITS_S[match[2]]

@@ -1,0 +1,98 @@
+"""Keys: shown once, kept as hashes, and never written half."""
+
+import json
+import threading
+
+import pytest
+from typer.testing import CliRunner
+
+from configs.errors import AccessError
+from serve.__main__ import app
+from serve.keys import KeyFile, is_loopback, parse_lifetime
+
+
+@pytest.fixture
+def keys(home) -> KeyFile:
+    return KeyFile()
+
+
+def test_the_file_has_no_secret_and_is_its_owners(keys):
+    secret = keys.create("alice", ["helpdesk"])
+    assert secret.startswith("sk-tandem-")
+    assert secret not in keys.file.read_text()
+    assert keys.file.stat().st_mode & 0o777 == 0o600
+    key = KeyFile().read()[0]
+    assert (key.name, key.models, key.is_valid()) == ("alice", ("helpdesk",), True)
+    reader = KeyFile()
+    reader.read()
+    assert reader.find(secret) == key
+    assert reader.find(secret + "x") is None
+
+
+def test_a_name_is_taken_while_its_key_is_valid(keys):
+    keys.create("alice")
+    with pytest.raises(AccessError, match="already"):
+        keys.create("alice")
+    keys.revoke("alice")
+    keys.create("alice")
+    assert [key.revoked for key in keys.read()] == [True, False]
+
+
+@pytest.mark.parametrize(("name", "models"), [("", None), ("a b", None), ("a" * 65, None), ("alice", [""]), ("alice", ["a b"])])
+def test_bad_names_make_no_key(keys, name, models):
+    with pytest.raises(AccessError, match="no key was made"):
+        keys.create(name, models)
+    assert not keys.file.exists()
+
+
+def test_no_model_is_not_every_model(keys):
+    keys.create("alice", [])
+    assert not keys.read()[0].may_use("helpdesk")
+
+
+def test_a_key_that_is_not_there_cannot_be_revoked(keys):
+    keys.create("alice")
+    with pytest.raises(AccessError, match="there are: alice"):
+        keys.revoke("bob")
+
+
+def test_two_writers_lose_nothing(keys):
+    threads = [threading.Thread(target=lambda number=number: KeyFile().create(f"user{number}")) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {key.name for key in keys.read()} == {f"user{number}" for number in range(12)}
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30d", 2_592_000), ("12h", 43_200), ("5m", 300)])
+def test_lifetimes(text, seconds):
+    assert parse_lifetime(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "0d", "-1d", "1w", "1.5h", "d"])
+def test_what_is_no_lifetime(text):
+    with pytest.raises(AccessError, match="is no time"):
+        parse_lifetime(text)
+
+
+@pytest.mark.parametrize(
+    ("host", "at_home"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("box", False)]
+)
+def test_loopback(host, at_home):
+    assert is_loopback(host) is at_home
+
+
+def test_the_command_line(home):
+    run = CliRunner()
+    made = run.invoke(app, ["keys", "create", "alice", "--models", "helpdesk, other", "--expires", "30d"])
+    secret = made.output.split()[1]
+    assert made.exit_code == 0
+    stored = json.loads((home / "keys.json").read_text())[0]
+    assert stored["models"] == ["helpdesk", "other"]
+    assert stored["expires_s"] - stored["created_s"] == 2_592_000
+    listed = run.invoke(app, ["keys", "list"]).output
+    assert "alice" in listed
+    assert secret not in listed
+    assert run.invoke(app, ["keys", "revoke", "alice"]).exit_code == 0
+    assert "revoked" in run.invoke(app, ["keys", "list"]).output
