@@ -135,3 +135,23 @@ def test_a_chat_port_that_is_taken_is_refused(stack: Stack, config, served):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert stack.ask(served[0]).status_code == 200
+
+
+def test_from_the_first_key_on_a_request_must_show_one(stack: Stack, served, tiny_model):
+    """The last test here: an endpoint that once had a key stays shut."""
+
+    def names(secret: str) -> set[str]:
+        return {model.id for model in openai.OpenAI(base_url=stack.endpoint, api_key=secret, max_retries=0).models.list()}
+
+    made = stack.run("serve", "keys", "create", "alice", "--models", "tiny")
+    assert made.returncode == 0
+    secret = made.stdout.split()[1]
+    assert {"tiny", *served} <= names(secret)
+    assert tiny_model.name not in names(secret)
+    assert stack.ask(served[0]).status_code == 401
+    client = openai.OpenAI(base_url=stack.endpoint, api_key=secret, max_retries=0)
+    answer = client.chat.completions.create(model=served[0], messages=[{"role": "user", "content": "Hi"}], max_tokens=4)
+    assert answer.model == served[0]
+    assert stack.run("serve", "keys", "revoke", "alice").returncode == 0
+    with pytest.raises(openai.AuthenticationError):
+        names(secret)
