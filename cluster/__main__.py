@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from cluster.home import home_folder
-from cluster.session import read_session, require_session, start, stop
+from cluster.session import read_session, require_session, start, stop, token_file
 from configs.cli import Overrides, console, make_app, run_app
 from configs.loader import load_machine
 
@@ -23,7 +23,7 @@ def up(machine: Machine = "auto", overrides: Overrides = None) -> None:
         session = start(config, lambda step: spinner.update(f"{step} ..."), named=machine)
     console.print(f"[green]up[/]  {len(session.cards)} cards{' (was up already)' if session == before else ''}")
     console.print(f"    dashboard  {session.dashboard_url}\n    MLflow     {session.mlflow_url}")
-    console.print(f"    token      {home_folder() / 'ray_token'}; for Ray's own commands: source {home_folder() / 'env'}")
+    console.print(f"    token      {token_file()}; for Ray's own commands: source {home_folder() / 'env'}")
 
 
 @app.command()

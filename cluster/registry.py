@@ -136,9 +136,7 @@ class Registry:
         match = VERSION_NAME.match(name)
         if not match:
             raise RegistryError(f"{name!r} names no version", "", "python -m serve status lists the versions; one is named like helpdesk:3")
-        known = [entry for entry in (self.versions() if versions is None else versions) if entry.chatbot == match["chatbot"]]
-        if not known:
-            raise RegistryError(f"no chatbot named {match['chatbot']}", "the registry has no version of it", "python -m serve status")
+        known = _of(match["chatbot"], self.versions() if versions is None else versions)
         numbers = ", ".join(str(entry.number) for entry in known)
         wanted = [entry for entry in known if (match["number"] or LIVE) in (str(entry.number), *entry.aliases)]
         if not wanted:
@@ -161,9 +159,7 @@ class Registry:
 
     def rollback(self, chatbot: str) -> Version:
         """Make the previous version live again."""
-        own = [entry for entry in self.versions() if entry.chatbot == chatbot]
-        if not own:
-            raise RegistryError(f"no chatbot named {chatbot}", "the registry has no version of it", "python -m serve status")
+        own = _of(chatbot, self.versions())
         previous = [entry for entry in own if PREVIOUS in entry.aliases]
         if not previous:
             why = "no other version of it was ever live"
@@ -195,6 +191,13 @@ class Registry:
                 token = page.token
                 if not token:
                     return found
+
+
+def _of(chatbot: str, versions: Iterable[Version]) -> list[Version]:
+    known = [entry for entry in versions if entry.chatbot == chatbot]
+    if not known:
+        raise RegistryError(f"no chatbot named {chatbot}", "the registry has no version of it", "python -m serve status")
+    return known
 
 
 def _version(entry: Any) -> Version:

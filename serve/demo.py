@@ -21,7 +21,7 @@ from rich.table import Table
 from cluster.home import home_folder, write_text
 from cluster.models import check_model, ensure_model
 from cluster.registry import Registry, Version
-from cluster.session import Session, start
+from cluster.session import Session, start, token_file
 from configs.cli import console
 from configs.errors import RunError, last_lines
 from configs.loader import ROOT, load_machine
@@ -86,7 +86,7 @@ def tell(config: ChatbotConfig, config_file: str, overrides: list[str]) -> dict[
         for card in session.cards:
             what = "answers questions" if card["pool"] == "serve" else "trains"
             console.print(f"   {card['card']} ({card['accelerator']}, {card['memory-gib']} GiB) [bold]{what}[/]")
-        console.print(f"   MLflow {session.mlflow_url} · dashboard {session.dashboard_url} (token in {home_folder() / 'ray_token'})")
+        console.print(f"   MLflow {session.mlflow_url} · dashboard {session.dashboard_url} (token in {token_file()})")
     with story.stage("data", f"Prepare the data: {config.data.source}"):
         data = _prepare(config, model_folder)
     with story.stage(
