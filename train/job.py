@@ -159,6 +159,7 @@ def _fit(
     keep_best = bool(config.train.early_stopping_patience)
     ranking = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"} if keep_best else {}
     on_gpu = any("gpu-share" in card for card in session.cards if card["pool"] == "train")
+    num_threads = max(1, (psutil.cpu_count() or 1) // config.train.num_workers)
     trainer = Trainer(
         train_worker,
         train_loop_config=task,
@@ -173,7 +174,7 @@ def _fit(
             storage_path=str(home_folder() / "runs"),
             checkpoint_config=ray_train.CheckpointConfig(num_to_keep=config.train.num_checkpoints_kept, **ranking),
             failure_config=ray_train.FailureConfig(max_failures=config.train.max_failures),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(psutil.cpu_count() or 1)}} if not on_gpu else None,
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(num_threads)}} if not on_gpu else None,
         ),
     )
     with _watch(control, show) as stop_reason:

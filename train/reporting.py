@@ -112,8 +112,8 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         }
         if self.evaluated_step != state.global_step:  # an older adapter's; Ray ranks a checkpoint without it last
             metrics.pop("eval_loss", None)
-        checkpoint = ray_train.Checkpoint.from_directory(str(folder)) if self.is_first else None
-        ray_train.report(metrics, checkpoint=checkpoint)
+        # The first worker's folder has everything, another's the state of its random numbers; Ray puts them together.
+        ray_train.report(metrics, checkpoint=ray_train.Checkpoint.from_directory(str(folder)))
         self._leave_out()
 
     def _leave_out(self) -> None:
