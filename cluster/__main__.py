@@ -6,7 +6,8 @@ import typer
 from rich.table import Table
 
 from cluster.home import home_folder
-from cluster.session import read_session, require_session, start, stop, token_file
+from cluster.session import read_session, require_session, token_file
+from cluster.stack import start, stop
 from configs.cli import Overrides, console, make_app, run_app
 from configs.loader import load_machine
 

@@ -1,6 +1,6 @@
 """The cards of this machine: one per GPU, or without a GPU two shares of the CPU.
 
-Knows nvidia-smi and pools. Does not know Ray: `cluster.session` starts one raylet for each card found here.
+Knows nvidia-smi and pools. Does not know Ray: `cluster.stack` starts one raylet for each card found here.
 """
 
 import os

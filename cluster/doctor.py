@@ -17,7 +17,8 @@ import psutil
 from cluster.bootstrap import choose_lock
 from cluster.cards import find_gpus
 from cluster.home import BYTES_PER_GIB, home_folder
-from cluster.session import port_owner, read_session, token_file
+from cluster.processes import port_owner
+from cluster.session import read_session, token_file
 from configs.schema import Environment, MachineConfig, ServeConfig
 
 MIN_MEMORY_GIB = 8

@@ -21,7 +21,8 @@ from rich.table import Table
 from cluster.home import home_folder, write_text
 from cluster.models import check_model, ensure_model
 from cluster.registry import Registry, Version
-from cluster.session import Session, start, token_file
+from cluster.session import Session, token_file
+from cluster.stack import start
 from configs.cli import console
 from configs.errors import RunError, last_lines
 from configs.loader import ROOT, load_machine

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 
 from cluster.models import check_model, ensure_model
-from cluster.session import Session, port_owner
+from cluster.processes import port_owner
+from cluster.session import Session
 from configs.errors import AccessError, ClusterError, last_lines
 from configs.schema import ChatbotConfig
 from serve.keys import KeyFile, is_loopback

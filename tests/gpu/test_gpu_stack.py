@@ -8,7 +8,7 @@ from cluster.cards import find_gpus
 from tests.ray.conftest import config, stack, tiny_model  # noqa: F401 (fixtures)
 from tests.ray.stack import Stack
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not find_gpus(), reason="this machine has no GPU")]
+pytestmark = pytest.mark.skipif(not find_gpus(), reason="this machine has no GPU")
 
 
 def test_the_cards_are_gpus_of_both_pools(stack: Stack):  # noqa: F811

@@ -14,9 +14,10 @@ from typing import Any
 import httpx
 import psutil
 
+from cluster.cards import find_gpus
 from cluster.registry import Registry, Version
 from configs.loader import ROOT
-from tests.unit.data_fixtures import chat, tokenizer_folder, write_rows
+from tests.helpers.data import chat, tokenizer_folder, write_rows
 
 SECRETS = ("BASE_MODEL_NAME", "HUGGINGFACE_TOKEN", "LOG_DIR", "MLFLOW_TRACKING_URI", "TANDEM_HOME")
 REGISTERED = re.compile(r"registered as (\S+);")
@@ -57,8 +58,10 @@ class Stack:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def up(self) -> subprocess.CompletedProcess[str]:
+        """Start a card for each GPU, or without one a serve card and two train cards."""
         machine = [f"{name}={port}" for name, port in self.ports.items() if name != "chat"]
-        return self.run("cluster", "up", "auto", *machine)
+        cards = [] if find_gpus() else ["cards=[{pool: serve}, {pool: train}, {pool: train}]"]
+        return self.run("cluster", "up", "auto", *cards, *machine)
 
     @property
     def registry(self) -> Registry:
@@ -85,7 +88,7 @@ class Stack:
         """This stack's own Ray processes of a title."""
         import json
 
-        from cluster.session import Process
+        from cluster.processes import Process
 
         session = json.loads((self.home / "cluster.json").read_text())
         roots = [Process(**entry).running() for entry in session["processes"]]

@@ -6,7 +6,6 @@ import pytest
 
 from tests.ray.stack import REGISTERED, RUN_ID, Stack, wait_for
 
-pytestmark = pytest.mark.ray
 # So long that a run is still going on when a command to stop it has started.
 NUM_STEPS = 400
 SETTINGS = (f"train.max_steps={NUM_STEPS}", "train.checkpoint_every_steps=40")
@@ -66,6 +65,25 @@ def test_a_killed_worker_goes_on_from_its_checkpoint_with_the_same_losses(stack:
     steps = [metric.step for metric in stack.registry.client.get_metric_history(found[1], "loss")]
     assert steps.count(1) == 1, "it did not begin anew"
     assert stack.losses(found[1]) == pytest.approx(unbroken, abs=1e-4)
+
+
+def test_two_workers_train_as_one_does_and_go_on_when_one_is_killed(stack: Stack, config, unbroken):
+    """Each takes half of every batch, on a card of its own; the losses are those of one worker."""
+    if sum(card["pool"] == "train" for card in json.loads((stack.home / "cluster.json").read_text())["cards"]) < 2:
+        pytest.skip("one train card")
+    run = stack.begin("train", str(config), *SETTINGS, "train.num_workers=2")
+    found, _ = read_until(run, RUN_ID)
+    history = stack.home / "runs" / found[1]
+    wait_for(lambda: len(list(history.glob("checkpoint_*/"))) >= 2)
+    workers = stack.workers("RayTrainWorker")
+    assert len(workers) == 2
+    workers[1].kill()
+    text, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, text
+    steps = [metric.step for metric in stack.registry.client.get_metric_history(found[1], "loss")]
+    assert steps.count(1) == 1, "it did not begin anew"
+    assert stack.losses(found[1]) == pytest.approx(unbroken, rel=0.02, abs=0.02)
+    assert {file.name for file in next(iter(history.glob("checkpoint_*/"))).glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
 def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_with_the_same_losses(stack: Stack, config, unbroken):

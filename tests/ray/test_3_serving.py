@@ -8,8 +8,6 @@ import pytest
 
 from tests.ray.stack import Stack, wait_for
 
-pytestmark = pytest.mark.ray
-
 
 @pytest.fixture(scope="module")
 def served(stack: Stack, config):

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.session import port_owner
+from cluster.processes import port_owner
 from configs.loader import ROOT
 from configs.schema import MachineConfig, ServeConfig
 from tests.ray.stack import SECRETS
 
 pytestmark = [
-    pytest.mark.ray,
     pytest.mark.timeout(2400),
     pytest.mark.skipif("TANDEM_TEST_README" not in os.environ, reason="takes a quarter of an hour: TANDEM_TEST_README=1 make test"),
 ]

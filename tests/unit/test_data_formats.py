@@ -16,7 +16,7 @@ from configs.errors import DataError
 from configs.schema import DataConfig
 from data.conversations import Conversation, answer_is_right, question, read_prepared, to_jsonl
 from data.formats import ReadResult, read_conversations
-from tests.unit.data_fixtures import chat, write_rows
+from tests.helpers.data import chat, write_rows
 
 GOOD = chat("Hi", "Ho")
 

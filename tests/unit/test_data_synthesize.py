@@ -13,8 +13,8 @@ from data.formats import read_conversations
 from data.reword import NEAR_DUPLICATE, is_near_any, likeness, reword_by_templates
 from data.split import split_conversations
 from data.synthesize import Options, synthesize
-from tests.unit.data_fixtures import chat, chatbot, write_rows
-from tests.unit.json_door import JsonDoor, listening
+from tests.helpers.data import chat, chatbot, write_rows
+from tests.helpers.json_door import JsonDoor, listening
 
 NOBODY = "http://127.0.0.1:9/v1"
 SEEDS = [

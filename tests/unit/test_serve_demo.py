@@ -9,7 +9,7 @@ from configs.loader import ROOT, load_chatbot
 from data.conversations import Conversation, Message
 from serve.ask import Endpoint, accuracy, ask_all, first_token_s
 from serve.demo import _absolute_paths, _reachable
-from tests.unit.json_door import JsonDoor, listening
+from tests.helpers.json_door import JsonDoor, listening
 
 ASKED = Conversation((Message("user", "Where?"), Message("assistant", "Here.")), keys=("here",))
 

@@ -8,7 +8,7 @@ from configs.errors import DataError, ModelError
 from configs.schema import DataConfig
 from data.conversations import Conversation, Message, as_dicts, question
 from data.template import NO_LOSS, RefusedByTemplateError, TokenRow, fit, load_tokenizer, tokenize
-from tests.unit.data_fixtures import ALTERNATING, CHATML, ENDLESS, THINKING, chat, llama3_folder, tokenizer_folder
+from tests.helpers.data import ALTERNATING, CHATML, ENDLESS, THINKING, chat, llama3_folder, tokenizer_folder
 
 END = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
 CONVERSATIONS = {

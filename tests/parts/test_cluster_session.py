@@ -19,20 +19,9 @@ import pytest
 
 from cluster.cards import find_cards
 from cluster.home import write_text
-from cluster.session import (
-    Process,
-    Session,
-    _commands,
-    _require_free_ports,
-    _write_exports,
-    answers,
-    port_owner,
-    read_session,
-    require_session,
-    start,
-    stop,
-    token_file,
-)
+from cluster.processes import Process, port_owner
+from cluster.session import Session, answers, read_session, require_session, token_file, write_exports
+from cluster.stack import _commands, _require_free_ports, start, stop
 from configs.errors import ClusterError
 from configs.loader import ROOT
 from configs.schema import MachineConfig
@@ -288,7 +277,7 @@ def test_the_environment_of_a_session_carries_the_token_and_leaves_the_path(home
 
 def test_a_shell_with_the_exports_can_start_the_next_cluster(home):
     """MLflow's address in it would be taken for another server."""
-    _write_exports(session_of())
+    write_exports(session_of())
     exports = (home / "env").read_text()
     assert f"export RAY_AUTH_TOKEN_PATH={token_file()}\n" in exports
     assert "MLFLOW_TRACKING_URI" not in exports

@@ -15,7 +15,7 @@ from data.conversations import read_prepared
 from data.prepare import Prepared, prepare
 from data.show import paint, prepared_table, show_rows
 from data.template import load_tokenizer, tokenize
-from tests.unit.data_fixtures import ALTERNATING, chat, chatbot, llama3_folder, tokenizer_folder, write_rows
+from tests.helpers.data import ALTERNATING, chat, chatbot, llama3_folder, tokenizer_folder, write_rows
 
 ROWS = [chat(f"How do I start {number}?", f"Run it {number}.", group=f"g{number // 2}", keys=["run"]) for number in range(20)]
 

@@ -7,7 +7,7 @@ import torch
 from transformers import set_seed
 
 from configs.schema import ChatbotConfig
-from tests.unit.test_train_model import rows, tiny
+from tests.parts.test_train_model import rows, tiny
 from train.model import add_adapter
 from train.rows import Packer, Padder, RowOrder
 from train.step import OrderedTrainer

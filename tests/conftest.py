@@ -1,4 +1,4 @@
-"""What the tests of configs, cluster, serve and train share: a home of their own, command lines, adapters, an MLflow store."""
+"""What the tests share: a home of their own, command lines, adapters, an MLflow store; and each folder's mark."""
 
 import importlib
 import json
@@ -14,12 +14,20 @@ import psutil
 import pytest
 
 from cluster.home import write_text
+from cluster.processes import Process
 from cluster.registry import Manifest, Registry, Version
-from cluster.session import Process, Session, token_file
+from cluster.session import Session, token_file
 from configs.cli import run_app
+from tests.helpers.front import ask, engine, keys, shelf  # noqa: F401
 
 SECRETS = ("BASE_MODEL_NAME", "HUGGINGFACE_TOKEN", "LOG_DIR", "MLFLOW_TRACKING_URI")
 FINGERPRINT = "0123456789abcdef"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by its folder, so that `-m "not ray"` and the like choose among them."""
+    for item in items:
+        item.add_marker(item.path.parent.name)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from configs.schema import DataConfig
 from data.conversations import to_jsonl
 from data.template import NO_LOSS, load_tokenizer
-from tests.unit.data_fixtures import chat, tokenizer_folder
+from tests.helpers.data import chat, tokenizer_folder
 from train.rows import Packer, Padder, RowOrder, read_rows
 
 N = NO_LOSS

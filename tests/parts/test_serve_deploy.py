@@ -13,7 +13,7 @@ from configs.schema import ChatbotConfig, ModelConfig, ServeConfig
 from serve.deploy import deploy, endpoint, failure_reason, served_base_name
 from serve.engine import engine_arguments, engine_environment
 from serve.keys import KeyFile
-from tests.unit.json_door import JsonDoor, listening
+from tests.helpers.json_door import JsonDoor, listening
 
 MESSAGES = "\n".join(f"line {number}" for number in range(40))
 

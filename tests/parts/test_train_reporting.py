@@ -9,7 +9,7 @@ import torch
 from ray import train as ray_train
 
 from configs.schema import ChatbotConfig
-from tests.unit.test_train_model import rows, tiny
+from tests.parts.test_train_model import rows, tiny
 from train.model import add_adapter
 from train.reporting import NUM_WARMUP_STEPS, ReportCallback
 from train.rows import Padder, RowOrder

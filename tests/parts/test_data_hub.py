@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from data.conversations import to_jsonl
-from tests.unit.data_fixtures import chat
+from tests.helpers.data import chat
 
 COMMIT = "a" * 40
 FILES = {

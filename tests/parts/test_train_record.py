@@ -14,7 +14,7 @@ from configs.errors import RegistryError, RunError
 from configs.loader import load_chatbot, setting_paths
 from configs.schema import ChatbotConfig
 from data.prepare import Prepared, prepare
-from tests.unit.data_fixtures import chat, tokenizer_folder, write_rows
+from tests.helpers.data import chat, tokenizer_folder, write_rows
 from train.record import FAILED, FINISHED, STOPPED, Record, config_fingerprint, flat_settings, git_commit
 
 GROUPS = {"model", "data", "train", "train.lora", "serve"}

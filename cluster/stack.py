@@ -1,0 +1,241 @@
+"""The stack on this machine: one raylet for each card, and MLflow; started and ended.
+
+Knows what is started how. Does not know what runs on the cards.
+"""
+
+import json
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import psutil
+
+from cluster.cards import Card, find_cards
+from cluster.home import BYTES_PER_GIB, home_folder, log_folder, require_disk, write_text
+from cluster.processes import Process, free_port, port_owner, send_signal
+from cluster.session import Session, answers, is_alive, keep_session, read_raylets, read_session, require_same, token_file, write_exports
+from configs.errors import ClusterError, last_lines
+from configs.loader import ROOT
+from configs.schema import Environment, MachineConfig
+
+START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 5
+
+
+def start(machine: MachineConfig, say: Callable[[str], None], named: str | None = None) -> Session:
+    """Start what is not running yet, and return when all of it answers; idempotent.
+
+    Args:
+        machine: The cards, and where to listen.
+        say: Told of each step, in words.
+        named: How the user named the machine; without it a cluster that is up will do, whatever its settings.
+
+    Raises:
+        ClusterError: No room, a port is taken, a process did not come up, or a cluster with other settings is up.
+    """
+    with _lock():
+        old = read_session()
+        if old and old.ready and not old.missing():
+            if named:
+                require_same(old, machine)
+            return old
+        if old:
+            # A cluster without its head, or a card without its head, is of no use: begin afresh.
+            missing = ", ".join(old.missing())
+            say(f"{missing} ended since the last `up`; starting again" if missing else "the last `up` did not finish; starting again")
+            end(old)
+        require_disk(machine.min_disk_free_gib)
+        _require_free_ports(machine, named or "auto")
+        if not token_file().is_file():
+            write_text(token_file(), secrets.token_hex(32), mode=0o600)
+        cards = find_cards(machine)
+        session = _plan(machine, cards)
+        try:
+            for name, command, extra in _commands(machine, cards, session):
+                say(f"starting {name}")
+                process = _spawn(name, command, {**session.environment(), **_stack_environment(machine), **extra})
+                session = replace(session, processes=(*session.processes, process))
+                keep_session(session)  # at once: an `up` that is killed leaves what the next `up` or `down` ends
+                if name == cards[0].name:
+                    _wait(session, lambda up: answers(f"{up.dashboard_url}/api/version"), "Ray's dashboard")
+            _wait(session, lambda up: _num_alive(up) == len(up.cards), "a raylet for each card")
+            _wait(session, lambda up: answers(f"{up.mlflow_url}/health"), "MLflow")
+            write_exports(session)
+            session = replace(session, ready=True)
+            keep_session(session)
+        except BaseException:
+            end(session)
+            raise
+        return session
+
+
+def stop() -> int:
+    """End what `up` started, and nothing else; return the number of processes that were ended."""
+    with _lock():
+        session = read_session()
+        return end(session) if session else 0
+
+
+def end(session: Session) -> int:
+    """End the processes of a session and all their children, and forget the session."""
+    family = [member for process in session.processes for member in process.family()]
+    for member in reversed(family):
+        send_signal(member, psutil.Process.terminate)
+    _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+    for member in alive:
+        send_signal(member, psutil.Process.kill)
+    psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
+    (home_folder() / "cluster.json").unlink(missing_ok=True)
+    return len(family)
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    """Let one `up` or `down` at a time touch the session."""
+    import fcntl
+
+    with (home_folder() / "cluster.lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ClusterError("another `up` or `down` is at work", f"it holds {stream.name}", "wait for it to end") from None
+        yield
+
+
+def _plan(machine: MachineConfig, cards: list[Card]) -> Session:
+    mlflow_url = Environment().mlflow_tracking_uri or f"http://{machine.listen_host}:{machine.mlflow_port}"
+    return Session(
+        processes=(),
+        cards=tuple(card.labels for card in cards),
+        ray_address=f"{machine.listen_host}:{machine.ray_port}",
+        dashboard_url=f"http://{machine.listen_host}:{machine.dashboard_port}",
+        mlflow_url=mlflow_url,
+        machine=machine.model_dump(mode="json"),
+        ready=False,
+    )
+
+
+def _commands(machine: MachineConfig, cards: list[Card], session: Session) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """Yield name, command and extra environment of each process, in the order of their start."""
+    if not Environment().mlflow_tracking_uri:
+        folder = home_folder() / "mlflow"
+        folder.mkdir(exist_ok=True)
+        server = ["server", "--host", machine.listen_host, "--port", str(machine.mlflow_port), "--workers", "1"]
+        stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
+        yield "mlflow", [sys.executable, "-m", "mlflow", *server, *stores], {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    head = ["--head", "--port", str(machine.ray_port), "--dashboard-host", machine.listen_host]
+    head += ["--dashboard-port", str(machine.dashboard_port), "--temp-dir", str(ray_folder())]
+    for number, card in enumerate(cards):
+        role = head if number == 0 else ["--address", session.ray_address]
+        # nvidia-smi counts by bus, CUDA by speed unless told: with two kinds of GPU the cards would swap.
+        extra = {"CUDA_VISIBLE_DEVICES": card.gpu.index if card.gpu else "", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        yield card.name, [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role, *_raylet_arguments(machine, card)], extra
+
+
+def _raylet_arguments(machine: MachineConfig, card: Card) -> list[str]:
+    """Return the arguments that give a raylet its card and nothing else. One job at a time owns the resource `card`."""
+    return [
+        "--node-ip-address", machine.listen_host,
+        "--labels", ",".join(f"{key}={value}" for key, value in card.labels.items()),
+        "--resources", json.dumps({"card": 1}),
+        "--num-cpus", str(card.num_cpus),
+        "--num-gpus", "1" if card.gpu else "0",
+        "--memory", str(int(card.memory_gib * BYTES_PER_GIB)) if not card.gpu else str(psutil.virtual_memory().total // 2),
+        "--object-store-memory", str(int(machine.object_store_gib * BYTES_PER_GIB)),
+        "--dashboard-agent-listen-port", str(free_port()),
+        "--ray-client-server-port", str(free_port()),
+        "--include-log-monitor", "false",  # it sends workers' logs to drivers, and ours want none (log_to_driver=False)
+        "--disable-usage-stats",
+    ]  # fmt: skip
+
+
+def ray_folder() -> Path:
+    """Return where Ray keeps sockets and logs: in /tmp, since a socket's path may have only 107 letters."""
+    from hashlib import sha256
+
+    return Path(tempfile.gettempdir()) / f"tandem-{sha256(str(home_folder()).encode()).hexdigest()[:8]}"
+
+
+def _stack_environment(machine: MachineConfig) -> dict[str, str]:
+    """Return what jobs and replicas inherit from their raylet."""
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "TANDEM_CHECKOUT": str(ROOT),
+        "RAY_JOB_STOP_WAIT_TIME_S": str(machine.job_stop_wait_s),
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
+        "RAY_prestart_worker_first_driver": "0",
+        **_idle_environment(),
+        "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def _idle_environment() -> dict[str, str]:
+    """Return what lets a cluster without work leave the cores alone: Ray's defaults are meant for large machines that are busy."""
+    return {
+        # Serve's controller looks for what is to be done; replicas answer without it. At 0.1 s it takes 3 % of a core.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        # Each card's agent reads CPU, memory and GPU of every process, and the dashboard its own, for its pages and Prometheus.
+        "REPORTER_UPDATE_INTERVAL_MS": "15000",
+        "METRICS_RECORD_INTERVAL_S": "30",
+        # Every process sends its counters to its card's agent, which keeps them for Prometheus.
+        "RAY_metrics_report_interval_ms": "30000",
+        # Agents look whether their raylet lives: five times in vain, and they end. `down` does not wait for that.
+        "RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S": "1",
+    }
+
+
+def _spawn(name: str, command: list[str], extra: Mapping[str, str]) -> Process:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    # Without an address of its own a head starts a cluster; with one it would look for it.
+    environment.update({key: value for key, value in extra.items() if key != "RAY_ADDRESS"})
+    with (log_folder() / f"{name}.log").open("ab") as log:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
+        )
+    return Process(name, child.pid, psutil.Process(child.pid).create_time())
+
+
+def _wait(session: Session, ready: Callable[[Session], bool], what: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not ready(session):
+        dead = session.missing()
+        if dead or time.monotonic() > deadline:
+            name = dead[0] if dead else session.processes[-1].name
+            problem = f"{name} ended while starting" if dead else f"{what} did not answer within {START_TIMEOUT_S} s"
+            log = log_folder() / f"{name}.log"
+            raise ClusterError(problem, f"last lines of {log}:\n{last_lines(log.read_text(errors='replace'))}", "python -m cluster doctor")
+        time.sleep(0.2)
+
+
+def _num_alive(session: Session) -> int:
+    try:
+        with session.dashboard(timeout_s=5) as client:
+            return sum(map(is_alive, read_raylets(client)))
+    except (httpx.HTTPError, KeyError, ValueError):
+        return 0
+
+
+def _require_free_ports(machine: MachineConfig, named: str = "auto") -> None:
+    ports = {"ray_port": machine.ray_port, "dashboard_port": machine.dashboard_port}
+    if not Environment().mlflow_tracking_uri:
+        ports["mlflow_port"] = machine.mlflow_port
+    taken = {name: (port, owner) for name, port in ports.items() if (owner := port_owner(machine.listen_host, port))}
+    if taken:
+        problems = "\n".join(f"  port {port} ({name}) is held by {owner}" for name, (port, owner) in taken.items())
+        name, (port, _) = next(iter(taken.items()))
+        again = f"python -m cluster up {shlex.quote(named)} {name}={port + 1}"
+        raise ClusterError("a port is taken", problems, f"end that process, or choose another port: {again}")

@@ -1,0 +1,153 @@
+"""A front before an engine of the tests' own: what they send, and what comes back."""
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.registry import Version
+from serve.adapters import Adapters, Base
+from serve.front import Front
+from serve.keys import KeyFile
+
+NOWHERE = Path("/nowhere/keys.json")
+BASE = Base("smollm2-135m", "0123456789abcdef", max_lora_rank=16)
+QUESTION = {"role": "user", "content": "Wie geht's? 😀"}
+ASKED = {"model": "helpdesk", "messages": [QUESTION], "stream": True, "unknown_setting": {"kept": [1, 2.5, None]}}
+PROMPT = "You answer questions about Tandem."
+
+
+@dataclass
+class Shelf:
+    """Stands where the registry stands: versions and folders of the test's own."""
+
+    folders: dict[str, Path] = field(default_factory=dict)
+    live: dict[str, int] = field(default_factory=dict)
+
+    def versions(self) -> list[Version]:
+        found = []
+        for name in self.folders:
+            chatbot, _, number = name.partition(":")
+            aliases = ("live",) if self.live.get(chatbot) == int(number) else ()
+            found.append(Version(chatbot, int(number), "r" * 32, {"base_fingerprint": BASE.fingerprint}, aliases))
+        return found
+
+    def download(self, version: Version) -> Path:
+        return self.folders[version.name]
+
+
+@dataclass
+class Engine:
+    """Stands where vLLM's application stands: keeps what it was given, and answers in pieces."""
+
+    pieces: tuple[bytes, ...] = (b"data: one\n\n", b"data: two\n\n", b"data: [DONE]\n\n")
+    scopes: list[dict[str, Any]] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
+    after_body: list[dict[str, Any]] = field(default_factory=list)
+    passed_on: list[int] = field(default_factory=list)
+    answer: "Answer | None" = None
+
+    async def __call__(self, scope, receive, send) -> None:
+        self.scopes.append(scope)
+        if scope["type"] == "lifespan":
+            self.after_body.append(await receive())
+            await send({"type": "lifespan.startup.complete"})
+            return
+        message = await receive()
+        assert not message["more_body"]
+        self.bodies.append(message["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for piece in self.pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            self.passed_on.append(len(self.answer.pieces))
+        await send({"type": "http.response.body", "body": b""})
+        self.after_body.append(await receive())
+
+    @property
+    def request(self) -> dict[str, Any]:
+        return json.loads(self.bodies[-1])
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return dict(self.scopes[-1]["headers"])
+
+
+@dataclass
+class Answer:
+    """What the client got."""
+
+    status: int = 0
+    headers: dict[bytes, bytes] = field(default_factory=dict)
+    pieces: list[bytes] = field(default_factory=list)
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            assert self.status == 0, "an answer begins once"
+            self.status, self.headers = message["status"], dict(message["headers"])
+        else:
+            self.pieces.append(message["body"])
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(b"".join(self.pieces))
+
+
+@pytest.fixture
+def shelf(tmp_path, write_adapter) -> Shelf:
+    """Two versions of `helpdesk`, of which the second is live and has a system prompt; `other` has one that is not live."""
+    folders = {name: write_adapter(tmp_path / name.replace(":", "-")) for name in ("helpdesk:1", "helpdesk:2", "other:1")}
+    (folders["helpdesk:2"] / "manifest.json").write_text(json.dumps({"system_prompt": PROMPT}))
+    return Shelf(folders, {"helpdesk": 2})
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def keys(tmp_path) -> KeyFile:
+    return KeyFile(tmp_path / "keys.json")
+
+
+@pytest.fixture
+def ask(shelf, engine, keys):
+    """Send one request to a front before `engine`; the body may come in several pieces."""
+
+    def send(method: str, path: str, body: Any = b"", headers: Any = (), max_body_bytes: int = 4096) -> Answer:
+        pieces = body if isinstance(body, list) else [body if isinstance(body, bytes) else json.dumps(body).encode()]
+        messages = [{"type": "http.request", "body": piece, "more_body": number < len(pieces) - 1} for number, piece in enumerate(pieces)]
+        coming = iter([*messages, {"type": "http.disconnect"}])
+        answer = engine.answer = Answer()
+
+        async def receive() -> dict[str, Any]:
+            return next(coming)
+
+        async def once() -> None:
+            front = Front(engine, Adapters(shelf, BASE), keys, max_body_bytes)
+            await front.adapters.refresh()
+            scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
+            await front(scope, receive, answer.send)
+
+        asyncio.run(once())
+        return answer
+
+    return send
+
+
+def chat(ask, **changes: Any) -> Answer:
+    return ask("POST", "/v1/chat/completions", {**ASKED, **changes})
+
+
+def refused(answer: Answer, status: int) -> dict[str, Any]:
+    """Check that an answer is an error in OpenAI's shape, and return it."""
+    assert answer.status == status
+    assert answer.headers[b"content-type"] == b"application/json"
+    assert int(answer.headers[b"content-length"]) == len(b"".join(answer.pieces))
+    error = answer.json["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == status
+    return error
