@@ -19,7 +19,8 @@ from configs.errors import RegistryError
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-LIVE, PREVIOUS = "live", "previous"
+LIVE, PREVIOUS, CANARY = "live", "previous", "canary"
+SHARE_TAG = "canary_share"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MANIFEST_FILE = "manifest.json"
 VERSION_NAME = re.compile(r"^(?P<chatbot>[a-z0-9][a-z0-9._-]{0,63})(:(?P<number>[1-9][0-9]{0,8}))?\Z")
@@ -58,6 +59,15 @@ class Version:
     def name(self) -> str:
         """The name by which requests ask for exactly this version."""
         return f"{self.chatbot}:{self.number}"
+
+    @property
+    def canary_share(self) -> float:
+        """The share of the chatbot's conversations that this version answers as its canary; 0 if it is none, or its tag says nonsense."""
+        try:
+            share = float(self.tags.get(SHARE_TAG, 0)) if CANARY in self.aliases else 0.0
+        except ValueError:  # anyone may write tags in MLflow
+            return 0.0
+        return share if 0 < share < 1 else 0.0
 
 
 @contextmanager
@@ -145,26 +155,50 @@ class Registry:
         return wanted[0]
 
     def promote(self, name: str) -> Version:
-        """Make a version live; the one that was live becomes `previous`."""
+        """Make a version live for everybody: the one that was live becomes `previous`, and a canary ends."""
         versions = self.versions()
         wanted = self.find(name, versions)
-        live = [entry for entry in versions if entry.chatbot == wanted.chatbot and LIVE in entry.aliases]
-        if live and live[0].number == wanted.number:
-            return wanted
+        live = _with_alias(LIVE, wanted.chatbot, versions)
         with mlflow_errors(self.url):
-            if live:
-                self.client.set_registered_model_alias(wanted.chatbot, PREVIOUS, str(live[0].number))
-            self.client.set_registered_model_alias(wanted.chatbot, LIVE, str(wanted.number))
+            if live is None or live.number != wanted.number:
+                if live:
+                    self.client.set_registered_model_alias(wanted.chatbot, PREVIOUS, str(live.number))
+                self.client.set_registered_model_alias(wanted.chatbot, LIVE, str(wanted.number))
+            if _with_alias(CANARY, wanted.chatbot, versions):
+                self.client.delete_registered_model_alias(wanted.chatbot, CANARY)
+        return wanted
+
+    def canary(self, name: str, share: float) -> Version:
+        """Let a version answer a share (0 to 1) of its chatbot's conversations; the live one answers the others."""
+        versions = self.versions()
+        wanted = self.find(name, versions)
+        live = _with_alias(LIVE, wanted.chatbot, versions)
+        if live is None or live.number == wanted.number:
+            why = f"{wanted.name} is live already" if live else f"{wanted.chatbot} has no live version beside it"
+            raise RegistryError(f"{wanted.name} cannot be a canary", why, f"python -m serve promote {wanted.name}")
+        if not 0 < share < 1:
+            raise RegistryError(f"a canary cannot have a share of {share:g}", "a share is over 0 and under 1", "0.1 is a tenth")
+        if wanted.tags.get("base_fingerprint") != live.tags.get("base_fingerprint"):
+            why = f"it was made for another base model than {live.name}, which is live; one engine serves one base"
+            raise RegistryError(f"{wanted.name} cannot be a canary", why, "python -m serve status lists the bases")
+        with mlflow_errors(self.url):
+            # The share first: the alias without it would mean a canary that nobody meets.
+            self.client.set_model_version_tag(wanted.chatbot, str(wanted.number), SHARE_TAG, f"{share:g}")
+            self.client.set_registered_model_alias(wanted.chatbot, CANARY, str(wanted.number))
         return wanted
 
     def rollback(self, chatbot: str) -> Version:
-        """Make the previous version live again."""
-        own = _of(chatbot, self.versions())
-        previous = [entry for entry in own if PREVIOUS in entry.aliases]
+        """Undo the last change: end the canary if there is one, or else make the previous version live again; return the live one."""
+        versions = self.versions()
+        own = _of(chatbot, versions)
+        live = _with_alias(LIVE, chatbot, versions)
+        if live and _with_alias(CANARY, chatbot, versions):
+            return self.promote(live.name)
+        previous = _with_alias(PREVIOUS, chatbot, versions)
         if not previous:
             why = "no other version of it was ever live"
             raise RegistryError(f"{chatbot} has no version to go back to", why, f"python -m serve promote {own[-1].name}")
-        return self.promote(previous[0].name)
+        return self.promote(previous.name)
 
     def download(self, version: Version) -> Path:
         """Return the local folder of a version's adapter, fetched at its first use; versions never change, so it never goes stale."""
@@ -198,6 +232,10 @@ def _of(chatbot: str, versions: Iterable[Version]) -> list[Version]:
     if not known:
         raise RegistryError(f"no chatbot named {chatbot}", "the registry has no version of it", "python -m serve status")
     return known
+
+
+def _with_alias(alias: str, chatbot: str, versions: Iterable[Version]) -> Version | None:
+    return next((entry for entry in versions if entry.chatbot == chatbot and alias in entry.aliases), None)
 
 
 def _version(entry: Any) -> Version:

@@ -180,6 +180,12 @@ class ServeConfig(Settings):
     """Skip torch.compile and CUDA graphs: starts sooner, answers slower. Without a GPU always so."""
     max_body_bytes: int = Field(4 * 2**20, ge=1024)
     """Largest request body."""
+    max_waiting_requests: int = Field(256, ge=0)
+    """Requests of one replica that wait for the engine, beyond `max_num_seqs` that it computes; more are answered with 503."""
+    max_answer_tokens: int | None = Field(None, ge=1)
+    """Longest answer, in tokens, whatever a request asks for; what the context leaves, if empty."""
+    max_choices: int = Field(8, ge=1)
+    """Answers that one request may ask for (`n`)."""
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> Self:

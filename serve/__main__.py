@@ -1,15 +1,17 @@
-"""`python -m serve CONFIG|promote|rollback|status|keys`: serve a base model with its adapters, say what is live, and who may ask."""
+"""`python -m serve CONFIG|promote|canary|rollback|status|keys`: serve a base model with its adapters, say what is live, and who may ask."""
 
 import json
+import re
 import time
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from cluster.registry import Registry
+from cluster.registry import CANARY, Registry
 from cluster.session import require_session
 from configs.cli import Overrides, console, make_app, run_app
+from configs.errors import RegistryError
 from configs.loader import load_chatbot
 
 app = make_app("Serve a base model with its adapters, and choose which version is live.", default="run")
@@ -52,8 +54,17 @@ def promote(version: VersionName) -> None:
 
 
 @app.command()
+def canary(version: VersionName, share: Annotated[str, typer.Option(metavar="SHARE", help="Such as 10%.")]) -> None:
+    """Let a version answer a share of its chatbot's conversations, each from its beginning to its end; promote or rollback ends it."""
+    wanted = parse_share(share)
+    started = Registry(require_session().mlflow_url).canary(version, wanted)
+    console.print(f"[green]canary[/]  {started.name} answers {share} of the conversations with {started.chatbot}")
+    console.print(f"        for all: python -m serve promote {started.name}; for none: python -m serve rollback {started.chatbot}")
+
+
+@app.command()
 def rollback(chatbot: Annotated[str, typer.Argument(metavar="NAME", help="Such as helpdesk.")]) -> None:
-    """Make the version live that was live before; a second rollback undoes the first."""
+    """Undo the last change: end a canary, or make the version live that was live before (a second rollback undoes that)."""
     version = Registry(require_session().mlflow_url).rollback(chatbot)
     console.print(f"[green]live[/]  {version.name} again")
 
@@ -71,7 +82,7 @@ def status() -> None:
         loss = json.loads(version.tags.get("scores", "{}")).get("eval_loss")
         table.add_row(
             version.name,
-            ", ".join(version.aliases),
+            ", ".join(f"{alias} {version.canary_share * 100:g}%" if alias == CANARY else alias for alias in version.aliases),
             version.tags.get("base_model", ""),
             version.tags.get("rank", ""),
             version.tags.get("data_fingerprint", ""),
@@ -86,13 +97,15 @@ def create_key(
     models: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Chatbots, versions or bases that it may use; all, if empty.")
     ] = None,
+    rpm: Annotated[int | None, typer.Option(help="Requests a minute; as many as come, if empty.")] = None,
+    tpm: Annotated[int | None, typer.Option(help="Tokens a minute, of prompts and answers; as many as come, if empty.")] = None,
     expires: Annotated[str | None, typer.Option(metavar="TIME", help="Such as 30d, 12h or 5m.")] = None,
 ) -> None:
     """Make a key and show it, once: only its hash is kept."""
     from serve.keys import KeyFile, parse_lifetime
 
     allowed = None if models is None else [model.strip() for model in models.split(",")]
-    secret = KeyFile().create(name, allowed, parse_lifetime(expires) if expires is not None else None)
+    secret = KeyFile().create(name, allowed, parse_lifetime(expires) if expires is not None else None, rpm, tpm)
     console.print(f"[green]key[/]  {secret}", soft_wrap=True)
     console.print("     shown this once; send it as: Authorization: Bearer KEY")
 
@@ -102,10 +115,11 @@ def list_keys() -> None:
     """List the keys, without their secrets."""
     from serve.keys import KeyFile
 
-    table = Table("name", "may use", "made", "expires", "state", box=None, pad_edge=False)
+    table = Table("name", "may use", "requests/min", "tokens/min", "made", "expires", "state", box=None, pad_edge=False)
     for key in KeyFile().read():
         state = "valid" if key.is_valid() else "revoked" if key.revoked else "expired"
-        table.add_row(key.name, ", ".join(key.models or ("all",)), _day(key.created_s), _day(key.expires_s), state)
+        quotas = [str(limit or "") for limit in (key.rpm, key.tpm)]
+        table.add_row(key.name, ", ".join(key.models or ("all",)), *quotas, _day(key.created_s), _day(key.expires_s), state)
     console.print(table if table.row_count else "no keys: on loopback, everyone may ask")
 
 
@@ -116,6 +130,15 @@ def revoke_key(name: Annotated[str, typer.Argument(metavar="NAME", help="Whose k
 
     KeyFile().revoke(name)
     console.print(f"[green]revoked[/]  {name}")
+
+
+def parse_share(text: str) -> float:
+    """Return the share, over 0 and under 1, that `10%` or `0.1` means."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < share < 1:
+        raise RegistryError(f"{text!r} is no share", "a share is over 0 % and under 100 %", "--share 10%")
+    return share
 
 
 def _day(moment_s: float | None) -> str:

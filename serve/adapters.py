@@ -4,14 +4,15 @@ Knows the registry and adapter files. Does not know HTTP or vLLM.
 """
 
 import asyncio
+import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.registry import ADAPTER_FILES, LIVE, MANIFEST_FILE, VERSION_NAME, Registry, Version
+from cluster.registry import ADAPTER_FILES, CANARY, LIVE, MANIFEST_FILE, VERSION_NAME, Registry, Version
 
 REFRESH_S = 1.0
 MIN_REFRESH_S = 0.2
@@ -47,6 +48,7 @@ class Adapters:
         self.registry, self.base = registry, base
         self._versions: dict[str, Version] = {}
         self._live: dict[str, Version] = {}
+        self._canaries: dict[str, Version] = {}
         self._folders: dict[str, Path] = {}
         self._system_prompts: dict[str, str] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -54,16 +56,23 @@ class Adapters:
         self._looked_s = -MIN_REFRESH_S
 
     async def watch(self) -> None:
-        """Read the registry for ever."""
+        """Read the registry for ever. What is to be fetched is fetched meanwhile: a large adapter must not hold up a rollback."""
+        fetching: asyncio.Task[None] | None = None
         while True:
             try:
-                await self.refresh()
+                await self._look()
+                if fetching is None or fetching.done():
+                    fetching = asyncio.create_task(self._fetch_answering())
             except Exception:  # no fault of one adapter may end the watch over all of them
                 log.exception("a look at the registry failed")
             await asyncio.sleep(REFRESH_S)
 
     async def refresh(self) -> None:
-        """Read the registry once, and fetch adapters that have become live, so that their first request finds them here."""
+        """Read the registry once, and fetch the adapters that now answer for a chatbot."""
+        await self._look()
+        await self._fetch_answering()
+
+    async def _look(self) -> None:
         asked_s = time.monotonic()
         async with self._refresh_lock:
             if self._looked_s > asked_s:
@@ -74,15 +83,20 @@ class Adapters:
                 self._take(await asyncio.wait_for(asyncio.to_thread(self.registry.versions), REGISTRY_TIMEOUT_S))
             except Exception as error:  # whatever a registry that is down may raise: serving goes on without it
                 log.warning("the registry does not answer, the known names stay: %s", error)
-        for version in [live for live in self._live.values() if self._is_ours(live) and live.name not in self._folders]:
+
+    async def _fetch_answering(self) -> None:
+        """Fetch what is live or a canary, so that its first request finds it here."""
+        answering = [*self._live.values(), *self._canaries.values()]
+        for version in [entry for entry in answering if self._is_ours(entry) and entry.name not in self._folders]:
             try:
                 await self._fetch(version)
             except BrokenAdapterError as error:
-                log.warning("%s is live, but cannot be served: %s", version.name, error)
+                log.warning("%s is to answer, but cannot be served: %s", version.name, error)
 
     def _take(self, versions: Iterable[Version]) -> None:
         self._versions = {version.name: version for version in versions}
         self._live = {version.chatbot: version for version in self._versions.values() if LIVE in version.aliases}
+        self._canaries = {version.chatbot: version for version in self._versions.values() if CANARY in version.aliases}
 
     def names(self) -> list[str]:
         """Return every name that may be asked for: the base, live chatbots, versions."""
@@ -93,8 +107,12 @@ class Adapters:
             *(entry.name for entry in own),
         ]
 
-    async def resolve(self, name: str) -> str:
+    async def resolve(self, name: str, conversation: Callable[[], str] = str) -> str:
         """Return the name that the engine knows: the base's, or that of a fetched version.
+
+        Args:
+            name: A base, a chatbot or a version.
+            conversation: Gives what stays the same over a conversation; asked while a canary runs, where it decides which version answers.
 
         Raises:
             UnknownNameError: No such base, chatbot or version.
@@ -104,10 +122,14 @@ class Adapters:
             return name
         version = self._find(name)
         if version is None and VERSION_NAME.match(name):
-            await self.refresh()  # it may be younger than the last look at the registry
+            await self._look()  # it may be younger than the last look at the registry
             version = self._find(name)
         if version is None:
             raise UnknownNameError(name)
+        canary = self._canaries.get(name)
+        # A canary that was not fetched is broken, or not yet here: an experiment is nobody's error.
+        if canary and canary.name in self._folders and _draw(conversation(), canary.name) < canary.canary_share:
+            return canary.name
         await self._fetch(version)
         return version.name
 
@@ -146,6 +168,11 @@ class Adapters:
             if prompt:
                 self._system_prompts[version.name] = prompt
             self._folders[version.name] = folder
+
+
+def _draw(conversation: str, canary: str) -> float:
+    """Return a number from 0 to 1 that is always the same for a conversation and a canary; a greater share keeps those it had."""
+    return int.from_bytes(hashlib.sha256(f"{canary}\n{conversation}".encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
 
 
 def _read_system_prompt(folder: Path) -> str | None:

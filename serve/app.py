@@ -14,8 +14,9 @@ from cluster.registry import Registry
 from configs.schema import ChatbotConfig
 from serve.adapters import Adapters, Base
 from serve.engine import engine_arguments, engine_environment, start_engine
-from serve.front import Front
+from serve.front import Doors, Front
 from serve.keys import KeyFile
+from serve.quotas import ClusterQuotas
 
 MAX_CONSTRUCTOR_RETRIES = 3
 HEALTH_PERIOD_S = 5.0
@@ -39,7 +40,7 @@ class Engine:
         self.engine, app = await start_engine(arguments, adapters)
         await adapters.refresh()
         self.watcher = asyncio.create_task(adapters.watch())
-        return Front(app, adapters, KeyFile(host=self.config.serve.host), self.config.serve.max_body_bytes)
+        return Front(app, adapters, Doors(KeyFile(host=self.config.serve.host), ClusterQuotas()), self.config.serve)
 
     async def check_health(self) -> None:
         """Tell Serve to replace this replica if its engine has died."""
@@ -63,6 +64,7 @@ def build(args: dict[str, Any]) -> Any:
         name="engine",
         num_replicas=1,
         max_ongoing_requests=args["max_ongoing_requests"],
+        max_queued_requests=args["max_ongoing_requests"],  # beyond the front's own bound; over it Serve answers 503
         max_constructor_retry_count=MAX_CONSTRUCTOR_RETRIES,
         health_check_period_s=HEALTH_PERIOD_S,
         ray_actor_options={

@@ -35,6 +35,8 @@ from serve.keys import OWNER_ONLY, KeyFile
 
 MAX_ANSWER_TOKENS = 48
 KEY_NAME = "demo"
+KEY_LINE = re.compile(r"^export OPENAI_API_KEY=(\S+)$", re.MULTILINE)
+CLIENT_SETTINGS = "client.env"
 NUM_SHOWN = 5
 PROGRESS_LINE = re.compile(r"step (\d+)/(\d+)")
 REGISTERED_LINE = re.compile(r"registered as ([a-z0-9._-]+:\d+)")
@@ -93,7 +95,8 @@ def tell(config: ChatbotConfig, config_file: str, overrides: list[str]) -> dict[
     with story.stage(
         "train", f"The serve card loads {config.model.name} on a vLLM engine, while the train card fine-tunes it, as a Ray job"
     ):
-        chat = Endpoint(deploy(config, session, lambda _: None, wait=False), _own_key())
+        address = deploy(config, session, lambda _: None, wait=False)
+        chat = Endpoint(address, _own_key(address))
         version = _train(session, config, config_file, overrides)
     heldout = read_prepared(data.heldout_file)
     with story.stage("register", "The adapter is in the registry, and its first token comes from the engine that is up"):
@@ -119,7 +122,7 @@ def tell(config: ChatbotConfig, config_file: str, overrides: list[str]) -> dict[
         "total_s": round(time.monotonic() - started_s, 1),
     }
     write_text(home_folder() / "demo.json", json.dumps(figures, indent=2) + "\n", OWNER_ONLY)
-    _summarise(figures, config, session, heldout)
+    _summarise(figures, session, heldout)
     return figures
 
 
@@ -209,15 +212,21 @@ def _show_version(version: Version, session: Session) -> None:
     console.print(f"   {session.mlflow_url}/#/models/{version.chatbot}/versions/{version.number}")
 
 
-def _own_key() -> str | None:
-    """Make the demo a key, where the endpoint asks for one; its last one is lost, for only hashes are kept."""
-    keys = KeyFile()
+def _own_key(address: str) -> str:
+    """Return the demo's key: that of the last demo while it is valid, or else a new one; kept with the address for `source`."""
+    keys, file = KeyFile(), home_folder() / CLIENT_SETTINGS
     known = keys.read()
-    if not known:
-        return None
-    if any(key.name == KEY_NAME and key.is_valid() for key in known):
-        keys.revoke(KEY_NAME)
-    return keys.create(KEY_NAME)
+    said = KEY_LINE.search(file.read_text()) if file.is_file() else None
+    last = keys.find(said[1]) if said else None
+    if said and last and last.is_valid():
+        secret = said[1]
+    else:
+        if any(key.name == KEY_NAME and key.is_valid() for key in known):
+            keys.revoke(KEY_NAME)  # its secret is lost, for only hashes are kept
+        secret = keys.create(KEY_NAME)
+    # At once: should the demo end early, the endpoint asks for a key that somebody has.
+    write_text(file, f"export OPENAI_BASE_URL={address}\nexport OPENAI_API_KEY={secret}\n", OWNER_ONLY)
+    return secret
 
 
 def _ask_both(chat: Endpoint, config: ChatbotConfig, version: Version, heldout: list[Conversation]) -> tuple[list[Answer], list[Answer]]:
@@ -241,7 +250,7 @@ def _marked(answer: Answer) -> str:
     return f"{mark}  {text[:160]}{'…' if len(text) > 160 else ''}"
 
 
-def _summarise(figures: dict[str, Any], config: ChatbotConfig, session: Session, heldout: list[Conversation]) -> None:
+def _summarise(figures: dict[str, Any], session: Session, heldout: list[Conversation]) -> None:
     table = Table("what", "figure", title="\nThe whole job", title_justify="left", box=None, pad_edge=False)
     for name, seconds in figures["stages_s"].items():
         table.add_row(f"{name}", f"{seconds:.0f} s")
@@ -251,10 +260,11 @@ def _summarise(figures: dict[str, Any], config: ChatbotConfig, session: Session,
     table.add_row("held-out answers right, adapter", f"{figures['adapter_accuracy']:.0%}")
     table.add_row("training finished to first token served", f"{figures['finished_to_first_token_s']:.1f} s")
     console.print(table)
-    request = {"model": config.name, "messages": [question(heldout[0])[-1]]}
+    request = {"model": figures["model"], "messages": [question(heldout[0])[-1]]}
     body = json.dumps(request).replace("'", "'\\''")
-    shown = f"-H 'Authorization: Bearer {figures['api_key']}' " if figures["api_key"] else ""
     console.print("\nAsk it yourself:\n")
-    print(f"curl -s {figures['endpoint']}/chat/completions -H 'Content-Type: application/json' {shown}-d '{body}'")
+    key = f"-H 'Authorization: Bearer {figures['api_key']}'"
+    print(f"curl -s {figures['endpoint']}/chat/completions {key} -H 'Content-Type: application/json' -d '{body}'")
+    console.print(f"\nfor OpenAI's clients: source {home_folder() / CLIENT_SETTINGS}", soft_wrap=True)
     console.print(f"\nchat endpoint  {figures['endpoint']}\nMLflow         {session.mlflow_url}\ndashboard      {session.dashboard_url}")
     console.print("to stop        make down")

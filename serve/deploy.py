@@ -22,7 +22,7 @@ APPLICATION = "chat"
 API = "/api/serve/applications/"
 POLL_S = 0.5
 START_TIMEOUT_S = 900
-REQUESTS_WAITING_FACTOR = 4
+NUM_ARRIVING = 200  # requests whose bodies are being read, or that the front, whose queue is bounded, is refusing
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 
@@ -160,7 +160,7 @@ def _wanted(config: ChatbotConfig, session: Session) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "base_name": served_base_name(config.model.name),
         "gpu_share": min(shares) if shares else None,
-        "max_ongoing_requests": config.serve.max_num_seqs * REQUESTS_WAITING_FACTOR,
+        "max_ongoing_requests": config.serve.max_num_seqs + config.serve.max_waiting_requests + NUM_ARRIVING,
     }
     return {
         "proxy_location": "HeadOnly",

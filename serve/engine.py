@@ -3,6 +3,7 @@
 Knows vLLM's import paths and arguments; nothing else in Tandem imports vLLM. Does not know Ray.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def engine_arguments(model: ModelConfig, config: ServeConfig, folder: Path, base
         "--max-loras": str(config.max_loras),
         "--max-cpu-loras": str(config.max_cpu_loras),
     }
+    if config.max_answer_tokens is not None:
+        arguments["--override-generation-config"] = json.dumps({"max_new_tokens": config.max_answer_tokens})
     flags = ["--enable-lora", "--disable-uvicorn-access-log"]
     if gpu_share is not None:
         arguments["--gpu-memory-utilization"] = f"{config.gpu_memory_share * gpu_share:.3f}"

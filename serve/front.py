@@ -1,26 +1,34 @@
-"""What stands before vLLM's application: keys, only the routes that are meant, names that mean versions, errors in OpenAI's shape.
+"""What stands before vLLM's application: keys and quotas, only the routes that are meant, names that mean versions, a bounded queue.
 
-Pure ASGI: a stream passes through untouched. Knows HTTP and names. Does not know the engine.
+Pure ASGI: a stream passes through piece by piece. Knows HTTP and names. Does not know the engine.
 """
 
+import asyncio
 import json
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import AccessError
+from configs.schema import ServeConfig
 from serve.adapters import Adapters, BrokenAdapterError, UnknownNameError
+from serve.bounds import check_bounds
 from serve.keys import Key, KeyFile
-
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from serve.meter import Meter
+from serve.page import FILES, send_page
+from serve.quotas import Admission, QuotaError, Quotas, quotas_of
+from serve.refusal import UNAVAILABLE, App, Headers, Message, Receive, RefusedError, Scope, Send, send_json
 
 GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 MODEL_HEADER = b"x-tandem-model"
+RETRY_S = 1
+LETTERS_A_TOKEN = 4  # of English; a guess that is set right by the usage that the engine states
+BODY_TIMEOUT_S = 60.0
+CONVERSATION_HEADER = b"x-tandem-conversation"
 # Ours are made anew, and a key is nothing that the engine should see.
 HEADERS_KEPT_BACK = frozenset({b"content-length", b"transfer-encoding", b"authorization", MODEL_HEADER})
 
@@ -28,23 +36,20 @@ HEADERS_KEPT_BACK = frozenset({b"content-length", b"transfer-encoding", b"author
 log = logging.getLogger("tandem.serve")
 
 
-class RefusedError(Exception):
-    """A request that is answered with an error."""
+@dataclass(frozen=True)
+class Doors:
+    """Who may come in, and how much they may ask."""
 
-    def __init__(self, status: int, kind: str, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.message, self.param, self.code = status, kind, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        """Return the error in OpenAI's shape."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code or self.status}}
+    keys: KeyFile
+    quotas: Quotas
 
 
 class Front:
     """Wraps vLLM's application."""
 
-    def __init__(self, app: App, adapters: Adapters, keys: KeyFile, max_body_bytes: int) -> None:
-        self.app, self.adapters, self.keys, self.max_body_bytes = app, adapters, keys, max_body_bytes
+    def __init__(self, app: App, adapters: Adapters, doors: Doors, config: ServeConfig) -> None:
+        self.app, self.adapters, self.doors, self.config = app, adapters, doors, config
+        self.num_in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse, or hand on to vLLM."""
@@ -54,25 +59,41 @@ class Front:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
+        begun = False
+
+        async def send_watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
-            await self._route(scope, receive, send)
+            await self._route(scope, receive, send_watched)
         except RefusedError as refusal:
-            await _send_json(send, refusal.status, refusal.body())
+            await send_json(send, refusal.status, refusal.body(), refusal.headers)
+        except Exception as error:
+            log.exception("a request failed")
+            if begun:
+                raise
+            failure = RefusedError(500, f"the endpoint failed ({type(error).__name__}); its log says more", kind="server_error")
+            await send_json(send, failure.status, failure.body())
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
         if path == "/health" and method == "GET":
             await self.app(scope, receive, send)
             return
+        if path in FILES and method == "GET":
+            await send_page(path, send)
+            return
         key = self._authorize(scope)
         if path in GENERATE_PATHS:
             if method != "POST":
-                raise RefusedError(405, "invalid_request_error", f"{path} takes POST, not {method}")
+                raise RefusedError(405, f"{path} takes POST, not {method}")
             await self._generate(key, scope, receive, send)
         elif path == "/v1/models" and method == "GET":
-            await _send_json(send, 200, {"object": "list", "data": [_model_card(name) for name in self._names(key)]})
+            await send_json(send, 200, {"object": "list", "data": [_model_card(name) for name in self._names(key)]})
         else:
-            raise RefusedError(404, "invalid_request_error", f"no such route: {method} {path}")
+            raise RefusedError(404, f"no such route: {method} {path}")
 
     def _authorize(self, scope: Scope) -> Key | None:
         """Return the key that the request shows; None where none is asked for.
@@ -80,45 +101,87 @@ class Front:
         The file is looked at for each request, which takes microseconds: a revoked key is out at once, on every replica.
         """
         try:
-            if not self.keys.are_asked_for():
+            if not self.doors.keys.are_asked_for():
                 return None
         except AccessError as error:
             log.error("%s", error)
-            raise RefusedError(503, "service_unavailable", "keys cannot be checked now") from None
+            raise RefusedError(503, "keys cannot be checked now", kind=UNAVAILABLE).after(RETRY_S) from None
         kind, _, secret = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
         if kind.lower() != "bearer" or not secret:
-            raise RefusedError(
-                401, "invalid_request_error", "this endpoint asks for a key: Authorization: Bearer KEY", code="invalid_api_key"
-            )
-        key = self.keys.find(secret.strip())
+            raise RefusedError(401, "this endpoint asks for a key: Authorization: Bearer KEY", code="invalid_api_key")
+        key = self.doors.keys.find(secret.strip())
         if key is None or not key.is_valid():
             reason = "is unknown" if key is None else "was revoked" if key.revoked else "has expired"
-            raise RefusedError(401, "invalid_request_error", f"the key {reason}", code="invalid_api_key")
+            raise RefusedError(401, f"the key {reason}", code="invalid_api_key")
         return key
 
     def _names(self, key: Key | None) -> list[str]:
         return [name for name in self.adapters.names() if key is None or key.may_use(name)]
 
     async def _generate(self, key: Key | None, scope: Scope, receive: Receive, send: Send) -> None:
-        request = _parse(await self._read_body(receive))
+        try:
+            request = _parse(await asyncio.wait_for(self._read_body(receive), BODY_TIMEOUT_S))
+        except TimeoutError:
+            raise RefusedError(408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s") from None
         name = request.get("model")
         if not isinstance(name, str) or not name:
             known = ", ".join(self._names(key)[:10])
-            raise RefusedError(400, "invalid_request_error", f"you must name a model; there are: {known}", "model")
+            raise RefusedError(400, f"you must name a model; there are: {known}", param="model")
         if key is not None and not key.may_use(name):
             raise self._unknown(name, key)
-        request["model"] = version = await self._resolve(name, key)
-        self._add_system_prompt(request, version)
-        body = json.dumps(request).encode()  # ASCII: half a surrogate pair has no UTF-8
-        headers = [(name, value) for name, value in scope["headers"] if name not in HEADERS_KEPT_BACK]
-        scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+        with self._places(check_bounds(request, self.config)):
+            version = await self._resolve(name, key, lambda: _conversation(scope, request, key))
+            request["model"] = version
+            self._add_system_prompt(request, version)
+            send = _with_headers(send, [(MODEL_HEADER, version.encode())])
+            if key is None or not quotas_of(key):
+                await self._hand_on(request, scope, receive, send)
+            else:
+                await self._hand_on_counted(key, request, scope, receive, send)
 
-        async def send_named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", []), (MODEL_HEADER, version.encode())]}
-            await send(message)
+    async def _hand_on_counted(self, key: Key, request: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
+        guessed_tokens = max(1, len(_dump(request)) // LETTERS_A_TOKEN)
+        send = _with_headers(send, _quota_headers(await self._admit(key, guessed_tokens)))
+        if key.tpm is None:
+            await self._hand_on(request, scope, receive, send)
+            return
+        meter = Meter(request)
+        try:
+            await self._hand_on(request, scope, receive, _metered(send, meter))
+        finally:
+            self.doors.quotas.spend(key, max(0, meter.num_tokens(guessed_tokens) - guessed_tokens))
 
-        await self.app(scope, _replay(body, receive), send_named)
+    async def _hand_on(self, request: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
+        body = _dump(request)
+        kept = [(name, value) for name, value in scope["headers"] if name not in HEADERS_KEPT_BACK]
+        scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
+        await self.app(scope, _replay(body, receive), send)
+
+    @contextmanager
+    def _places(self, num_answers: int) -> Iterator[None]:
+        """Take places among those that the engine computes or that wait for it; refuse where too few are free."""
+        if self.num_in_flight + num_answers > self.config.max_num_seqs + self.config.max_waiting_requests:
+            message = f"{self.num_in_flight} answers are computed or wait already (serve.max_waiting_requests)"
+            raise RefusedError(503, message, kind=UNAVAILABLE, code="overloaded").after(RETRY_S)
+        self.num_in_flight += num_answers
+        try:
+            yield
+        finally:
+            self.num_in_flight -= num_answers
+
+    async def _admit(self, key: Key, num_tokens: int) -> Admission:
+        try:
+            admission = await self.doors.quotas.take(key, num_tokens)
+        except QuotaError as error:
+            log.error("quotas cannot be counted: %s", error)
+            raise RefusedError(503, "quotas cannot be counted now", kind=UNAVAILABLE).after(RETRY_S) from None
+        if admission.spent:
+            limit = admission.standings[admission.spent].limit
+            message = f"the key {key.name} may use {limit} {admission.spent} a minute; try again in {admission.retry_s} s"
+            refusal = RefusedError(429, message, kind=admission.spent, code="rate_limit_exceeded").after(admission.retry_s)
+            refusal.headers += _quota_headers(admission)
+            raise refusal
+        return admission
 
     def _add_system_prompt(self, request: dict[str, Any], version: str) -> None:
         """Begin a conversation as the version was trained to: with its own system message, unless the request brings one."""
@@ -130,41 +193,63 @@ class Front:
             return
         request["messages"] = [{"role": "system", "content": prompt}, *messages]
 
-    async def _resolve(self, name: str, key: Key | None) -> str:
+    async def _resolve(self, name: str, key: Key | None, conversation: Callable[[], str]) -> str:
         try:
-            return await self.adapters.resolve(name)
+            return await self.adapters.resolve(name, conversation)
         except UnknownNameError:
             raise self._unknown(name, key) from None
         except BrokenAdapterError as error:
-            raise RefusedError(400, "invalid_request_error", f"The model `{name}` cannot be served: {error}", "model") from None
+            raise RefusedError(400, f"The model `{name}` cannot be served: {error}", param="model") from None
 
     def _unknown(self, name: str, key: Key | None) -> RefusedError:
         """Say the same of a name that is not there and of one that the key does not open."""
         known = ", ".join(self._names(key)[:10]) or "none that this key may use"
-        return RefusedError(404, "not_found_error", f"The model `{name[:100]}` does not exist. There are: {known}", "model")
+        return RefusedError(404, f"The model `{name[:100]}` does not exist. There are: {known}", kind="not_found_error", param="model")
 
     async def _read_body(self, receive: Receive) -> bytes:
         chunks, num_bytes, more = [], 0, True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise RefusedError(400, "invalid_request_error", "the client went away")
+                raise RefusedError(400, "the client went away")
             chunks.append(message.get("body", b""))
             num_bytes += len(chunks[-1])
-            if num_bytes > self.max_body_bytes:
-                raise RefusedError(413, "invalid_request_error", f"the body is over {self.max_body_bytes} bytes (serve.max_body_bytes)")
+            if num_bytes > (most := self.config.max_body_bytes):
+                raise RefusedError(413, f"the body is over {most} bytes (serve.max_body_bytes)")
             more = message.get("more_body", False)
         return b"".join(chunks)
+
+
+def _conversation(scope: Scope, request: dict[str, Any], key: Key | None) -> str:
+    """Return what stays the same over a conversation: what the client says it is, or its first user message; and always the key.
+
+    Completions have no conversation: without a word from the client, all of a key's are one.
+    """
+    said = dict(scope["headers"]).get(CONVERSATION_HEADER, b"").decode("latin-1") or request.get("user")
+    if not isinstance(said, str) or not said:
+        messages = request.get("messages")
+        of_user = (
+            (entry for entry in messages if isinstance(entry, dict) and entry.get("role") == "user") if isinstance(messages, list) else ()
+        )
+        said = json.dumps(next(iter(of_user), None))
+    return f"{key.sha256 if key else ''}\n{said}"
 
 
 def _parse(body: bytes) -> dict[str, Any]:
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RefusedError(400, "invalid_request_error", f"the body is not JSON: {error}") from None
+        raise RefusedError(400, f"the body is not JSON: {error}") from None
     if not isinstance(request, dict):
-        raise RefusedError(400, "invalid_request_error", "the body is not a JSON object")
+        raise RefusedError(400, "the body is not a JSON object")
     return request
+
+
+def _dump(request: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(request).encode()  # ASCII: half a surrogate pair has no UTF-8
+    except RecursionError:
+        raise RefusedError(400, "the body is nested too deeply") from None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -181,12 +266,32 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
+def _with_headers(send: Send, headers: Headers) -> Send:
+    async def send_named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), *headers]}
+        await send(message)
+
+    return send_named
+
+
+def _metered(send: Send, meter: Meter) -> Send:
+    async def send_counted(message: Message) -> None:
+        if meter.passes(message):
+            await send(message)
+
+    return send_counted
+
+
+def _quota_headers(admission: Admission) -> Headers:
+    """Say how a key's quotas stand, in OpenAI's headers."""
+    headers = {}
+    for kind, standing in admission.standings.items():
+        headers[f"x-ratelimit-limit-{kind}"] = str(standing.limit)
+        headers[f"x-ratelimit-remaining-{kind}"] = str(standing.remaining)
+        headers[f"x-ratelimit-reset-{kind}"] = f"{math.ceil(standing.reset_s)}s"
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+
 def _model_card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tandem"}
-
-
-async def _send_json(send: Send, status: int, content: dict[str, Any]) -> None:
-    body = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

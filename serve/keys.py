@@ -15,7 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, StringConstraints, TypeAdapter, ValidationError
 
 from cluster.home import home_folder, write_text
 from configs.errors import AccessError
@@ -37,6 +37,10 @@ class Key(BaseModel):
     sha256: str
     models: tuple[ModelName, ...] | None = None
     """Chatbots, versions or bases that it may use; all, if empty."""
+    rpm: PositiveInt | None = None
+    """Requests that it may ask in a minute."""
+    tpm: PositiveInt | None = None
+    """Tokens, of prompts and answers, that it may use in a minute."""
     created_s: float
     expires_s: float | None = None
     revoked: bool = False
@@ -50,6 +54,12 @@ class Key(BaseModel):
         return self.models is None or name in self.models or name.partition(":")[0] in self.models
 
 
+MEANT = {
+    "name": "a key's name has letters, digits, dots, dashes, underscores and @, at most 64 of them",
+    "models": "a model's name has no spaces",
+    "rpm": "requests a minute are a whole number from 1 on",
+    "tpm": "tokens a minute are a whole number from 1 on",
+}
 STORED = TypeAdapter(list[Key])
 
 
@@ -92,11 +102,13 @@ class KeyFile:
         """Return the key that a client shows, if it is one, valid or not."""
         return self._keys.get(_digest(secret))
 
-    def create(self, name: str, models: list[str] | None = None, lifetime_s: float | None = None) -> str:
+    def create(
+        self, name: str, models: list[str] | None = None, lifetime_s: float | None = None, rpm: int | None = None, tpm: int | None = None
+    ) -> str:
         """Add a key and return its secret, which nobody can read again.
 
         Raises:
-            AccessError: The name is taken, or is none.
+            AccessError: The name is taken, or a value is none that a key can have.
         """
         secret, now_s = PREFIX + secrets.token_urlsafe(KEY_BYTES), time.time()
         with self._locked():
@@ -108,15 +120,14 @@ class KeyFile:
                     name=name,
                     sha256=_digest(secret),
                     models=None if models is None else tuple(models),
+                    rpm=rpm,
+                    tpm=tpm,
                     created_s=now_s,
                     expires_s=now_s + lifetime_s if lifetime_s else None,
                 )
             except ValidationError as error:
-                why = "a key's name has letters, digits, dots, dashes, underscores and @, at most 64 of them; a model's name has no spaces"
-                wrong = ", ".join(repr(mistake["input"]) for mistake in error.errors())
-                raise AccessError(
-                    f"no key was made: {wrong} is no name", why, "python -m serve keys create alice --models helpdesk"
-                ) from None
+                reasons = [f"{mistake['input']!r}: {MEANT[str(mistake['loc'][0])]}" for mistake in error.errors()]
+                raise AccessError("no key was made", "\n".join(reasons), "python -m serve keys create alice --models helpdesk") from None
             self._write([*keys, key])
         return secret
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from cluster.registry import Version
+from configs.schema import ServeConfig
 from serve.adapters import Adapters, Base
-from serve.front import Front
-from serve.keys import KeyFile
+from serve.front import Doors, Front
+from serve.keys import Key, KeyFile
+from serve.quotas import Admission, Counter, quotas_of
 
 NOWHERE = Path("/nowhere/keys.json")
 BASE = Base("smollm2-135m", "0123456789abcdef", max_lora_rank=16)
@@ -26,13 +28,15 @@ class Shelf:
 
     folders: dict[str, Path] = field(default_factory=dict)
     live: dict[str, int] = field(default_factory=dict)
+    canaries: dict[str, float] = field(default_factory=dict)
 
     def versions(self) -> list[Version]:
         found = []
         for name in self.folders:
             chatbot, _, number = name.partition(":")
-            aliases = ("live",) if self.live.get(chatbot) == int(number) else ()
-            found.append(Version(chatbot, int(number), "r" * 32, {"base_fingerprint": BASE.fingerprint}, aliases))
+            aliases = ("live",) if self.live.get(chatbot) == int(number) else ("canary",) if name in self.canaries else ()
+            tags = {"base_fingerprint": BASE.fingerprint, "canary_share": str(self.canaries.get(name, 0))}
+            found.append(Version(chatbot, int(number), "r" * 32, tags, aliases))
         return found
 
     def download(self, version: Version) -> Path:
@@ -95,6 +99,24 @@ class Answer:
         return json.loads(b"".join(self.pieces))
 
 
+class HereQuotas:
+    """The real counter in this process; on a cluster it is an actor."""
+
+    def __init__(self) -> None:
+        self.counter = Counter()
+
+    async def take(self, key: Key, num_tokens: int) -> Admission:
+        return self.counter.take(key.sha256, quotas_of(key), num_tokens)
+
+    def spend(self, key: Key, num_tokens: int) -> None:
+        if key.tpm is not None:
+            self.counter.spend(key.sha256, key.tpm, num_tokens)
+
+
+def make_front(engine: Any, shelf: Any, keys: KeyFile, quotas: Any = None, **settings: Any) -> Front:
+    return Front(engine, Adapters(shelf, BASE), Doors(keys, quotas or HereQuotas()), ServeConfig(**settings))
+
+
 @pytest.fixture
 def shelf(tmp_path, write_adapter) -> Shelf:
     """Two versions of `helpdesk`, of which the second is live and has a system prompt; `other` has one that is not live."""
@@ -114,7 +136,12 @@ def keys(tmp_path) -> KeyFile:
 
 
 @pytest.fixture
-def ask(shelf, engine, keys):
+def quotas() -> HereQuotas:
+    return HereQuotas()
+
+
+@pytest.fixture
+def ask(shelf, engine, keys, quotas):
     """Send one request to a front before `engine`; the body may come in several pieces."""
 
     def send(method: str, path: str, body: Any = b"", headers: Any = (), max_body_bytes: int = 4096) -> Answer:
@@ -127,7 +154,7 @@ def ask(shelf, engine, keys):
             return next(coming)
 
         async def once() -> None:
-            front = Front(engine, Adapters(shelf, BASE), keys, max_body_bytes)
+            front = make_front(engine, shelf, keys, quotas, max_body_bytes=max_body_bytes)
             await front.adapters.refresh()
             scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
             await front(scope, receive, answer.send)

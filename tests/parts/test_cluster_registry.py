@@ -173,6 +173,68 @@ def test_an_alias_that_the_registry_refuses_is_an_error_with_a_remedy(registry, 
         registry.promote("helpdesk:1")
 
 
+def named(registry) -> dict[str, tuple[str, ...]]:
+    return {name: found for name, found in aliases(registry).items() if found}
+
+
+def test_a_canary_has_a_share_until_a_promotion_or_a_rollback_ends_it(registry, register):
+    for _ in range(3):
+        register()
+    with pytest.raises(RegistryError, match="has no live version beside it"):
+        registry.canary("helpdesk:2", 0.1)
+    registry.promote("helpdesk:1")
+    with pytest.raises(RegistryError, match="is live already"):
+        registry.canary("helpdesk:1", 0.1)
+    registry.canary("helpdesk:2", 0.1)
+    registry.canary("helpdesk:3", 0.25)
+    assert named(registry) == {"helpdesk:1": ("live",), "helpdesk:3": ("canary",)}
+    assert [entry.canary_share for entry in registry.versions()] == [0, 0, 0.25]
+    assert registry.rollback("helpdesk").name == "helpdesk:1"
+    assert named(registry) == {"helpdesk:1": ("live",)}, "the newest change was the canary"
+    registry.canary("helpdesk:3", 0.5)
+    registry.promote("helpdesk:3")
+    assert named(registry) == {"helpdesk:1": ("previous",), "helpdesk:3": ("live",)}
+    registry.canary("helpdesk:2", 0.5)
+    registry.promote("helpdesk:3")
+    assert named(registry) == {"helpdesk:1": ("previous",), "helpdesk:3": ("live",)}, "live for everybody"
+
+
+@pytest.mark.parametrize("share", ["0", "0%", "100%", "1", "ten", "", "10 %", "nan"])
+def test_a_share_that_is_none_is_refused(share, command):
+    refused = command("serve", "canary", "helpdesk:1", "--share", share)
+    assert refused.status == 2
+    assert "is no share" in refused.err
+
+
+def test_a_canary_made_for_another_base_is_refused(registry, register):
+    register()
+    register(base_fingerprint="f" * 16)
+    registry.promote("helpdesk:1")
+    with pytest.raises(RegistryError, match="another base model"):
+        registry.canary("helpdesk:2", 0.1)
+
+
+@pytest.mark.parametrize("share", ["10%", "nan", "-1", "2", ""])
+def test_a_share_that_somebody_else_wrote_is_no_canary(share, registry, register):
+    register()
+    register()
+    registry.promote("helpdesk:1")
+    registry.canary("helpdesk:2", 0.1)
+    registry.client.set_model_version_tag("helpdesk", "2", "canary_share", share)
+    assert [entry.canary_share for entry in registry.versions()] == [0, 0]
+
+
+def test_the_command_line_starts_a_canary_and_shows_its_share(registry, register, command, up, monkeypatch):
+    monkeypatch.setattr("serve.deploy.application_status", lambda session: ("RUNNING", ""))
+    up(mlflow_url=registry.url)
+    register()
+    register()
+    registry.promote("helpdesk:1")
+    assert command("serve", "canary", "helpdesk:2", "--share", "12.5%").out.startswith("canary  helpdesk:2 answers 12.5% of ")
+    assert "canary 12.5%" in command("serve", "status").out
+    assert command("serve", "rollback", "helpdesk").out == "live  helpdesk:1 again\n"
+
+
 def test_the_command_line_promotes_rolls_back_and_lists(registry, register, command, up):
     register()
     register()

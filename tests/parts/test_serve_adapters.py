@@ -25,6 +25,7 @@ class Shelf:
     folders: dict[str, Path] = field(default_factory=dict)
     live: dict[str, int] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
+    canaries: dict[str, float] = field(default_factory=dict)
     is_down: bool = False
     num_asked: int = 0
     downloads: list[str] = field(default_factory=list)
@@ -37,7 +38,9 @@ class Shelf:
         for name in self.folders:
             chatbot, _, number = name.partition(":")
             tags = {"base_fingerprint": self.fingerprints.get(chatbot, FINGERPRINT), "base_model": "some/base"}
-            found.append(Version(chatbot, int(number), "r" * 32, tags, ("live",) if self.live.get(chatbot) == int(number) else ()))
+            aliases = ("live",) if self.live.get(chatbot) == int(number) else ("canary",) if name in self.canaries else ()
+            tags |= {"canary_share": str(self.canaries[name])} if name in self.canaries else {}
+            found.append(Version(chatbot, int(number), "r" * 32, tags, aliases))
         return found
 
     def download(self, version: Version) -> Path:
@@ -327,3 +330,41 @@ def test_versions_with_foreign_tags_do_no_harm(shelf):
     run(adapters.refresh())
     assert adapters.names() == ["smollm2-135m", "helpdesk", "helpdesk:1"]
     assert "another base model" in why_broken(adapters, "Their Model")
+
+
+CONVERSATIONS = [f"conversation {number}" for number in range(400)]
+
+
+def who_answers(adapters: Adapters) -> dict[str, str]:
+    async def all_of_them() -> dict[str, str]:
+        return {conversation: await adapters.resolve("helpdesk", lambda said=conversation: said) for conversation in CONVERSATIONS}
+
+    return asyncio.run(all_of_them())
+
+
+def test_a_canary_answers_its_share_of_conversations_and_each_stays_with_its_version(put):
+    shelf = Shelf(live={"helpdesk": 1}, canaries={"helpdesk:2": 0.2})
+    put(shelf, "helpdesk:1")
+    put(shelf, "helpdesk:2")
+    adapters = Adapters(shelf, BASE)
+    asyncio.run(adapters.refresh())
+    before = who_answers(adapters)
+    assert 0.12 < list(before.values()).count("helpdesk:2") / len(before) < 0.28
+    assert who_answers(adapters) == before
+    shelf.canaries["helpdesk:2"] = 0.6
+    asyncio.run(adapters.refresh())
+    after = who_answers(adapters)
+    assert 0.5 < list(after.values()).count("helpdesk:2") / len(after) < 0.7
+    assert all(after[conversation] == "helpdesk:2" for conversation in CONVERSATIONS if before[conversation] == "helpdesk:2")
+    shelf.canaries = {}
+    asyncio.run(adapters.refresh())
+    assert set(who_answers(adapters).values()) == {"helpdesk:1"}
+
+
+def test_a_canary_that_cannot_be_served_leaves_everything_to_the_live_version(put):
+    shelf = Shelf(live={"helpdesk": 1}, canaries={"helpdesk:2": 0.9})
+    put(shelf, "helpdesk:1")
+    (put(shelf, "helpdesk:2") / CONFIG).write_text("{")
+    adapters = Adapters(shelf, BASE)
+    asyncio.run(adapters.refresh())
+    assert set(who_answers(adapters).values()) == {"helpdesk:1"}

@@ -95,9 +95,10 @@ class Stack:
         family = [child for root in roots if root for child in root.children(recursive=True)]
         return [child for child in family if title in " ".join(_cmdline(child))]
 
-    def ask(self, model: str, text: str = "How do I start?", **settings: Any) -> httpx.Response:
+    def ask(self, model: str, text: str = "How do I start?", secret: str | None = None, **settings: Any) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0, **settings}
-        return httpx.post(f"{self.endpoint}/chat/completions", json=body, timeout=120)
+        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        return httpx.post(f"{self.endpoint}/chat/completions", json=body, headers=headers, timeout=120)
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

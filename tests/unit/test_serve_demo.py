@@ -8,7 +8,8 @@ from configs.errors import RunError
 from configs.loader import ROOT, load_chatbot
 from data.conversations import Conversation, Message
 from serve.ask import Endpoint, accuracy, ask_all, first_token_s
-from serve.demo import _absolute_paths, _reachable
+from serve.demo import _absolute_paths, _own_key, _reachable
+from serve.keys import KeyFile
 from tests.helpers.json_door import JsonDoor, listening
 
 ASKED = Conversation((Message("user", "Where?"), Message("assistant", "Here.")), keys=("here",))
@@ -56,3 +57,16 @@ def test_only_local_paths_outside_the_upload_are_made_absolute(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     config = load_chatbot(ROOT / "configs" / "helpdesk.yaml", ["data.source=rows.jsonl", "model.name=meta-llama/Llama-3.1-8B"])
     assert _absolute_paths(config) == [f"data.source={rows}"]
+
+
+def test_the_demo_keeps_its_key_while_it_is_valid(home):
+    first = _own_key("http://here/v1")
+    assert (home / "client.env").read_text() == f"export OPENAI_BASE_URL=http://here/v1\nexport OPENAI_API_KEY={first}\n"
+    assert (home / "client.env").stat().st_mode & 0o077 == 0
+    assert _own_key("http://here/v1") == first, "whoever uses it goes on"
+    KeyFile().revoke("demo")
+    second = _own_key("http://here/v1")
+    assert second != first
+    (home / "client.env").write_text("garbled")
+    assert _own_key("http://here/v1") != second, "a secret that is lost cannot be shown again"
+    assert [key.is_valid() for key in KeyFile().read()] == [False, False, True]

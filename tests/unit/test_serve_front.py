@@ -2,14 +2,13 @@
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import pytest
 
-from serve.adapters import Adapters
-from serve.front import Front
 from serve.keys import KeyFile
-from tests.helpers.front import ASKED, BASE, NOWHERE, PROMPT, Answer, chat, refused
+from tests.helpers.front import ASKED, NOWHERE, PROMPT, Answer, chat, make_front, refused
 
 CLOSED = [
     "/v1/load_lora_adapter",
@@ -30,7 +29,9 @@ CLOSED = [
     "/metrics",
     "/docs",
     "/openapi.json",
-    "/",
+    "/index.html",
+    "/page.js/",
+    "/../page.js",
     "",
 ]
 
@@ -110,7 +111,7 @@ def test_a_client_that_leaves_before_its_body_came_is_not_answered_by_the_engine
         return {"type": "http.disconnect"}
 
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
-    asyncio.run(Front(engine, Adapters(shelf, BASE), KeyFile(NOWHERE), 4096)(scope, receive, Answer().send))
+    asyncio.run(make_front(engine, shelf, KeyFile(NOWHERE))(scope, receive, Answer().send))
     assert engine.scopes == []
 
 
@@ -222,6 +223,18 @@ def test_health_is_the_engines_own(ask, engine):
     assert [scope["path"] for scope in engine.scopes] == ["/health"]
 
 
+@pytest.mark.parametrize(("path", "kind"), [("/", b"text/html"), ("/page.css", b"text/css"), ("/page.js", b"text/javascript")])
+def test_the_page_comes_without_a_key_and_names_no_other_address(path, kind, ask, engine, keys):
+    keys.create("alice")
+    answer = ask("GET", path)
+    assert answer.status == 200
+    assert answer.headers[b"content-type"].startswith(kind)
+    assert b"default-src 'none'" in answer.headers[b"content-security-policy"]
+    assert b"//" not in re.sub(rb"^//.*|[^:]// .*", b"", answer.pieces[0], flags=re.MULTILINE), "an address of somebody else's"
+    assert ask("DELETE", path).status == 401
+    assert engine.scopes == []
+
+
 def test_web_sockets_are_closed(shelf, engine):
     sent = []
 
@@ -231,11 +244,7 @@ def test_web_sockets_are_closed(shelf, engine):
     async def receive() -> dict[str, Any]:
         return {"type": "websocket.connect"}
 
-    asyncio.run(
-        Front(engine, Adapters(shelf, BASE), KeyFile(NOWHERE), 4096)(
-            {"type": "websocket", "path": "/v1/realtime", "headers": []}, receive, send
-        )
-    )
+    asyncio.run(make_front(engine, shelf, KeyFile(NOWHERE))({"type": "websocket", "path": "/v1/realtime", "headers": []}, receive, send))
     assert [message["type"] for message in sent] == ["websocket.close"]
     assert engine.scopes == []
 
@@ -249,6 +258,28 @@ def test_the_lifespan_is_the_engines_own(shelf, engine):
     async def receive() -> dict[str, Any]:
         return {"type": "lifespan.startup"}
 
-    asyncio.run(Front(engine, Adapters(shelf, BASE), KeyFile(NOWHERE), 4096)({"type": "lifespan"}, receive, send))
+    asyncio.run(make_front(engine, shelf, KeyFile(NOWHERE))({"type": "lifespan"}, receive, send))
     assert engine.after_body == [{"type": "lifespan.startup"}]
     assert sent == [{"type": "lifespan.startup.complete"}]
+
+
+def test_a_conversation_stays_with_the_version_that_began_it(ask, shelf):
+    """Whatever is said later, and whatever the system message says today; a client may say itself which conversation it is."""
+    shelf.canaries["helpdesk:1"] = 0.5
+    seen = set()
+    for number in range(20):
+        begun = [{"role": "user", "content": f"Question {number}"}]
+        first = chat(ask, messages=begun).headers[b"x-tandem-model"]
+        greeted = [{"role": "system", "content": "It is Monday."}, {"role": "assistant", "content": "Hello."}, *begun]
+        later = [*greeted, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And then?"}]
+        assert chat(ask, messages=later).headers[b"x-tandem-model"] == first
+        said = [(b"x-tandem-conversation", b"seven")]
+        seen.add((first, ask("POST", "/v1/chat/completions", {**ASKED, "messages": begun}, said).headers[b"x-tandem-model"]))
+    assert {first for first, _ in seen} == {b"helpdesk:1", b"helpdesk:2"}
+    assert len({other for _, other in seen}) == 1
+
+
+@pytest.mark.parametrize("messages", [None, "x", [1, None], [{"role": "\ud800"}]], ids=["none", "text", "numbers", "surrogate"])
+def test_any_shape_of_messages_can_be_drawn_for(messages, ask, shelf):
+    shelf.canaries["helpdesk:1"] = 0.5
+    assert chat(ask, messages=messages).status == 200

@@ -85,14 +85,17 @@ def test_loopback(host, at_home):
 
 def test_the_command_line(home):
     run = CliRunner()
-    made = run.invoke(app, ["keys", "create", "alice", "--models", "helpdesk, other", "--expires", "30d"])
+    made = run.invoke(app, ["keys", "create", "alice", "--models", "helpdesk, other", "--rpm", "60", "--tpm", "9000", "--expires", "30d"])
     secret = made.output.split()[1]
     assert made.exit_code == 0
     stored = json.loads((home / "keys.json").read_text())[0]
     assert stored["models"] == ["helpdesk", "other"]
+    assert (stored["rpm"], stored["tpm"]) == (60, 9000)
     assert stored["expires_s"] - stored["created_s"] == 2_592_000
     listed = run.invoke(app, ["keys", "list"]).output
     assert "alice" in listed
+    assert "9000" in listed
+    assert run.invoke(app, ["keys", "create", "bob", "--rpm", "0"]).exit_code != 0
     assert secret not in listed
     assert run.invoke(app, ["keys", "revoke", "alice"]).exit_code == 0
     assert "revoked" in run.invoke(app, ["keys", "list"]).output

@@ -1,0 +1,153 @@
+// The chat page: asks the endpoint that served it, and nobody else. The conversation lives in this tab and survives a reload.
+
+const find = (id) => document.getElementById(id);
+const [talk, text, model, key, keyDialog] = ["talk", "text", "model", "key", "key-dialog"].map(find);
+const kept = (name, otherwise) => JSON.parse(sessionStorage.getItem(name) ?? JSON.stringify(otherwise));
+const keep = (name, value) => sessionStorage.setItem(name, JSON.stringify(value));
+
+let turns = kept("turns", []); // {role, content, by?} as the endpoint takes them; `by` is the version that spoke
+let answering = null; // the AbortController of the answer that is coming
+
+function headers() {
+  const secret = kept("key", "");
+  return { "Content-Type": "application/json", ...(secret && { Authorization: `Bearer ${secret}` }) };
+}
+
+class Refused extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function request(path, options = {}) {
+  const answer = await fetch(path, { ...options, headers: headers() });
+  if (answer.ok) return answer;
+  const told = await answer.json().catch(() => null);
+  throw new Refused(answer.status, told?.error?.message ?? `the endpoint answered ${answer.status}`);
+}
+
+function show(role, content, by = "") {
+  find("welcome").hidden = true;
+  const turn = document.createElement("div");
+  turn.className = `turn ${role}`;
+  const words = document.createElement("span");
+  words.textContent = content;
+  const note = document.createElement("small");
+  note.textContent = by;
+  turn.append(words, note);
+  talk.append(turn);
+  turn.scrollIntoView({ block: "end" });
+  return { turn, words, note };
+}
+
+function complain(error) {
+  show("bad", error.message);
+  if (error.status === 401) openKey();
+}
+
+function openKey() {
+  key.value = kept("key", "");
+  keyDialog.showModal();
+}
+
+async function listModels() {
+  try {
+    const { data } = await (await request("v1/models")).json();
+    const chosen = kept("model", "");
+    model.replaceChildren(...data.map(({ id }) => new Option(id, id, false, id === chosen)));
+    // A chatbot's live version is what people come for; the base is there to compare.
+    if (!data.some(({ id }) => id === chosen)) model.selectedIndex = data.length > 1 ? 1 : 0;
+  } catch (error) {
+    complain(error);
+  }
+}
+
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (line.startsWith("data: ") && line !== "data: [DONE]") yield JSON.parse(line.slice(6));
+    }
+  }
+}
+
+async function ask(question) {
+  const mine = turns; // another conversation may begin before this answer has ended
+  mine.push({ role: "user", content: question });
+  show("user", question);
+  const { words, note } = show("assistant", "");
+  const said = { role: "assistant", content: "", by: "" };
+  answering = new AbortController();
+  busy(true);
+  try {
+    const messages = mine.map(({ role, content }) => ({ role, content }));
+    const body = JSON.stringify({ model: model.value, messages, stream: true });
+    const answer = await request("v1/chat/completions", { method: "POST", body, signal: answering.signal });
+    said.by = note.textContent = answer.headers.get("x-tandem-model") ?? "";
+    for await (const event of events(answer)) {
+      if (event.error) throw new Refused(500, event.error.message);
+      said.content += event.choices?.[0]?.delta?.content ?? "";
+      words.textContent = said.content;
+      words.parentElement.scrollIntoView({ block: "end" });
+    }
+  } catch (error) {
+    if (error.name === "AbortError") note.textContent += " · stopped";
+    else complain(error);
+  } finally {
+    if (said.content) mine.push(said);
+    else {
+      mine.pop(); // a question without an answer is asked again, not remembered
+      words.parentElement.remove();
+      text.value ||= question;
+    }
+    keep("turns", turns);
+    answering = null;
+    busy(false);
+  }
+}
+
+function busy(is) {
+  find("send").hidden = is;
+  find("stop").hidden = !is;
+  if (!is && !keyDialog.open) text.focus();
+}
+
+find("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const question = text.value.trim();
+  if (!question || answering) return;
+  text.value = "";
+  ask(question);
+});
+text.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    find("ask").requestSubmit();
+  }
+});
+document.addEventListener("keydown", (event) => event.key === "Escape" && answering?.abort());
+find("stop").addEventListener("click", () => answering?.abort());
+find("fresh").addEventListener("click", () => {
+  answering?.abort();
+  turns = [];
+  keep("turns", turns);
+  talk.querySelectorAll(".turn").forEach((turn) => turn.remove());
+  find("welcome").hidden = false;
+  text.focus();
+});
+model.addEventListener("change", () => keep("model", model.value));
+find("open-key").addEventListener("click", openKey);
+keyDialog.addEventListener("close", () => {
+  keep("key", key.value.trim());
+  talk.querySelectorAll(".bad").forEach((turn) => turn.remove());
+  listModels();
+});
+
+turns.forEach(({ role, content, by }) => show(role, content, by));
+listModels();

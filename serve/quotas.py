@@ -1,0 +1,135 @@
+"""How much each key may ask in a minute, counted over all replicas.
+
+One Ray actor counts, with the `limits` library: it outlives every replica, and what a replica counted is not lost with it. A key
+without quotas never asks it. Does not know HTTP.
+"""
+
+import asyncio
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import FixedWindowRateLimiter
+
+from serve.keys import Key
+
+REQUESTS, TOKENS = "requests", "tokens"
+ACTOR = "quotas"
+NAMESPACE = "tandem"
+TIMEOUT_S = 5.0
+START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one quota of a key stands; `reset_s` is the time until it is whole again."""
+
+    limit: int
+    remaining: int
+    reset_s: float
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Whether a request may go on; where not, `spent` names the quota that keeps it longest."""
+
+    standings: dict[str, Standing]
+    spent: str | None = None
+
+    @property
+    def retry_s(self) -> int:
+        """Whole seconds until the spent quota is whole again."""
+        return max(1, math.ceil(self.standings[self.spent].reset_s)) if self.spent else 0
+
+
+class Counter:
+    """Counts the requests and tokens of fixed minutes; one begins with the first thing that is counted in it.
+
+    A prompt's tokens are guessed and counted at once, the others after the answer. So a key may go over its tokens by the answers
+    that are under way, and over the end of a minute twice the limit may pass; what is over is not carried on.
+    """
+
+    def __init__(self) -> None:
+        self.limiter = FixedWindowRateLimiter(MemoryStorage())
+
+    def take(self, key: str, quotas: dict[str, int], num_tokens: int) -> Admission:
+        """Count one request and the tokens that its prompt has, unless a quota is spent; one that is refused does not count."""
+        items = {kind: RateLimitItemPerMinute(limit) for kind, limit in quotas.items()}
+        spent = [kind for kind, item in items.items() if not self.limiter.test(item, key, kind)]
+        if not spent:
+            for kind, item in items.items():
+                self.limiter.hit(item, key, kind, cost=1 if kind == REQUESTS else num_tokens)
+        standings = {kind: self._standing(item, key, kind) for kind, item in items.items()}
+        return Admission(standings, max(spent, key=lambda kind: standings[kind].reset_s, default=None))
+
+    def spend(self, key: str, limit: int, num_tokens: int) -> None:
+        """Count more tokens, also those over the limit."""
+        self.limiter.hit(RateLimitItemPerMinute(limit), key, TOKENS, cost=num_tokens)
+
+    def _standing(self, item: RateLimitItemPerMinute, key: str, kind: str) -> Standing:
+        window = self.limiter.get_window_stats(item, key, kind)
+        return Standing(item.amount, window.remaining, max(0.0, window.reset_time - time.time()))
+
+
+class Quotas(Protocol):
+    """Where the front asks."""
+
+    async def take(self, key: Key, num_tokens: int) -> Admission:
+        """Count one request of a key that has quotas, and its prompt's tokens, unless a quota is spent.
+
+        Raises:
+            QuotaError: They cannot be counted now.
+        """
+
+    def spend(self, key: Key, num_tokens: int) -> None:
+        """Count an answer's tokens, without waiting."""
+
+
+class QuotaError(Exception):
+    """Quotas cannot be counted now."""
+
+
+def quotas_of(key: Key) -> dict[str, int]:
+    """Return a key's quotas by kind; none where it has none."""
+    return {kind: limit for kind, limit in ((REQUESTS, key.rpm), (TOKENS, key.tpm)) if limit is not None}
+
+
+class ClusterQuotas:
+    """The counter of this cluster: an actor that is started when the first key with quotas is used."""
+
+    def __init__(self) -> None:
+        self._actor: Any = None
+
+    async def take(self, key: Key, num_tokens: int) -> Admission:
+        """Count one request of a key that has quotas, and its prompt's tokens, unless a quota is spent.
+
+        Raises:
+            QuotaError: The counter does not answer.
+        """
+        from ray.exceptions import RayError
+
+        timeout_s = TIMEOUT_S if self._actor else START_TIMEOUT_S
+        try:
+            self._actor = self._actor or await asyncio.to_thread(_counter)
+            asked = self._actor.take.remote(key.sha256, quotas_of(key), num_tokens)
+            admission: Admission = await asyncio.wait_for(asked, timeout_s)
+        except (RayError, TimeoutError, ValueError) as error:
+            raise QuotaError(str(error)) from None
+        return admission
+
+    def spend(self, key: Key, num_tokens: int) -> None:
+        """Count an answer's tokens, without waiting."""
+        if self._actor is not None and key.tpm is not None and num_tokens:
+            self._actor.spend.remote(key.sha256, key.tpm, num_tokens)
+
+
+def _counter() -> Any:
+    """Return the cluster's counter, started if it is not there; on the head's node, without which there is no cluster."""
+    import ray
+
+    head = {"node:__internal_head__": 0.001}
+    settings = {"lifetime": "detached", "get_if_exists": True, "num_cpus": 0, "resources": head, "max_restarts": -1, "max_task_retries": 1}
+    return ray.remote(Counter).options(name=ACTOR, namespace=NAMESPACE, **settings).remote()

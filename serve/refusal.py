@@ -1,0 +1,44 @@
+"""How a request is refused: a status, and an error in the shape that OpenAI's client understands.
+
+Knows HTTP. Does not know why a request is refused.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+INVALID = "invalid_request_error"
+UNAVAILABLE = "service_unavailable"
+
+
+class RefusedError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, message: str, *, kind: str = INVALID, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+        self.headers: Headers = []
+
+    def body(self) -> dict[str, Any]:
+        """Return the error in OpenAI's shape."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code or self.status}}
+
+    def after(self, seconds: int) -> "RefusedError":
+        """Say when to try again; OpenAI's client waits so long before it does."""
+        self.headers.append((b"retry-after", str(seconds).encode()))
+        return self
+
+
+async def send_json(send: Send, status: int, content: dict[str, Any], headers: Headers | None = None) -> None:
+    """Send a whole answer."""
+    body = json.dumps(content).encode()
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *(headers or [])]})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,189 @@
+"""Serving under load, with keys: promotions that lose nothing, a canary, quotas, an engine that is killed.
+
+The versions are trained to say who they are, so that an answer from another's weights shows.
+"""
+
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from uuid import uuid4
+
+import httpx
+import openai
+import pytest
+
+from tests.helpers.data import chat, write_rows
+from tests.ray.stack import Stack, wait_for
+
+NUM_AT_ONCE = 8
+NUM_CHANGES = 20
+NAMES = ("red", "blue")
+
+
+@pytest.fixture(scope="module")
+def secret(stack: Stack) -> str:
+    return make_key(stack, "load")
+
+
+def make_key(stack: Stack, name: str, *settings: str) -> str:
+    made = stack.run("serve", "keys", "create", name, *settings)
+    assert made.returncode == 0, made.stderr
+    return made.stdout.split()[1]
+
+
+@pytest.fixture(scope="module")
+def speakers(stack: Stack, config, secret) -> dict[str, str]:
+    """Two versions of one chatbot by name; each has learnt to say one word, whatever it is asked."""
+    done = stack.run("serve", str(config))
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {}
+    for word in NAMES:
+        rows = [chat(f"What is number {number}?", f"I am {word}.", split="heldout" if number % 8 == 0 else "train") for number in range(64)]
+        source = write_rows(stack.folder / f"{word}.jsonl", rows)
+        version = stack.train(config, "name=speaker", f"data.source={source}", "train.max_steps=60", "train.lora.rank=8")
+        made[version.name] = f"I am {word}."
+    return made
+
+
+def ask(stack: Stack, secret: str, name: str, text: str = "What is number 3?", **settings) -> httpx.Response:
+    return stack.ask(name, text, secret=secret, **settings)
+
+
+def text_of(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+@contextmanager
+def load(send: Callable[[int], None]) -> Iterator[None]:
+    """Send from several threads at once, again and again, until the block ends."""
+    done = threading.Event()
+
+    def again(number: int) -> None:
+        while not done.is_set():
+            send(number)
+
+    threads = [threading.Thread(target=again, args=(number,)) for number in range(NUM_AT_ONCE)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_each_version_says_who_it_is(stack: Stack, secret, speakers):
+    for name, words in speakers.items():
+        assert text_of(ask(stack, secret, name)) == words
+
+
+def test_promotions_and_rollbacks_under_load_lose_nothing(stack: Stack, secret, speakers):
+    first, second = speakers
+    stack.registry.promote(first)
+    wait_for(lambda: ask(stack, secret, "speaker").headers.get("x-tandem-model") == first)
+    wrong: list[str] = []
+    answered: Counter[str] = Counter()
+
+    def send(number: int) -> None:
+        try:
+            answer = ask(stack, secret, "speaker", f"What is number {number}?")
+            spoke = answer.headers.get("x-tandem-model", "")
+            if answer.status_code != 200 or answer.json()["model"] != spoke or text_of(answer) != speakers[spoke]:
+                wrong.append(answer.text)
+            answered[spoke] += 1
+        except Exception as error:
+            wrong.append(repr(error))
+
+    late_s = []
+    with load(send):
+        for change in range(NUM_CHANGES):
+            wanted = second if change % 2 == 0 else first
+            if change % 4 < 2:
+                stack.registry.promote(wanted)
+            else:
+                assert stack.registry.rollback("speaker").name == wanted
+            began_s = time.monotonic()
+            wait_for(lambda wanted=wanted: ask(stack, secret, "speaker").headers.get("x-tandem-model") == wanted, timeout_s=30)
+            late_s.append(time.monotonic() - began_s)
+    assert wrong == []
+    assert min(answered[name] for name in speakers) > NUM_AT_ONCE
+    print(f"{sum(answered.values())} answers; a change was seen after {max(late_s):.2f} s at most, with {NUM_AT_ONCE} requests at once")
+
+
+def test_a_canary_takes_its_share_and_a_conversation_stays_with_its_version(stack: Stack, secret, speakers):
+    first, second = speakers
+    stack.registry.promote(first)
+    assert stack.run("serve", "canary", second, "--share", "50%").returncode == 0
+
+    def spoke(number: int) -> str:
+        answer = ask(stack, secret, "speaker", f"What is number {number}?", max_tokens=4)
+        assert answer.status_code == 200, answer.text
+        return answer.headers["x-tandem-model"]
+
+    wait_for(lambda: second in {spoke(number) for number in range(6)}, timeout_s=30)
+    before = [spoke(number) for number in range(12)]
+    assert set(before) == {first, second}
+    assert [spoke(number) for number in range(12)] == before
+    assert stack.run("serve", "rollback", "speaker").returncode == 0
+    wait_for(lambda: {spoke(number) for number in range(12)} == {first}, timeout_s=30)
+
+
+def test_a_quota_is_429_for_the_official_client_and_tokens_of_streams_count(stack: Stack, speakers):
+    name = next(iter(speakers))
+    messages = [{"role": "user", "content": "What is number 3?"}]
+    client = openai.OpenAI(base_url=stack.endpoint, api_key=make_key(stack, "few", "--rpm", "2"), max_retries=0)
+    for _ in range(2):
+        client.chat.completions.create(model=name, messages=messages, max_tokens=4)
+    with pytest.raises(openai.RateLimitError) as refusal:
+        client.chat.completions.create(model=name, messages=messages, max_tokens=4)
+    assert int(refusal.value.response.headers["retry-after"]) <= 60
+    assert refusal.value.code == "rate_limit_exceeded"
+    short = openai.OpenAI(base_url=stack.endpoint, api_key=make_key(stack, "short", "--tpm", "1"), max_retries=0)
+    stream = short.chat.completions.create(model=name, messages=messages, max_tokens=4, stream=True)
+    assert all(chunk.choices for chunk in stream), "usage that was not asked for is not shown"
+    with pytest.raises(openai.RateLimitError):
+        wait_for(lambda: not short.chat.completions.create(model=name, messages=messages, max_tokens=4), timeout_s=10)
+
+
+def test_a_killed_replica_comes_back_by_itself(stack: Stack, secret, speakers):
+    name, words = next(iter(speakers.items()))
+    (replica,) = stack.workers("ServeReplica")
+    replica.kill()
+
+    def back() -> bool:
+        try:
+            return ask(stack, secret, name).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    wait_for(lambda: not back(), timeout_s=60)
+    wait_for(back, timeout_s=240)
+    assert text_of(ask(stack, secret, name)) == words
+
+
+TAKE_ONCE = """
+import asyncio, ray
+from serve.keys import Key
+from serve.quotas import ClusterQuotas
+ray.init(address={address!r}, namespace="other", logging_level="error", log_to_driver=False)
+key = Key(name="k", sha256={sha256!r}, rpm=1, created_s=0)
+print("spent:", asyncio.run(ClusterQuotas().take(key, 1)).spent)
+"""
+
+
+def test_what_one_process_counted_another_finds_after_its_death(stack: Stack):
+    """As two replicas do, of which the first has died."""
+    script = TAKE_ONCE.format(address=f"127.0.0.1:{stack.ports['ray_port']}", sha256=uuid4().hex)
+
+    def take() -> str:
+        process = stack.begin(sys.executable, "-c", script, job=True)
+        said, _ = process.communicate(timeout=120)
+        return said.strip().splitlines()[-1]
+
+    assert take() == "spent: None"
+    assert take() == "spent: requests"
