@@ -59,6 +59,7 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
             write_text(token_file(), secrets.token_hex(32), mode=0o600)
         cards = find_cards(machine)
         session = _plan(machine, cards)
+        num_raylets = {card.name: number for number, card in enumerate(cards, start=1)}
         try:
             for name, command, extra in _commands(machine, cards, session):
                 say(f"starting {name}")
@@ -67,7 +68,9 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
                 keep_session(session)  # at once: an `up` that is killed leaves what the next `up` or `down` ends
                 if name == cards[0].name:
                     _wait(session, lambda up: answers(f"{up.dashboard_url}/api/version"), "Ray's dashboard")
-            _wait(session, lambda up: _num_alive(up) == len(up.cards), "a raylet for each card")
+                if name in num_raylets:
+                    # One after the other: two that start at once may choose the same socket, and one of them dies.
+                    _wait(session, _has_raylets(num_raylets[name]), f"the raylet of {name}")
             _wait(session, lambda up: answers(f"{up.mlflow_url}/health"), "MLflow")
             write_exports(session)
             session = replace(session, ready=True)
@@ -219,6 +222,10 @@ def _wait(session: Session, ready: Callable[[Session], bool], what: str) -> None
             log = log_folder() / f"{name}.log"
             raise ClusterError(problem, f"last lines of {log}:\n{last_lines(log.read_text(errors='replace'))}", "python -m cluster doctor")
         time.sleep(0.2)
+
+
+def _has_raylets(num_raylets: int) -> Callable[[Session], bool]:
+    return lambda session: _num_alive(session) == num_raylets
 
 
 def _num_alive(session: Session) -> int:

@@ -49,7 +49,7 @@ def speakers(stack: Stack, config, secret) -> dict[str, str]:
 
 
 def ask(stack: Stack, secret: str, name: str, text: str = "What is number 3?", **settings) -> httpx.Response:
-    return stack.ask(name, text, secret=secret, **settings)
+    return stack.ask(name, text, secret=secret, **{"max_tokens": 16, **settings})
 
 
 def text_of(answer: httpx.Response) -> str:
