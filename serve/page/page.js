@@ -56,8 +56,9 @@ async function listModels() {
     const { data } = await (await request("v1/models")).json();
     const chosen = kept("model", "");
     model.replaceChildren(...data.map(({ id }) => new Option(id, id, false, id === chosen)));
-    // A chatbot's live version is what people come for; the base is there to compare.
-    if (!data.some(({ id }) => id === chosen)) model.selectedIndex = data.length > 1 ? 1 : 0;
+    // A chatbot's live version is what people come for: the first name that has versions.
+    const live = data.findIndex(({ id }) => data.some((other) => other.id.startsWith(`${id}:`)));
+    if (!data.some(({ id }) => id === chosen)) model.selectedIndex = Math.max(0, live);
   } catch (error) {
     complain(error);
   }
@@ -83,14 +84,15 @@ async function ask(question) {
   show("user", question);
   const { words, note } = show("assistant", "");
   const said = { role: "assistant", content: "", by: "" };
-  answering = new AbortController();
+  const stopper = (answering = new AbortController());
   busy(true);
   try {
     const messages = mine.map(({ role, content }) => ({ role, content }));
     const body = JSON.stringify({ model: model.value, messages, stream: true });
-    const answer = await request("v1/chat/completions", { method: "POST", body, signal: answering.signal });
+    const answer = await request("v1/chat/completions", { method: "POST", body, signal: stopper.signal });
     said.by = note.textContent = answer.headers.get("x-tandem-model") ?? "";
     for await (const event of events(answer)) {
+      stopper.signal.throwIfAborted(); // what has come already is not shown after a stop
       if (event.error) throw new Refused(500, event.error.message);
       said.content += event.choices?.[0]?.delta?.content ?? "";
       words.textContent = said.content;
