@@ -19,6 +19,8 @@ from cluster.processes import Process
 from configs.errors import ClusterError
 from configs.schema import MachineConfig
 
+RAY_NAMESPACE = "tandem"  # of the named actors that drivers, workers and replicas find each other by
+
 
 @dataclass(frozen=True)
 class Session:

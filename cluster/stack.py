@@ -59,7 +59,6 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
             write_text(token_file(), secrets.token_hex(32), mode=0o600)
         cards = find_cards(machine)
         session = _plan(machine, cards)
-        num_raylets = {card.name: number for number, card in enumerate(cards, start=1)}
         try:
             for name, command, extra in _commands(machine, cards, session):
                 say(f"starting {name}")
@@ -68,9 +67,8 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
                 keep_session(session)  # at once: an `up` that is killed leaves what the next `up` or `down` ends
                 if name == cards[0].name:
                     _wait(session, lambda up: answers(f"{up.dashboard_url}/api/version"), "Ray's dashboard")
-                if name in num_raylets:
-                    # One after the other: two that start at once may choose the same socket, and one of them dies.
-                    _wait(session, _has_raylets(num_raylets[name]), f"the raylet of {name}")
+                # One after the other: two that start at once may choose the same socket, and one of them dies.
+                _wait(session, _has_its_raylets, f"the raylet of {name}")
             _wait(session, lambda up: answers(f"{up.mlflow_url}/health"), "MLflow")
             write_exports(session)
             session = replace(session, ready=True)
@@ -224,8 +222,10 @@ def _wait(session: Session, ready: Callable[[Session], bool], what: str) -> None
         time.sleep(0.2)
 
 
-def _has_raylets(num_raylets: int) -> Callable[[Session], bool]:
-    return lambda session: _num_alive(session) == num_raylets
+def _has_its_raylets(session: Session) -> bool:
+    """Whether each card that was started so far has its raylet in the cluster."""
+    cards = {card["card"] for card in session.cards}
+    return _num_alive(session) == sum(process.name in cards for process in session.processes)
 
 
 def _num_alive(session: Session) -> int:

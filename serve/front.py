@@ -140,7 +140,8 @@ class Front:
                 await self._hand_on_counted(key, request, scope, receive, send)
 
     async def _hand_on_counted(self, key: Key, request: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
-        guessed_tokens = max(1, len(_dump(request)) // LETTERS_A_TOKEN)
+        # A key without a quota of tokens pays no guess, and its request is not written out for one.
+        guessed_tokens = max(1, len(_dump(request)) // LETTERS_A_TOKEN) if key.tpm is not None else 0
         send = _with_headers(send, _quota_headers(await self._admit(key, guessed_tokens)))
         if key.tpm is None:
             await self._hand_on(request, scope, receive, send)
@@ -228,10 +229,8 @@ def _conversation(scope: Scope, request: dict[str, Any], key: Key | None) -> str
     said = dict(scope["headers"]).get(CONVERSATION_HEADER, b"").decode("latin-1") or request.get("user")
     if not isinstance(said, str) or not said:
         messages = request.get("messages")
-        of_user = (
-            (entry for entry in messages if isinstance(entry, dict) and entry.get("role") == "user") if isinstance(messages, list) else ()
-        )
-        said = json.dumps(next(iter(of_user), None))
+        turns = messages if isinstance(messages, list) else []
+        said = json.dumps(next((turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"), None))
     return f"{key.sha256 if key else ''}\n{said}"
 
 

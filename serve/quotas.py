@@ -14,11 +14,11 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
+from cluster.session import RAY_NAMESPACE
 from serve.keys import Key
 
 REQUESTS, TOKENS = "requests", "tokens"
 ACTOR = "quotas"
-NAMESPACE = "tandem"
 TIMEOUT_S = 5.0
 START_TIMEOUT_S = 60.0
 
@@ -132,4 +132,4 @@ def _counter() -> Any:
 
     head = {"node:__internal_head__": 0.001}
     settings = {"lifetime": "detached", "get_if_exists": True, "num_cpus": 0, "resources": head, "max_restarts": -1, "max_task_retries": 1}
-    return ray.remote(Counter).options(name=ACTOR, namespace=NAMESPACE, **settings).remote()
+    return ray.remote(Counter).options(name=ACTOR, namespace=RAY_NAMESPACE, **settings).remote()

@@ -37,8 +37,12 @@ class RefusedError(Exception):
 
 
 async def send_json(send: Send, status: int, content: dict[str, Any], headers: Headers | None = None) -> None:
-    """Send a whole answer."""
-    body = json.dumps(content).encode()
-    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*own, *(headers or [])]})
+    """Send a whole answer as JSON."""
+    await send_whole(send, status, json.dumps(content).encode(), [(b"content-type", b"application/json"), *(headers or [])])
+
+
+async def send_whole(send: Send, status: int, body: bytes, headers: Headers) -> None:
+    """Send an answer whose body is all there."""
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
     await send({"type": "http.response.body", "body": body})

@@ -8,9 +8,8 @@ from typing import Any
 
 import ray
 
+from cluster.session import RAY_NAMESPACE
 from configs.errors import TandemError
-
-NAMESPACE = "tandem"
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,12 @@ class Control:
 
 def make_control(run_id: str) -> Any:
     """Start the actor of a run; it takes no card and ends with its driver."""
-    return ray.remote(Control).options(name=f"run-{run_id}", namespace=NAMESPACE, num_cpus=0, get_if_exists=True).remote()
+    return ray.remote(Control).options(name=f"run-{run_id}", namespace=RAY_NAMESPACE, num_cpus=0, get_if_exists=True).remote()
 
 
 def find_control(run_id: str) -> Any:
     """Return the actor of a run, from anywhere in the cluster."""
-    return ray.get_actor(f"run-{run_id}", namespace=NAMESPACE)
+    return ray.get_actor(f"run-{run_id}", namespace=RAY_NAMESPACE)
 
 
 def is_going_on(run_id: str) -> bool:

@@ -18,7 +18,7 @@ import psutil
 from cluster.home import home_folder, require_disk
 from cluster.models import check_model, ensure_model, model_fingerprint
 from cluster.registry import Manifest, Registry, Version
-from cluster.session import Session, require_session
+from cluster.session import RAY_NAMESPACE, Session, require_session
 from configs.errors import ClusterError, RegistryError, RunError, TandemError, last_lines
 from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
@@ -112,7 +112,7 @@ def _ray(session: Session) -> Iterator[None]:
 
     inside_job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
     try:
-        ray.init(address=None if inside_job else session.ray_address, namespace="tandem", log_to_driver=False, logging_level="warning")
+        ray.init(address=None if inside_job else session.ray_address, namespace=RAY_NAMESPACE, log_to_driver=False, logging_level="warning")
     except ConnectionError as error:
         raise ClusterError("the cluster does not answer", str(error), "python -m cluster down, then python -m cluster up") from error
     try:

@@ -6,7 +6,7 @@ Knows its own files. Does not know the endpoint; `page.js` does.
 from functools import cache
 from pathlib import Path
 
-from serve.refusal import Headers, Send
+from serve.refusal import Headers, Send, send_whole
 
 FILES = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
 # The page asks this address and no other, whatever gets into an answer.
@@ -23,14 +23,11 @@ def _read(name: str) -> bytes:
 async def send_page(path: str, send: Send) -> None:
     """Send one of the page's files."""
     name, kind = FILES[path]
-    body = _read(name)
     headers: Headers = [
         (b"content-type", f"{kind}; charset=utf-8".encode()),
-        (b"content-length", str(len(body)).encode()),
         (b"content-security-policy", POLICY.encode()),
         (b"x-content-type-options", b"nosniff"),
         (b"referrer-policy", b"no-referrer"),
         (b"cache-control", b"no-cache"),
     ]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send_whole(send, 200, _read(name), headers)
