@@ -20,6 +20,7 @@ import httpx
 import psutil
 
 from cluster.cards import Card, find_cards
+from cluster.haproxy import proxy_environment
 from cluster.home import BYTES_PER_GIB, home_folder, log_folder, require_disk, write_text
 from cluster.processes import Process, free_port, port_owner, send_signal
 from cluster.session import Session, answers, is_alive, keep_session, read_raylets, read_session, require_same, token_file, write_exports
@@ -176,6 +177,7 @@ def _stack_environment(machine: MachineConfig) -> dict[str, str]:
         "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
         "RAY_prestart_worker_first_driver": "0",
         **_idle_environment(),
+        **proxy_environment(machine, ray_folder() / "haproxy"),
         "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -153,6 +153,29 @@ class TrainConfig(Settings):
         return self
 
 
+class ScalingConfig(Settings):
+    """How many engines answer, each on a card of its own."""
+
+    min_replicas: int = Field(1, ge=0)
+    """Engines that always run; with 0 the last one leaves its card in quiet, and the next request waits until one has started."""
+    max_replicas: int = Field(1, ge=1)
+    """Most engines at once."""
+    requests_per_replica: int | None = Field(None, ge=1)
+    """Requests in flight that one engine is to have; beyond it another starts. `serve.max_num_seqs` if empty."""
+    up_after_s: float = Field(10.0, ge=0.0)
+    """How long there must be more requests than that before another engine starts, in seconds."""
+    down_after_s: float = Field(300.0, ge=0.0)
+    """How long there must be fewer before an engine leaves, in seconds."""
+    use_train_cards: bool = False
+    """Engines may also take train cards that are idle; a run then waits until chat is quiet again."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is over max_replicas={self.max_replicas}")
+        return self
+
+
 class ServeConfig(Settings):
     """How the base model and its adapters are served."""
 
@@ -186,6 +209,8 @@ class ServeConfig(Settings):
     """Longest answer, in tokens, whatever a request asks for; what the context leaves, if empty."""
     max_choices: int = Field(8, ge=1)
     """Answers that one request may ask for (`n`)."""
+    scaling: ScalingConfig = ScalingConfig()
+    """How many engines answer, each on a card of its own."""
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> Self:
@@ -249,6 +274,8 @@ class MachineConfig(Settings):
     """`auto` makes a card of each GPU, or two of the CPU, and gives the largest to training."""
     listen_host: str = "127.0.0.1"
     """Address that dashboard, job API and MLflow listen on."""
+    http_proxy: Literal["auto", "python"] = "auto"
+    """What stands before the engines: HAProxy where it runs, else Ray Serve's own proxy, which is slower; `python` is always the latter."""
     ray_port: Port = 6379
     """Port of Ray's global control service."""
     dashboard_port: Port = 8265

@@ -72,11 +72,14 @@ def rollback(chatbot: Annotated[str, typer.Argument(metavar="NAME", help="Such a
 @app.command()
 def status() -> None:
     """List versions with their aliases, and whether the engine answers."""
-    from serve.deploy import application_status
+    from serve.deploy import application_status, engine_states
 
     session = require_session()
     state, reason = application_status(session)
-    console.print(f"engine  {state}{f': {reason}' if reason and state != 'RUNNING' else ''}", markup=False)
+    if state == "RUNNING":
+        counts = ", ".join(f"{count} {name.lower()}" for name, count in engine_states(session).items())
+        reason = counts or "none, the next request wakes one"
+    console.print(f"engines  {state}{f': {reason}' if reason else ''}", markup=False)
     table = Table("version", "aliases", "base", "rank", "data", "held-out loss", box=None, pad_edge=False)
     for version in Registry(session.mlflow_url).versions():
         loss = json.loads(version.tags.get("scores", "{}")).get("eval_loss")

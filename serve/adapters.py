@@ -133,6 +133,11 @@ class Adapters:
         await self._fetch(version)
         return version.name
 
+    def meaning(self, name: str) -> str:
+        """Return the version that a name means now, whatever share a canary takes; a base or a version means itself."""
+        live = self._live.get(name)
+        return live.name if live else name
+
     def fetched(self, name: str) -> Path | None:
         """Return the folder of a version that was fetched and checked."""
         return self._folders.get(name)

@@ -11,7 +11,7 @@ from ray import serve as ray_serve
 
 from cluster.models import ensure_model, model_fingerprint
 from cluster.registry import Registry
-from configs.schema import ChatbotConfig
+from configs.schema import ChatbotConfig, ScalingConfig, ServeConfig
 from serve.adapters import Adapters, Base
 from serve.engine import engine_arguments, engine_environment, start_engine
 from serve.front import Doors, Front
@@ -20,6 +20,8 @@ from serve.quotas import ClusterQuotas
 
 MAX_CONSTRUCTOR_RETRIES = 3
 HEALTH_PERIOD_S = 5.0
+METRICS_INTERVAL_S = 1.0  # how often a replica tells its requests in flight
+LOOK_BACK_S = 5.0  # they are averaged over so long
 
 
 class Engine:
@@ -62,7 +64,7 @@ def build(args: dict[str, Any]) -> Any:
     deployment = ray_serve.deployment(
         ray_serve.ingress()(Engine),
         name="engine",
-        num_replicas=1,
+        **_num_replicas(config.serve, args["max_replicas"]),
         max_ongoing_requests=args["max_ongoing_requests"],
         max_queued_requests=args["max_ongoing_requests"],  # beyond the front's own bound; over it Serve answers 503
         max_constructor_retry_count=MAX_CONSTRUCTOR_RETRIES,
@@ -72,7 +74,28 @@ def build(args: dict[str, Any]) -> Any:
             "num_gpus": 1 if on_gpu else 0,
             "resources": {"card": 1},
             "label_selector": {"pool": "serve"},
+            "fallback_strategy": [{"label_selector": {"pool": "train"}}] if config.serve.scaling.use_train_cards else [],
             "runtime_env": {"env_vars": environment},
         },
     )
-    return deployment.bind(args["config"], args["base_name"], gpu_share)
+    # Engines are not told how many they are: so another number restarts none of them.
+    alone = config.model_copy(update={"serve": config.serve.model_copy(update={"scaling": ScalingConfig()})})
+    return deployment.bind(alone.model_dump(mode="json"), args["base_name"], gpu_share)
+
+
+def _num_replicas(config: ServeConfig, max_replicas: int) -> dict[str, Any]:
+    """Return Serve's words for how many engines there are: a number, or what to grow and shrink by."""
+    scaling = config.scaling
+    if scaling.min_replicas == max_replicas:
+        return {"num_replicas": max_replicas}
+    autoscaling = {
+        "min_replicas": scaling.min_replicas,
+        "initial_replicas": max(1, scaling.min_replicas),
+        "max_replicas": max_replicas,
+        "target_ongoing_requests": scaling.requests_per_replica or config.max_num_seqs,
+        "upscale_delay_s": scaling.up_after_s,
+        "downscale_delay_s": scaling.down_after_s,
+        "metrics_interval_s": METRICS_INTERVAL_S,
+        "look_back_period_s": LOOK_BACK_S,
+    }
+    return {"autoscaling_config": autoscaling}

@@ -4,6 +4,7 @@ Knows the dashboard's HTTP API. Does not import Ray, which would take seconds.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,13 @@ import httpx
 
 from cluster.models import check_model, ensure_model
 from cluster.processes import port_owner
-from cluster.session import Session
+from cluster.session import Session, is_alive, read_raylets
 from configs.errors import AccessError, ClusterError, last_lines
-from configs.schema import ChatbotConfig
+from configs.schema import ChatbotConfig, MachineConfig
 from serve.keys import KeyFile, is_loopback
 
 APPLICATION = "chat"
+EVERYWHERE = "0.0.0.0"  # noqa: S104 (a name for it, not a socket)
 API = "/api/serve/applications/"
 POLL_S = 0.5
 START_TIMEOUT_S = 900
@@ -37,16 +39,18 @@ def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], 
         ModelError: The base model cannot be had.
     """
     _require_keys(config)
+    _require_host(config, session)
     check_model(config.model)
     with _dashboard(session) as client:
         _require_port(config, _details(client))
+        num_cards = _num_cards(config, read_raylets(client))
     say("fetching the base model")
     ensure_model(config.model)  # here, where its progress and its errors are seen, and not in the replica
     with _dashboard(session) as client:
         if _status(client) in FAILED:
             # Serve would say the same again without trying: to it, the same application is no news.
             client.delete(API)
-        answer = client.put(API, json=_wanted(config, session))
+        answer = client.put(API, json=_wanted(config, session, num_cards))
     if answer.is_error:
         raise ClusterError("Ray Serve refused the application", answer.text[:2000], "python -m cluster status")
     if wait:
@@ -60,6 +64,26 @@ def _require_keys(config: ChatbotConfig) -> None:
     if not is_loopback(host) and not any(key.is_valid() for key in KeyFile().read()):
         why = "others can reach that address, and there is no key: everyone there could ask"
         raise AccessError(f"serve.host={host} is not served", why, "python -m serve keys create NAME, or serve.host=127.0.0.1")
+
+
+def _require_host(config: ChatbotConfig, session: Session) -> None:
+    """Refuse an address at which HAProxy would look for the engines in vain: it asks them at the cluster's own."""
+    host, machine = config.serve.host, MachineConfig.model_validate(session.machine)
+    if machine.http_proxy == "auto" and not is_loopback(host) and host not in (EVERYWHERE, machine.listen_host):
+        remedy = f"serve.host={EVERYWHERE}, or python -m cluster down, and up again with http_proxy=python"
+        raise ClusterError(f"serve.host={host} is not served", "HAProxy reaches the engines at the cluster's own address alone", remedy)
+
+
+def _num_cards(config: ChatbotConfig, raylets: list[dict[str, Any]]) -> int:
+    """Return how many cards engines may take; refuse fewer than those that must run."""
+    scaling = config.serve.scaling
+    pools = ("serve", "train") if scaling.use_train_cards else ("serve",)
+    found = sum(is_alive(raylet) and raylet.get("labels", {}).get("pool") in pools for raylet in raylets)
+    if found < scaling.min_replicas:
+        why = f"each engine takes a card, and there {'is' if found == 1 else 'are'} {found} of {' and '.join(pools)}"
+        remedy = f"serve.scaling.min_replicas={found}, more cards, or serve.scaling.use_train_cards=true"
+        raise ClusterError(f"serve.scaling.min_replicas={scaling.min_replicas} engines cannot run", why, remedy)
+    return found
 
 
 def _require_port(config: ChatbotConfig, running: dict[str, Any]) -> None:
@@ -128,6 +152,13 @@ def application_status(session: Session) -> tuple[str, str]:
     return application.get("status", "NOT_STARTED"), failure_reason(application) if application else ""
 
 
+def engine_states(session: Session) -> Counter[str]:
+    """Return how many engines are in each of Serve's states; none where chat sleeps, or was never started."""
+    with _dashboard(session) as client:
+        deployments = _application(client).get("deployments", {})
+    return Counter(replica["state"] for deployment in deployments.values() for replica in deployment.get("replicas", []))
+
+
 def _status(client: httpx.Client) -> str:
     return str(_application(client).get("status", "NOT_STARTED"))
 
@@ -154,12 +185,15 @@ def _details(client: httpx.Client) -> dict[str, Any]:
     return details
 
 
-def _wanted(config: ChatbotConfig, session: Session) -> dict[str, Any]:
-    shares = [float(card["gpu-share"]) for card in session.cards if card["pool"] == "serve" and "gpu-share" in card]
+def _wanted(config: ChatbotConfig, session: Session, num_cards: int) -> dict[str, Any]:
+    scaling = config.serve.scaling
+    cards = [card for card in session.cards if card["pool"] == "serve" or scaling.use_train_cards]
+    shares = [float(card["gpu-share"]) for card in cards if "gpu-share" in card]
     arguments = {
         "config": config.model_dump(mode="json"),
         "base_name": served_base_name(config.model.name),
         "gpu_share": min(shares) if shares else None,
+        "max_replicas": min(scaling.max_replicas, num_cards),
         "max_ongoing_requests": config.serve.max_num_seqs + config.serve.max_waiting_requests + NUM_ARRIVING,
     }
     return {

@@ -91,7 +91,7 @@ class Front:
                 raise RefusedError(405, f"{path} takes POST, not {method}")
             await self._generate(key, scope, receive, send)
         elif path == "/v1/models" and method == "GET":
-            await send_json(send, 200, {"object": "list", "data": [_model_card(name) for name in self._names(key)]})
+            await send_json(send, 200, {"object": "list", "data": [self._model_card(name) for name in self._names(key)]})
         else:
             raise RefusedError(404, f"no such route: {method} {path}")
 
@@ -138,6 +138,11 @@ class Front:
                 await self._hand_on(request, scope, receive, send)
             else:
                 await self._hand_on_counted(key, request, scope, receive, send)
+
+    def _model_card(self, name: str) -> dict[str, Any]:
+        """Say what OpenAI says of a model, and in `root`, as vLLM does, what answers by its name now."""
+        card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tandem"}
+        return card | {"root": self.adapters.meaning(name)}
 
     async def _hand_on_counted(self, key: Key, request: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
         # A key without a quota of tokens pays no guess, and its request is not written out for one.
@@ -290,7 +295,3 @@ def _quota_headers(admission: Admission) -> Headers:
         headers[f"x-ratelimit-remaining-{kind}"] = str(standing.remaining)
         headers[f"x-ratelimit-reset-{kind}"] = f"{math.ceil(standing.reset_s)}s"
     return [(name.encode(), value.encode()) for name, value in headers.items()]
-
-
-def _model_card(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tandem"}

