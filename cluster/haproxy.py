@@ -20,6 +20,7 @@ MAX_CONNECTIONS = 4096
 MIN_CONNECTIONS = 256
 DESCRIPTORS_A_CONNECTION = 2  # the client's and the replica's
 DESCRIPTORS_BESIDE = 512
+MAX_FOLDER_LETTERS = 97 - 58 - len("/metrics")  # HAProxy's limit for a socket's path, of which Ray takes 58 for a folder a node
 RETRY_S = 1
 
 LAUNCHER = """#!/bin/sh
@@ -36,7 +37,7 @@ exec {binary} "$@"
 def proxy_environment(machine: MachineConfig, folder: Path) -> dict[str, str]:
     """Return what tells Ray Serve to run HAProxy, and write its files into `folder`; nothing where Serve's own proxy is to run."""
     binary = haproxy_binary() if machine.http_proxy != "python" else None
-    if binary is None or _num_connections() < MIN_CONNECTIONS:
+    if binary is None or _num_connections() < MIN_CONNECTIONS or len(str(folder)) > MAX_FOLDER_LETTERS:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)  # who reaches the admin socket may stop the proxy
@@ -47,9 +48,9 @@ def proxy_environment(machine: MachineConfig, folder: Path) -> dict[str, str]:
     write_text(launcher, LAUNCHER.format(**words), mode=0o700)
     places = {
         "CONFIG_FILE_LOC": "haproxy.cfg",
-        "SOCKET_PATH": "admin.sock",
+        "SOCKET_PATH": "admin",
         "SERVER_STATE_FILE": "state",
-        "METRICS_SOCKET_PATH": "metrics.sock",
+        "METRICS_SOCKET_PATH": "metrics",
     }
     settings = {
         "MAXCONN": str(_num_connections()),

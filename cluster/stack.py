@@ -177,7 +177,9 @@ def _stack_environment(machine: MachineConfig) -> dict[str, str]:
         "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
         "RAY_prestart_worker_first_driver": "0",
         **_idle_environment(),
-        **proxy_environment(machine, ray_folder() / "haproxy"),
+        # An engine's replica answers in the loop that its requests come in: a second thread costs 30 us of each streamed token.
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        **proxy_environment(machine, ray_folder() / "proxy"),
         "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",

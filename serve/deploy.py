@@ -52,7 +52,7 @@ def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], 
             client.delete(API)
         answer = client.put(API, json=_wanted(config, session, num_cards))
     if answer.is_error:
-        raise ClusterError("Ray Serve refused the application", answer.text[:2000], "python -m cluster status")
+        raise ClusterError("Ray Serve refused the application", last_lines(answer.text), "python -m cluster status")
     if wait:
         wait_until_running(session, say)
     return endpoint(config)

@@ -86,6 +86,12 @@ def load(port: int, model: str, tokenizer: Path, num_at_once: int) -> dict[str, 
     return {"tokens_per_s": result["output_throughput"], "ttft_ms": result["median_ttft_ms"], "tpot_ms": result["median_tpot_ms"]}
 
 
+def proxy_name() -> str:
+    """Return which proxy stands before the engine."""
+    names = {member.name() for process in require_session().processes for member in process.family()}
+    return "HAProxy" if "haproxy" in names else "Serve's Python proxy"
+
+
 def main() -> None:
     """Measure bare vLLM, then Tandem, and write both side by side."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -111,7 +117,7 @@ def main() -> None:
     run_cli("serve", str(config))
     figures["start_s"] = time.monotonic() - started_s
     port, smallest = load_chatbot(config).serve.port, arguments.at_once[0]
-    notes = {"eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "front": "Serve's Python proxy"}
+    notes = {"eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "proxy": proxy_name()}
     for count in arguments.at_once:
         figures |= {f"c{count}_{name}": value for name, value in load(port, folder.name, folder, count).items()}
         figures[f"serve_ratio_c{count}"] = figures[f"c{count}_tokens_per_s"] / figures[f"bare_c{count}_tokens_per_s"]

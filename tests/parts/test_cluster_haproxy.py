@@ -2,7 +2,9 @@
 
 import os
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -40,14 +42,20 @@ listen stats
 
 
 @pytest.fixture
-def environment(tmp_path) -> dict[str, str]:
-    return proxy_environment(MachineConfig(), tmp_path / "haproxy")
+def folder() -> Iterator[Path]:
+    """A socket's path must be short, and pytest's own folders are not."""
+    with tempfile.TemporaryDirectory() as short:
+        yield Path(short) / "proxy"
 
 
 @pytest.fixture
-def proxy(environment, tmp_path):
+def environment(folder) -> dict[str, str]:
+    return proxy_environment(MachineConfig(), folder)
+
+
+@pytest.fixture
+def proxy(environment, folder):
     """HAProxy, started as Ray starts it, before a replica that has gone."""
-    folder = tmp_path / "haproxy"
     named = {name.removeprefix("RAY_SERVE_HAPROXY_"): value for name, value in environment.items()}
     ports = {"chat": free_port(), "gone": free_port(), "metrics": named["METRICS_PORT"], "stats": named["STATS_PORT"]}
     (folder / "500.http").write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 21\r\n\r\nInternal Server Error")
@@ -91,6 +99,7 @@ def test_its_files_are_its_owners(environment):
     assert os.access(environment["RAY_SERVE_HAPROXY_BINARY_PATH"], os.X_OK)
 
 
-def test_another_proxy_may_be_asked_for(tmp_path):
-    assert proxy_environment(MachineConfig(http_proxy="python"), tmp_path / "none") == {}
-    assert not (tmp_path / "none").exists()
+def test_another_proxy_may_be_asked_for_and_takes_the_place_where_haproxys_sockets_would_not_open(folder, tmp_path):
+    assert proxy_environment(MachineConfig(http_proxy="python"), folder) == {}
+    assert proxy_environment(MachineConfig(), tmp_path / ("long" * 20)) == {}
+    assert not folder.exists()
