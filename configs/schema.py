@@ -153,6 +153,19 @@ class TrainConfig(Settings):
         return self
 
 
+class FeedbackConfig(Settings):
+    """What people say of answers, and whether what was said is kept; FEEDBACK_URL names the database."""
+
+    keep_conversations: bool = False
+    """Store every chat with its answer, so that feedback can become training data; the chat page then shows `consent`."""
+    consent: str = Field(
+        "Conversations here are stored, and may be used to improve this chatbot. Do not enter personal data.", min_length=1
+    )
+    """What the chat page says while conversations are kept."""
+    max_letters: int = Field(4000, ge=1, le=100_000)
+    """Longest comment, and longest better answer, in letters."""
+
+
 class ServeConfig(Settings):
     """How the base model and its adapters are served."""
 
@@ -186,6 +199,8 @@ class ServeConfig(Settings):
     """Longest answer, in tokens, whatever a request asks for; what the context leaves, if empty."""
     max_choices: int = Field(8, ge=1)
     """Answers that one request may ask for (`n`)."""
+    feedback: FeedbackConfig = FeedbackConfig()
+    """What people say of answers, and whether conversations are kept."""
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> Self:
@@ -299,6 +314,8 @@ class Environment(BaseSettings):
     """Token for gated models of the Hugging Face hub."""
     mlflow_tracking_uri: str | None = None
     """Another MLflow server; `up` starts none then."""
+    feedback_url: SecretStr | None = None
+    """SQLAlchemy URL of the database for feedback; `feedback.db` inside TANDEM_HOME if empty."""
     base_model_name: str | None = None
     """Overrides `model.name` of every config."""
     tandem_home: Path = Path(".tandem")

@@ -11,6 +11,9 @@ import pytest
 from cluster.registry import Version
 from configs.schema import ServeConfig
 from serve.adapters import Adapters, Base
+from serve.completion_ids import CompletionIds
+from serve.feedback import FeedbackDesk
+from serve.feedback_store import FeedbackStore
 from serve.front import Doors, Front
 from serve.keys import Key, KeyFile
 from serve.quotas import Admission, Counter, quotas_of
@@ -114,7 +117,10 @@ class HereQuotas:
 
 
 def make_front(engine: Any, shelf: Any, keys: KeyFile, quotas: Any = None, **settings: Any) -> Front:
-    return Front(engine, Adapters(shelf, BASE), Doors(keys, quotas or HereQuotas()), ServeConfig(**settings))
+    """A front whose feedback lies beside its keys."""
+    config = ServeConfig(**settings)
+    desk = FeedbackDesk(config.feedback, FeedbackStore(f"sqlite:///{keys.file.with_name('feedback.db')}"), CompletionIds("secret"))
+    return Front(engine, Adapters(shelf, BASE), Doors(keys, quotas or HereQuotas()), desk, config)
 
 
 @pytest.fixture
