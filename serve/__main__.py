@@ -50,6 +50,17 @@ def demo(
 
 
 @app.command()
+def ui(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The chatbot's YAML file.")] = "configs/helpdesk.yaml",
+    overrides: Overrides = None,
+) -> None:
+    """Show a Gradio page that talks to the endpoint, for teams that build on Gradio; OPENAI_API_KEY is its key."""
+    from serve.ui import run_ui
+
+    run_ui(load_chatbot(config, overrides or []))
+
+
+@app.command()
 def promote(version: VersionName) -> None:
     """Make a version live: requests for the chatbot's name go to it within two seconds, and no engine restarts."""
     promoted = Registry(require_session().mlflow_url).promote(version)
