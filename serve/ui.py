@@ -37,4 +37,4 @@ def make_page(config: ChatbotConfig) -> Any:
         remedy = ".venv/bin/uv pip install --python .venv/bin/python 'gradio>=6'"
         raise ClusterError("the page needs gradio, which is an optional extra", str(error), remedy) from None
     token = os.environ.get("OPENAI_API_KEY", "none")
-    return gradio.load_chat(endpoint(config), config.name, token=token, streaming=True, title=config.name)
+    return gradio.load_chat(endpoint(config), config.name, token=token, file_types=None, title=config.name)

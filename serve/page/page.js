@@ -140,7 +140,7 @@ function offerOpinion(said, turn) {
 
   function draw() {
     thumbs.forEach((thumb) => thumb.setAttribute("aria-pressed", thumb.value === said.opinion?.rating));
-    better_answer.hidden = said.opinion?.rating !== "down";
+    better_answer.hidden = said.opinion?.rating !== "down"; // asked for where the answer was bad
   }
 
   async function send(opinion, thanks) {
@@ -167,6 +167,7 @@ function offerOpinion(said, turn) {
     thumb.addEventListener("click", async () => {
       const { rating, ...written } = said.opinion ?? {};
       words.hidden = rating === thumb.value && !words.hidden;
+      form.scrollIntoView({ block: "nearest" });
       if (rating !== thumb.value) await send({ ...written, rating: thumb.value }, "Thank you.");
     }),
   );
