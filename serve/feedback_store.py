@@ -11,9 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from sqlalchemy import JSON, URL, Column, Engine, Float, MetaData, String, Table, Text, create_engine, event, make_url, select
+from sqlalchemy import JSON, URL, Column, Double, Engine, MetaData, String, Table, UnicodeText, create_engine, event, make_url, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.schema import CreateTable
 
 from cluster.home import home_folder
 from configs.errors import ClusterError
@@ -26,7 +25,7 @@ BUSY_TIMEOUT_MS = 5000  # how long SQLite waits for another replica's write
 LOG_EVERY_S = 60.0
 MAX_ID_LETTERS = 700
 Row = dict[str, Any]
-Failures = (SQLAlchemyError, ImportError, OSError, TimeoutError)
+FAILURES = (SQLAlchemyError, ImportError, OSError, TimeoutError)
 
 log = logging.getLogger("tandem.serve")
 
@@ -35,15 +34,15 @@ def _columns() -> list[Column[Any]]:
     """Return what every row says: which answer it is about, who spoke, who was answered."""
     return [
         Column("completion_id", String(MAX_ID_LETTERS), primary_key=True),
-        Column("version", Text, nullable=False),
-        Column("key_name", Text),
-        Column("created_s", Float(53), nullable=False),
+        Column("version", UnicodeText, nullable=False),
+        Column("key_name", UnicodeText),
+        Column("created_s", Double, nullable=False),
     ]
 
 
 TABLES = MetaData()
-OPINION = (Column("rating", String(4), nullable=False), Column("comment", Text), Column("better_answer", Text))
-CHAT = (Column("messages", JSON, nullable=False), Column("answer", Text, nullable=False), Column("finish_reason", Text))
+OPINION = (Column("rating", String(4), nullable=False), Column("comment", UnicodeText), Column("better_answer", UnicodeText))
+CHAT = (Column("messages", JSON, nullable=False), Column("answer", UnicodeText, nullable=False), Column("finish_reason", UnicodeText))
 FEEDBACK = Table("feedback", TABLES, *_columns(), *OPINION)
 CONVERSATIONS = Table("conversations", TABLES, *_columns(), *CHAT)
 
@@ -73,7 +72,7 @@ class FeedbackStore:
         try:
             written = self._submit(lambda: self._put(FEEDBACK, row))
             await asyncio.wait_for(asyncio.wrap_future(written), WRITE_TIMEOUT_S)
-        except Failures as error:
+        except FAILURES as error:
             raise StoreError(_reason(error)) from None
 
     def keep(self, make_row: Callable[[], Row | None]) -> None:
@@ -142,13 +141,11 @@ def feedback_url() -> URL:
 
 
 def open_database(url: URL | str) -> Engine:
-    """Return a database that has the tables, whichever replica makes them."""
+    """Return a database that has the tables; `check_store` makes them before there are replicas to make them at once."""
     database = create_engine(url, pool_pre_ping=True, hide_parameters=True)
     if database.dialect.name == "sqlite":
         event.listen(database, "connect", _share)
-    with database.begin() as connection:
-        for table in TABLES.sorted_tables:
-            connection.execute(CreateTable(table, if_not_exists=True))
+    TABLES.create_all(database)
     return database
 
 
@@ -161,7 +158,7 @@ def check_store() -> None:
     url = feedback_url()
     try:
         open_database(url).dispose()
-    except Failures as error:
+    except FAILURES as error:
         shown = url.render_as_string(hide_password=True)
         remedy = "mend FEEDBACK_URL in .env; the database must answer, and its driver be installed"
         raise ClusterError(f"feedback cannot be stored in {shown}", _reason(error), remedy) from None

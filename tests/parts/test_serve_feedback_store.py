@@ -14,7 +14,7 @@ from sqlalchemy import Engine, event
 from configs.errors import ClusterError
 from configs.loader import ROOT
 from serve import feedback_store
-from serve.feedback_store import MAX_WAITING_ROWS, FeedbackStore, Row, StoreError, check_store, read_feedback
+from serve.feedback_store import MAX_WAITING_ROWS, FeedbackStore, Row, StoreError, check_store, open_database, read_feedback
 
 NUM_WRITERS, NUM_ROWS = 4, 50
 WRITER = """
@@ -60,6 +60,7 @@ def test_several_processes_write_to_one_file_at_once(url):
         command = [sys.executable, "-c", WRITER.format(num_rows=NUM_ROWS), url, f"writer{number}"]
         subprocess.run(command, cwd=ROOT, check=True, timeout=120)
 
+    open_database(url).dispose()
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
         list(pool.map(write, range(NUM_WRITERS)))
     rows = read_feedback(url)
