@@ -132,7 +132,8 @@ def feedback_url() -> URL:
     secret = Environment().feedback_url
     if secret is None:
         file = home_folder() / "feedback.db"
-        file.touch(mode=OWNER_ONLY)  # SQLite would let everybody read it
+        if not file.exists():
+            file.touch(mode=OWNER_ONLY)  # SQLite would let everybody read it
         return URL.create("sqlite", database=str(file))
     try:
         return make_url(secret.get_secret_value())
