@@ -37,4 +37,5 @@ def make_page(config: ChatbotConfig) -> Any:
         remedy = ".venv/bin/uv pip install --python .venv/bin/python 'gradio>=6'"
         raise ClusterError("the page needs gradio, which is an optional extra", str(error), remedy) from None
     token = os.environ.get("OPENAI_API_KEY", "none")
-    return gradio.load_chat(endpoint(config), config.name, token=token, file_types=None, title=config.name)
+    chatbot = gradio.Chatbot(scale=1, buttons=["copy"])  # without the one that shares a conversation with the world
+    return gradio.load_chat(endpoint(config), config.name, token=token, file_types=None, chatbot=chatbot, title=config.name)

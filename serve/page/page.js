@@ -164,11 +164,11 @@ function offerOpinion(said, turn) {
   }
 
   thumbs.forEach((thumb) =>
-    thumb.addEventListener("click", async () => {
+    thumb.addEventListener("click", () => {
       const { rating, ...written } = said.opinion ?? {};
       words.hidden = rating === thumb.value && !words.hidden;
+      if (rating !== thumb.value) send({ ...written, rating: thumb.value }, "Thank you.");
       form.scrollIntoView({ block: "nearest" });
-      if (rating !== thumb.value) await send({ ...written, rating: thumb.value }, "Thank you.");
     }),
   );
   form.querySelector("[value=close]").addEventListener("click", () => (words.hidden = true));

@@ -11,8 +11,8 @@ from configs.loader import ROOT
 
 FOLDER = ROOT / "serve" / "page" / "screenshots"
 WINDOW, PHONE = {"width": 900, "height": 620}, {"width": 360, "height": 640}
-QUESTIONS = ("How do I roll back an adapter?", "Which port does the dashboard use?")
-BETTER = "Port 8265, on loopback; dashboard_port moves it."
+QUESTIONS = ("The new version is bad, how do I go back?", "Which port does the Ray dashboard use?")  # of the helpdesk's data
+COMMENT, BETTER = "I am on another machine.", "Port 8265: ssh -L 8265:localhost:8265 SERVER first."
 ANSWER_MS = 60_000
 
 
@@ -28,6 +28,7 @@ def main() -> None:
             talk(page)
             if name == "dark":
                 page.locator(".opinion").last.get_by_role("button", name="Bad answer").click()
+                page.get_by_label("Comment").last.fill(COMMENT)
                 page.get_by_label("A better answer").last.fill(BETTER)
             else:
                 page.locator(".opinion").last.get_by_role("button", name="Good answer").click()
