@@ -25,7 +25,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         for name, window, scheme in (("light", WINDOW, "light"), ("dark", WINDOW, "dark"), ("phone", PHONE, "light")):
             page = browser.new_context(viewport=window, color_scheme=scheme).new_page()
-            talk(page)
+            talk(page, QUESTIONS[: 1 if window == PHONE else 2])
             if name == "dark":
                 page.locator(".opinion").last.get_by_role("button", name="Bad answer").click()
                 page.get_by_label("Comment").last.fill(COMMENT)
@@ -39,13 +39,13 @@ def main() -> None:
         browser.close()
 
 
-def talk(page: Any) -> None:
+def talk(page: Any, questions: tuple[str, ...]) -> None:
     """Show the key, if one is asked for, and ask."""
     page.goto(os.environ["OPENAI_BASE_URL"].removesuffix("/v1") + "/")
     page.evaluate("key => sessionStorage.setItem('key', JSON.stringify(key))", os.environ.get("OPENAI_API_KEY", ""))
     page.reload()
     page.locator("#model option").first.wait_for(state="attached")
-    for number, question in enumerate(QUESTIONS):
+    for number, question in enumerate(questions):
         page.fill("#text", question)
         page.keyboard.press("Enter")
         page.locator(".opinion").nth(number).wait_for(timeout=ANSWER_MS)
