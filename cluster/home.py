@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from configs.errors import ClusterError
@@ -52,15 +52,29 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def write_text(file: Path, text: str, mode: int = 0o644) -> None:
     """Write a file whole or not at all; `mode` holds from its first byte."""
+    with _draft(file, text, mode) as draft:
+        draft.replace(file)
+
+
+def write_text_once(file: Path, text: str, mode: int = 0o644) -> str:
+    """Write a file unless it is there; return what it says, which may be another process's text."""
+    if not file.exists():
+        with _draft(file, text, mode) as draft, suppress(FileExistsError):
+            file.hardlink_to(draft)
+    return file.read_text(encoding="utf-8")
+
+
+@contextmanager
+def _draft(file: Path, text: str, mode: int) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, draft = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             os.fchmod(stream.fileno(), mode)
             stream.write(text)
-        Path(draft).replace(file)
+        yield Path(name)
     finally:
-        Path(draft).unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
 
 
 def require_disk(num_free_gib: float) -> None:

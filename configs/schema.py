@@ -176,6 +176,19 @@ class ScalingConfig(Settings):
         return self
 
 
+class FeedbackConfig(Settings):
+    """What people say of answers, and whether what was said is kept; FEEDBACK_URL names the database."""
+
+    keep_conversations: bool = False
+    """Store every chat with its answer, so that feedback can become training data; the chat page then shows `consent`."""
+    consent: str = Field(
+        "Conversations here are stored, and may be used to improve this chatbot. Do not enter personal data.", min_length=1
+    )
+    """What the chat page says while conversations are kept."""
+    max_letters: int = Field(4000, ge=1, le=100_000)
+    """Longest comment, and longest better answer, in letters."""
+
+
 class ServeConfig(Settings):
     """How the base model and its adapters are served."""
 
@@ -211,6 +224,8 @@ class ServeConfig(Settings):
     """Answers that one request may ask for (`n`)."""
     scaling: ScalingConfig = ScalingConfig()
     """How many engines answer, each on a card of its own."""
+    feedback: FeedbackConfig = FeedbackConfig()
+    """What people say of answers, and whether conversations are kept."""
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> Self:
@@ -326,6 +341,8 @@ class Environment(BaseSettings):
     """Token for gated models of the Hugging Face hub."""
     mlflow_tracking_uri: str | None = None
     """Another MLflow server; `up` starts none then."""
+    feedback_url: SecretStr | None = None
+    """SQLAlchemy URL of the database for feedback; `feedback.db` inside TANDEM_HOME if empty."""
     base_model_name: str | None = None
     """Overrides `model.name` of every config."""
     tandem_home: Path = Path(".tandem")

@@ -1,8 +1,9 @@
-"""`python -m serve CONFIG|promote|canary|rollback|status|keys`: serve a base model with its adapters, say what is live, and who may ask."""
+"""`python -m serve CONFIG|promote|canary|rollback|status|keys|feedback`: serve a base model with its adapters, and say what is live."""
 
 import json
 import re
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +18,8 @@ from configs.loader import load_chatbot
 app = make_app("Serve a base model with its adapters, and choose which version is live.", default="run")
 keys_app = make_app("Keys for the chat endpoint. As soon as there is one, every request must show a key.")
 app.add_typer(keys_app, name="keys")
+feedback_app = make_app("What people said of answers.")
+app.add_typer(feedback_app, name="feedback")
 VersionName = Annotated[str, typer.Argument(metavar="NAME:VERSION", help="Such as helpdesk:3.")]
 
 
@@ -44,6 +47,17 @@ def demo(
     from serve.demo import tell
 
     tell(load_chatbot(config, overrides or []), config, overrides or [])
+
+
+@app.command()
+def ui(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The chatbot's YAML file.")] = "configs/helpdesk.yaml",
+    overrides: Overrides = None,
+) -> None:
+    """Show a Gradio page that talks to the endpoint, for teams that build on Gradio; OPENAI_API_KEY is its key."""
+    from serve.ui import run_ui
+
+    run_ui(load_chatbot(config, overrides or []))
 
 
 @app.command()
@@ -133,6 +147,25 @@ def revoke_key(name: Annotated[str, typer.Argument(metavar="NAME", help="Whose k
 
     KeyFile().revoke(name)
     console.print(f"[green]revoked[/]  {name}")
+
+
+@feedback_app.command("export")
+def export_feedback(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write: JSONL, one feedback a line.")],
+    train: Annotated[bool, typer.Option("--train", help="Only conversations that can be trained on, as `data.source` takes them.")] = False,
+) -> None:
+    """Write all feedback to a file, each with its conversation where that was kept."""
+    from cluster.home import write_text
+    from data.conversations import to_jsonl
+    from serve.feedback_export import as_conversation, as_line
+    from serve.feedback_store import feedback_url, read_feedback
+    from serve.keys import OWNER_ONLY
+
+    rows = read_feedback(feedback_url())
+    lines = [line for row in rows if (line := as_conversation(row) if train else as_line(row))]
+    write_text(file, to_jsonl(lines), OWNER_ONLY)
+    left_out = f"; {len(rows) - len(lines)} have no conversation that could be trained on" if len(lines) < len(rows) else ""
+    console.print(f"[green]written[/]  {len(lines)} of {len(rows)} to {file}{left_out}")
 
 
 def parse_share(text: str) -> float:

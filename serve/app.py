@@ -14,6 +14,7 @@ from cluster.registry import Registry
 from configs.schema import ChatbotConfig, ScalingConfig, ServeConfig
 from serve.adapters import Adapters, Base
 from serve.engine import engine_arguments, engine_environment, start_engine
+from serve.feedback import FeedbackDesk
 from serve.front import Doors, Front
 from serve.keys import KeyFile
 from serve.quotas import ClusterQuotas
@@ -32,6 +33,7 @@ class Engine:
         self.base_name, self.gpu_share = base_name, gpu_share
         self.engine: Any = None
         self.watcher: asyncio.Task[None] | None = None
+        self.feedback = FeedbackDesk.of_home(self.config.serve.feedback)
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Start the engine; Serve calls this once, after the constructor."""
@@ -42,7 +44,8 @@ class Engine:
         self.engine, app = await start_engine(arguments, adapters)
         await adapters.refresh()
         self.watcher = asyncio.create_task(adapters.watch())
-        return Front(app, adapters, Doors(KeyFile(host=self.config.serve.host), ClusterQuotas()), self.config.serve)
+        doors = Doors(KeyFile(host=self.config.serve.host), ClusterQuotas())
+        return Front(app, adapters, doors, self.feedback, self.config.serve)
 
     async def check_health(self) -> None:
         """Tell Serve to replace this replica if its engine has died."""
@@ -50,9 +53,10 @@ class Engine:
             await self.engine.check_health()
 
     def __del__(self) -> None:
-        """End the engine's own process, which holds the card's memory."""
+        """End the engine's own process, which holds the card's memory; write what is still to be kept."""
         if self.engine is not None:
             self.engine.shutdown()
+        self.feedback.store.close()
 
 
 def build(args: dict[str, Any]) -> Any:

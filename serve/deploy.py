@@ -17,6 +17,7 @@ from cluster.processes import port_owner
 from cluster.session import Session, is_alive, read_raylets
 from configs.errors import AccessError, ClusterError, last_lines
 from configs.schema import ChatbotConfig, MachineConfig
+from serve.feedback_store import check_store
 from serve.keys import KeyFile, is_loopback
 
 APPLICATION = "chat"
@@ -35,11 +36,12 @@ def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], 
 
     Raises:
         AccessError: Others could reach the address, and there is no key.
-        ClusterError: The port is taken, or the engine did not start; its reason is in the message.
+        ClusterError: The port is taken, the database for feedback cannot be opened, or the engine did not start.
         ModelError: The base model cannot be had.
     """
     _require_keys(config)
     _require_host(config, session)
+    check_store()
     check_model(config.model)
     with _dashboard(session) as client:
         _require_port(config, _details(client))

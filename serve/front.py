@@ -3,7 +3,6 @@
 Pure ASGI: a stream passes through piece by piece. Knows HTTP and names. Does not know the engine.
 """
 
-import asyncio
 import json
 import logging
 import math
@@ -16,7 +15,9 @@ from typing import Any
 from configs.errors import AccessError
 from configs.schema import ServeConfig
 from serve.adapters import Adapters, BrokenAdapterError, UnknownNameError
+from serve.body import dump, read_json, replay
 from serve.bounds import check_bounds
+from serve.feedback import FeedbackDesk
 from serve.keys import Key, KeyFile
 from serve.meter import Meter
 from serve.page import FILES, send_page
@@ -24,10 +25,11 @@ from serve.quotas import Admission, QuotaError, Quotas, quotas_of
 from serve.refusal import UNAVAILABLE, App, Headers, Message, Receive, RefusedError, Scope, Send, send_json
 
 GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+FEEDBACK_PATH = "/v1/feedback"
 MODEL_HEADER = b"x-tandem-model"
+ID_HEADER = b"x-request-id"  # from which vLLM makes the completion's id
 RETRY_S = 1
 LETTERS_A_TOKEN = 4  # of English; a guess that is set right by the usage that the engine states
-BODY_TIMEOUT_S = 60.0
 CONVERSATION_HEADER = b"x-tandem-conversation"
 # Ours are made anew, and a key is nothing that the engine should see.
 HEADERS_KEPT_BACK = frozenset({b"content-length", b"transfer-encoding", b"authorization", MODEL_HEADER})
@@ -47,8 +49,8 @@ class Doors:
 class Front:
     """Wraps vLLM's application."""
 
-    def __init__(self, app: App, adapters: Adapters, doors: Doors, config: ServeConfig) -> None:
-        self.app, self.adapters, self.doors, self.config = app, adapters, doors, config
+    def __init__(self, app: App, adapters: Adapters, doors: Doors, feedback: FeedbackDesk, config: ServeConfig) -> None:
+        self.app, self.adapters, self.doors, self.feedback, self.config = app, adapters, doors, feedback, config
         self.num_in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,11 +87,17 @@ class Front:
         if path in FILES and method == "GET":
             await send_page(path, send)
             return
+        if path == "/page.json" and method == "GET":
+            await send_json(send, 200, self.feedback.told())
+            return
         key = self._authorize(scope)
-        if path in GENERATE_PATHS:
+        if path in GENERATE_PATHS or path == FEEDBACK_PATH:
             if method != "POST":
                 raise RefusedError(405, f"{path} takes POST, not {method}")
-            await self._generate(key, scope, receive, send)
+            if path == FEEDBACK_PATH:
+                await self.feedback.take(await read_json(receive, self.config.max_body_bytes), key, send)
+            else:
+                await self._generate(key, scope, receive, send)
         elif path == "/v1/models" and method == "GET":
             await send_json(send, 200, {"object": "list", "data": [self._model_card(name) for name in self._names(key)]})
         else:
@@ -119,10 +127,7 @@ class Front:
         return [name for name in self.adapters.names() if key is None or key.may_use(name)]
 
     async def _generate(self, key: Key | None, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            request = _parse(await asyncio.wait_for(self._read_body(receive), BODY_TIMEOUT_S))
-        except TimeoutError:
-            raise RefusedError(408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s") from None
+        request = await read_json(receive, self.config.max_body_bytes)
         name = request.get("model")
         if not isinstance(name, str) or not name:
             known = ", ".join(self._names(key)[:10])
@@ -132,12 +137,14 @@ class Front:
         with self._places(check_bounds(request, self.config)):
             version = await self._resolve(name, key, lambda: _conversation(scope, request, key))
             request["model"] = version
-            self._add_system_prompt(request, version)
-            send = _with_headers(send, [(MODEL_HEADER, version.encode())])
-            if key is None or not quotas_of(key):
-                await self._hand_on(request, scope, receive, send)
-            else:
-                await self._hand_on_counted(key, request, scope, receive, send)
+            scope = _with_id(scope, self.feedback.ids.make(version, key))
+            with self.feedback.listening(send, request, key) as send_heard:
+                self._add_system_prompt(request, version)
+                send_named = _with_headers(send_heard, [(MODEL_HEADER, version.encode())])
+                if key is None or not quotas_of(key):
+                    await self._hand_on(request, scope, receive, send_named)
+                else:
+                    await self._hand_on_counted(key, request, scope, receive, send_named)
 
     def _model_card(self, name: str) -> dict[str, Any]:
         """Say what OpenAI says of a model, and in `root`, as vLLM does, what answers by its name now."""
@@ -146,7 +153,7 @@ class Front:
 
     async def _hand_on_counted(self, key: Key, request: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
         # A key without a quota of tokens pays no guess, and its request is not written out for one.
-        guessed_tokens = max(1, len(_dump(request)) // LETTERS_A_TOKEN) if key.tpm is not None else 0
+        guessed_tokens = max(1, len(dump(request)) // LETTERS_A_TOKEN) if key.tpm is not None else 0
         send = _with_headers(send, _quota_headers(await self._admit(key, guessed_tokens)))
         if key.tpm is None:
             await self._hand_on(request, scope, receive, send)
@@ -158,10 +165,10 @@ class Front:
             self.doors.quotas.spend(key, max(0, meter.num_tokens(guessed_tokens) - guessed_tokens))
 
     async def _hand_on(self, request: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
-        body = _dump(request)
+        body = dump(request)
         kept = [(name, value) for name, value in scope["headers"] if name not in HEADERS_KEPT_BACK]
         scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
-        await self.app(scope, _replay(body, receive), send)
+        await self.app(scope, replay(body, receive), send)
 
     @contextmanager
     def _places(self, num_answers: int) -> Iterator[None]:
@@ -212,19 +219,6 @@ class Front:
         known = ", ".join(self._names(key)[:10]) or "none that this key may use"
         return RefusedError(404, f"The model `{name[:100]}` does not exist. There are: {known}", kind="not_found_error", param="model")
 
-    async def _read_body(self, receive: Receive) -> bytes:
-        chunks, num_bytes, more = [], 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise RefusedError(400, "the client went away")
-            chunks.append(message.get("body", b""))
-            num_bytes += len(chunks[-1])
-            if num_bytes > (most := self.config.max_body_bytes):
-                raise RefusedError(413, f"the body is over {most} bytes (serve.max_body_bytes)")
-            more = message.get("more_body", False)
-        return b"".join(chunks)
-
 
 def _conversation(scope: Scope, request: dict[str, Any], key: Key | None) -> str:
     """Return what stays the same over a conversation: what the client says it is, or its first user message; and always the key.
@@ -239,35 +233,10 @@ def _conversation(scope: Scope, request: dict[str, Any], key: Key | None) -> str
     return f"{key.sha256 if key else ''}\n{said}"
 
 
-def _parse(body: bytes) -> dict[str, Any]:
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(400, f"the body is not JSON: {error}") from None
-    if not isinstance(request, dict):
-        raise RefusedError(400, "the body is not a JSON object")
-    return request
-
-
-def _dump(request: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(request).encode()  # ASCII: half a surrogate pair has no UTF-8
-    except RecursionError:
-        raise RefusedError(400, "the body is nested too deeply") from None
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body once, and then whatever comes after it (a client that goes away)."""
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
+def _with_id(scope: Scope, completion_id: str) -> Scope:
+    """Take the place of the client's own request id."""
+    others = [(name, value) for name, value in scope["headers"] if name != ID_HEADER]
+    return {**scope, "headers": [*others, (ID_HEADER, completion_id.encode())]}
 
 
 def _with_headers(send: Send, headers: Headers) -> Send:

@@ -5,7 +5,8 @@ const [talk, text, model, key, keyDialog] = ["talk", "text", "model", "key", "ke
 const kept = (name, otherwise) => JSON.parse(sessionStorage.getItem(name) ?? JSON.stringify(otherwise));
 const keep = (name, value) => sessionStorage.setItem(name, JSON.stringify(value));
 
-let turns = kept("turns", []); // {role, content, by?} as the endpoint takes them; `by` is the version that spoke
+// {role, content} as the endpoint takes them; of an answer also `by`, the version that spoke, its `id`, and what was said of it: `opinion`.
+let turns = kept("turns", []);
 let answering = null; // the AbortController of the answer that is coming
 
 function headers() {
@@ -51,6 +52,18 @@ function openKey() {
   keyDialog.showModal();
 }
 
+async function showConsent() {
+  try {
+    const { consent, max_letters } = await (await request("page.json")).json();
+    find("consent").textContent = consent ?? "";
+    find("consent").hidden = !consent;
+    const fields = [find("opinion").content, talk].flatMap((place) => [...place.querySelectorAll(".words textarea")]);
+    fields.forEach((field) => (field.maxLength = max_letters));
+  } catch (error) {
+    complain(error);
+  }
+}
+
 async function listModels() {
   try {
     const { data } = await (await request("v1/models")).json();
@@ -83,7 +96,7 @@ async function ask(question) {
   mine.push({ role: "user", content: question });
   show("user", question);
   const { words, note } = show("assistant", "");
-  const said = { role: "assistant", content: "", by: "" };
+  const said = { role: "assistant", content: "", by: "", id: "" };
   const stopper = (answering = new AbortController());
   busy(true);
   try {
@@ -94,6 +107,7 @@ async function ask(question) {
     for await (const event of events(answer)) {
       stopper.signal.throwIfAborted(); // what has come already is not shown after a stop
       if (event.error) throw new Refused(500, event.error.message);
+      said.id ||= event.id;
       said.content += event.choices?.[0]?.delta?.content ?? "";
       words.textContent = said.content;
       words.parentElement.scrollIntoView({ block: "end" });
@@ -102,8 +116,10 @@ async function ask(question) {
     if (error.name === "AbortError") note.textContent += " · stopped";
     else complain(error);
   } finally {
-    if (said.content) mine.push(said);
-    else {
+    if (said.content) {
+      mine.push(said);
+      if (mine === turns) offerOpinion(said, words.parentElement);
+    } else {
       mine.pop(); // a question without an answer is asked again, not remembered
       words.parentElement.remove();
       text.value ||= question;
@@ -112,6 +128,61 @@ async function ask(question) {
     answering = null;
     busy(false);
   }
+}
+
+// Puts the thumbs under an answer. A thumb is sent at once; a comment after it is sent with it again, and the last one holds.
+function offerOpinion(said, turn) {
+  if (!said.id) return;
+  const form = find("opinion").content.cloneNode(true).firstElementChild;
+  const [words, told] = [form.querySelector(".words"), form.querySelector(".told")];
+  const { comment, better_answer } = form.elements;
+  const thumbs = [...form.querySelectorAll(".thumbs button")];
+
+  function draw() {
+    thumbs.forEach((thumb) => thumb.setAttribute("aria-pressed", thumb.value === said.opinion?.rating));
+    better_answer.hidden = said.opinion?.rating !== "down"; // asked for where the answer was bad
+  }
+
+  async function send(opinion, thanks) {
+    const before = said.opinion;
+    said.opinion = opinion;
+    draw();
+    try {
+      told.classList.remove("bad");
+      await request("v1/feedback", { method: "POST", body: JSON.stringify({ completion_id: said.id, ...opinion }) });
+      told.textContent = thanks;
+      keep("turns", turns);
+      return true;
+    } catch (error) {
+      said.opinion = before;
+      draw();
+      told.classList.add("bad");
+      told.textContent = `This could not be sent: ${error.message}`;
+      if (error.status === 401) openKey();
+      return false;
+    }
+  }
+
+  thumbs.forEach((thumb) =>
+    thumb.addEventListener("click", () => {
+      const { rating, ...written } = said.opinion ?? {};
+      words.hidden = rating === thumb.value && !words.hidden;
+      if (rating !== thumb.value) send({ ...written, rating: thumb.value }, "Thank you.");
+      form.scrollIntoView({ block: "nearest" });
+    }),
+  );
+  form.querySelector("[value=close]").addEventListener("click", () => (words.hidden = true));
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const written = { rating: said.opinion?.rating, comment: comment.value };
+    if (!better_answer.hidden) written.better_answer = better_answer.value;
+    if (await send(written, "Thank you, that helps.")) words.hidden = true;
+  });
+  comment.value = said.opinion?.comment ?? "";
+  better_answer.value = said.opinion?.better_answer ?? "";
+  draw();
+  turn.after(form);
+  form.scrollIntoView({ block: "end" });
 }
 
 function busy(is) {
@@ -139,7 +210,7 @@ find("fresh").addEventListener("click", () => {
   answering?.abort();
   turns = [];
   keep("turns", turns);
-  talk.querySelectorAll(".turn").forEach((turn) => turn.remove());
+  talk.querySelectorAll(".turn, .opinion").forEach((part) => part.remove());
   find("welcome").hidden = false;
   text.focus();
 });
@@ -151,5 +222,9 @@ keyDialog.addEventListener("close", () => {
   listModels();
 });
 
-turns.forEach(({ role, content, by }) => show(role, content, by));
+for (const said of turns) {
+  const { turn } = show(said.role, said.content, said.by);
+  if (said.role === "assistant") offerOpinion(said, turn);
+}
 listModels();
+showConsent();

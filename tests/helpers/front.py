@@ -11,6 +11,9 @@ import pytest
 from cluster.registry import Version
 from configs.schema import ServeConfig
 from serve.adapters import Adapters, Base
+from serve.completion_ids import CompletionIds
+from serve.feedback import FeedbackDesk
+from serve.feedback_store import FeedbackStore
 from serve.front import Doors, Front
 from serve.keys import Key, KeyFile
 from serve.quotas import Admission, Counter, quotas_of
@@ -48,6 +51,7 @@ class Engine:
     """Stands where vLLM's application stands: keeps what it was given, and answers in pieces."""
 
     pieces: tuple[bytes, ...] = (b"data: one\n\n", b"data: two\n\n", b"data: [DONE]\n\n")
+    status: int = 200
     scopes: list[dict[str, Any]] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
     after_body: list[dict[str, Any]] = field(default_factory=list)
@@ -63,9 +67,10 @@ class Engine:
         message = await receive()
         assert not message["more_body"]
         self.bodies.append(message["body"])
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        await send({"type": "http.response.start", "status": self.status, "headers": [(b"content-type", b"text/event-stream")]})
         for piece in self.pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            said = piece.replace(b"chatcmpl-ID", self.completion_id.encode())
+            await send({"type": "http.response.body", "body": said, "more_body": True})
             self.passed_on.append(len(self.answer.pieces))
         await send({"type": "http.response.body", "body": b""})
         self.after_body.append(await receive())
@@ -77,6 +82,11 @@ class Engine:
     @property
     def headers(self) -> dict[bytes, bytes]:
         return dict(self.scopes[-1]["headers"])
+
+    @property
+    def completion_id(self) -> str:
+        """The last chat's, as vLLM makes it."""
+        return f"chatcmpl-{self.headers.get(b'x-request-id', b'').decode()}"
 
 
 @dataclass
@@ -114,7 +124,10 @@ class HereQuotas:
 
 
 def make_front(engine: Any, shelf: Any, keys: KeyFile, quotas: Any = None, **settings: Any) -> Front:
-    return Front(engine, Adapters(shelf, BASE), Doors(keys, quotas or HereQuotas()), ServeConfig(**settings))
+    """A front whose feedback lies beside its keys."""
+    config = ServeConfig(**settings)
+    desk = FeedbackDesk(config.feedback, FeedbackStore(f"sqlite:///{keys.file.with_name('feedback.db')}"), CompletionIds("secret"))
+    return Front(engine, Adapters(shelf, BASE), Doors(keys, quotas or HereQuotas()), desk, config)
 
 
 @pytest.fixture
@@ -144,7 +157,7 @@ def quotas() -> HereQuotas:
 def ask(shelf, engine, keys, quotas):
     """Send one request to a front before `engine`; the body may come in several pieces."""
 
-    def send(method: str, path: str, body: Any = b"", headers: Any = (), max_body_bytes: int = 4096) -> Answer:
+    def send(method: str, path: str, body: Any = b"", headers: Any = (), **settings: Any) -> Answer:
         pieces = body if isinstance(body, list) else [body if isinstance(body, bytes) else json.dumps(body).encode()]
         messages = [{"type": "http.request", "body": piece, "more_body": number < len(pieces) - 1} for number, piece in enumerate(pieces)]
         coming = iter([*messages, {"type": "http.disconnect"}])
@@ -154,10 +167,11 @@ def ask(shelf, engine, keys, quotas):
             return next(coming)
 
         async def once() -> None:
-            front = make_front(engine, shelf, keys, quotas, max_body_bytes=max_body_bytes)
+            front = make_front(engine, shelf, keys, quotas, **{"max_body_bytes": 4096, **settings})
             await front.adapters.refresh()
             scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
             await front(scope, receive, answer.send)
+            front.feedback.store.close()
 
         asyncio.run(once())
         return answer

@@ -19,7 +19,7 @@ from cluster.registry import Registry, Version
 from configs.loader import ROOT
 from tests.helpers.data import chat, tokenizer_folder, write_rows
 
-SECRETS = ("BASE_MODEL_NAME", "HUGGINGFACE_TOKEN", "LOG_DIR", "MLFLOW_TRACKING_URI", "TANDEM_HOME")
+SECRETS = ("BASE_MODEL_NAME", "FEEDBACK_URL", "HUGGINGFACE_TOKEN", "LOG_DIR", "MLFLOW_TRACKING_URI", "TANDEM_HOME")
 REGISTERED = re.compile(r"registered as (\S+);")
 RUN_ID = re.compile(r"run ([0-9a-f]{32})")
 
@@ -163,6 +163,7 @@ def make_config(folder: Path, model: Path, chat_port: int) -> Path:
         f"data: {{source: {source}, split: marked, max_length_tokens: 128, system_prompt: Be brief.}}\n"
         "train: {lora: {rank: 4, alpha: 8}, learning_rate: 5.0e-3, batch_size: 4, max_steps: 8, log_every_steps: 1,\n"
         "        checkpoint_every_steps: 4}\n"
-        f"serve: {{port: {chat_port}, max_model_len_tokens: 256, max_lora_rank: 8, max_loras: 2, max_num_seqs: 8}}\n"
+        f"serve: {{port: {chat_port}, max_model_len_tokens: 256, max_lora_rank: 8, max_loras: 2, max_num_seqs: 8,\n"
+        "        feedback: {keep_conversations: true}}\n"
     )
     return config

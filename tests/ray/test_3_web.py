@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from serve.feedback_store import read_feedback
 from tests.ray.stack import Stack
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
@@ -88,7 +89,6 @@ def test_a_conversation_with_a_key_is_there_after_a_reload(page, secret, bot):
     turn = answer(page, "And <b>then</b>?")
     assert page.locator(".turn").count() == 4
     assert page.locator(".turn b").count() == 0, "what is said is text, not HTML"
-    keep_screenshot(page, "light")
     said = page.locator("#talk").inner_text()
     page.reload()
     page.locator(".turn").nth(3).wait_for()
@@ -96,6 +96,54 @@ def test_a_conversation_with_a_key_is_there_after_a_reload(page, secret, bot):
     assert secret not in page.content()
     page.click("#fresh")
     assert page.locator(".turn").count() == 0
+
+
+def thumbs(page) -> tuple[Any, Any, Any]:
+    """The thumbs of the last answer, up and down."""
+    opinion = page.locator(".opinion").last
+    return opinion, opinion.get_by_role("button", name="Good answer"), opinion.get_by_role("button", name="Bad answer")
+
+
+def test_thumbs_and_words_are_stored_and_there_after_a_reload(page, secret, bot, stack: Stack):
+    """By keyboard; a changed mind takes the place of the first."""
+    enter(page, secret)
+    page.get_by_role("note").filter(has_text="Conversations here are stored").wait_for()
+    answer(page, "How do I start?")
+    said = answer(page, "And then?").locator("span").text_content()
+    opinion, good, bad = thumbs(page)
+    good.focus()
+    page.keyboard.press("Enter")
+    opinion.get_by_text("Thank you.").wait_for()
+    assert good.get_attribute("aria-pressed") == "true"
+    assert not opinion.get_by_label("A better answer").is_visible()
+    keep_screenshot(page, "light")
+    bad.click()
+    opinion.get_by_label("Comment").fill("Not that one.")
+    opinion.get_by_label("A better answer").fill("Read the <b>README</b>.")
+    opinion.get_by_role("button", name="Send feedback").click()
+    opinion.get_by_text("Thank you, that helps.").wait_for()
+    keep_screenshot(page, "thumb")
+    page.reload()
+    opinion, good, bad = thumbs(page)
+    assert (good.get_attribute("aria-pressed"), bad.get_attribute("aria-pressed")) == ("false", "true")
+    bad.click()
+    assert opinion.get_by_label("A better answer").input_value() == "Read the <b>README</b>."
+    (row,) = read_feedback(f"sqlite:///{stack.home}/feedback.db")
+    told = {"version": bot, "key_name": "web", "rating": "down", "comment": "Not that one.", "better_answer": "Read the <b>README</b>."}
+    assert row.items() >= told.items()
+    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant", "user"]
+    assert row["answer"] == said
+
+
+def test_a_thumb_that_cannot_be_sent_says_why_and_is_not_pressed(page, secret):
+    enter(page, secret)
+    answer(page, "How do I start?")
+    page.evaluate("sessionStorage.setItem('key', JSON.stringify('sk-tandem-wrong'))")
+    opinion, good, _ = thumbs(page)
+    good.click()
+    opinion.get_by_text("This could not be sent: the key is unknown").wait_for()
+    assert good.get_attribute("aria-pressed") == "false"
+    page.locator("#key-dialog[open]").wait_for()
 
 
 def test_tokens_arrive_one_after_the_other_and_escape_stops_them(page, secret):
@@ -129,4 +177,7 @@ def test_it_fits_a_phone_and_the_dark(page, secret):
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
     assert page.locator("#send").is_visible()
+    page.get_by_role("button", name="Bad answer").click()
+    page.get_by_label("A better answer").fill("A shorter one.")
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     keep_screenshot(page, "phone-dark")

@@ -1,11 +1,13 @@
 """What is written is whole or not there."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from cluster.home import home_folder, log_folder, new_folder, require_disk, write_text
+from cluster.home import home_folder, log_folder, new_folder, require_disk, write_text, write_text_once
 from configs.errors import ClusterError
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -89,6 +91,22 @@ def test_readers_of_a_text_never_see_half_of_it(tmp_path):
     with file.open() as reader:
         write_text(file, "new")
         assert reader.read() == "old"
+
+
+def test_of_many_who_write_a_text_once_all_read_the_same(tmp_path):
+    file = tmp_path / "deep" / "secret"
+    start = threading.Barrier(8)
+
+    def write(number: int) -> str:
+        start.wait()
+        return write_text_once(file, f"text {number}", mode=0o600)
+
+    with ThreadPoolExecutor(8) as pool:
+        read = set(pool.map(write, range(8)))
+    assert read == {file.read_text()}
+    assert write_text_once(file, "later") == file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert listed(file.parent) == ["secret"]
 
 
 def test_no_room_on_disk_is_refused_with_figures(home):

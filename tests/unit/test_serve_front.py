@@ -139,16 +139,20 @@ def test_a_request_without_a_model_is_told_which_there_are(ask, engine, body):
 
 
 def test_all_else_is_handed_on_as_it_came(ask, engine):
-    sent = [(b"content-type", b"application/json"), (b"x-request-id", b"7")]
+    sent = [(b"content-type", b"application/json"), (b"x-other", b"7")]
     lengths = [
         (b"authorization", b"Bearer x"),
         (b"content-length", b"1"),
         (b"transfer-encoding", b"chunked"),
         (b"x-tandem-model", b"forged"),
+        (b"x-request-id", b"forged"),
     ]
     ask("POST", "/v1/chat/completions", {**ASKED, "model": "helpdesk:1"}, [*sent, *lengths])
     assert engine.request == {**ASKED, "model": "helpdesk:1"}
-    assert engine.scopes[-1]["headers"] == [*sent, (b"content-length", str(len(engine.bodies[-1])).encode())]
+    *others, (name, completion_id), length = engine.scopes[-1]["headers"]
+    assert (others, length) == (sent, (b"content-length", str(len(engine.bodies[-1])).encode()))
+    assert name == b"x-request-id"
+    assert completion_id.endswith(b".helpdesk:1")
     assert engine.scopes[-1]["path"] == "/v1/chat/completions"
 
 

@@ -1,0 +1,52 @@
+"""Ids of completions that say themselves which version spoke, and to whose key.
+
+An id is random and sealed under a secret of the home folder: every replica knows its own again, also after a restart, and nothing
+is written for an answer. Knows ids. Does not know HTTP or what was said.
+"""
+
+import base64
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from cluster.home import home_folder, write_text_once
+from serve.keys import OWNER_ONLY, Key
+
+SECRET_BYTES = 32
+NONCE_BYTES = 12
+SEAL_BYTES = 15
+# What stands first is vLLM's: the kind of answer.
+SHAPE = re.compile(r"(?:chatcmpl|cmpl|resp|msg)[-_](?P<nonce>[\w-]+)\.(?P<seal>[\w-]+)\.(?P<version>[!-~]+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class CompletionIds:
+    """Makes ids, and reads those that it made."""
+
+    secret: str
+
+    @classmethod
+    def of_home(cls) -> "CompletionIds":
+        """Return those of this home folder, whose secret is made the first time."""
+        return cls(write_text_once(home_folder() / "completion_secret", secrets.token_hex(SECRET_BYTES), OWNER_ONLY))
+
+    def make(self, version: str, key: Key | None) -> str:
+        """Return a new id, in letters that may stand in a header and in an address."""
+        nonce, named = secrets.token_urlsafe(NONCE_BYTES), quote(version, safe=":")
+        return f"{nonce}.{self._seal(nonce, named, key)}.{named}"
+
+    def version_of(self, completion_id: str, key: Key | None) -> str | None:
+        """Return the version that spoke; None for an id that is not ours, or was given to another key."""
+        found = SHAPE.fullmatch(completion_id)
+        if not found:
+            return None
+        is_ours = hmac.compare_digest(found["seal"], self._seal(found["nonce"], found["version"], key))
+        return unquote(found["version"]) if is_ours else None
+
+    def _seal(self, nonce: str, named: str, key: Key | None) -> str:
+        sealed = "\n".join((nonce, key.sha256 if key else "", named))
+        digest = hmac.digest(self.secret.encode(), sealed.encode(), hashlib.sha256)
+        return base64.urlsafe_b64encode(digest[:SEAL_BYTES]).decode()
