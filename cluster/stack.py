@@ -60,10 +60,11 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
             write_text(token_file(), secrets.token_hex(32), mode=0o600)
         cards = find_cards(machine)
         session = _plan(machine, cards)
+        shared = {**session.environment(), **_stack_environment(machine), **proxy_environment(machine, ray_folder() / "proxy")}
         try:
             for name, command, extra in _commands(machine, cards, session):
                 say(f"starting {name}")
-                process = _spawn(name, command, {**session.environment(), **_stack_environment(machine), **extra})
+                process = _spawn(name, command, {**shared, **extra})
                 session = replace(session, processes=(*session.processes, process))
                 keep_session(session)  # at once: an `up` that is killed leaves what the next `up` or `down` ends
                 if name == cards[0].name:
@@ -179,7 +180,6 @@ def _stack_environment(machine: MachineConfig) -> dict[str, str]:
         **_idle_environment(),
         # An engine's replica answers in the loop that its requests come in: a second thread costs 30 us of each streamed token.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        **proxy_environment(machine, ray_folder() / "proxy"),
         "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",

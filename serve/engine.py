@@ -20,6 +20,7 @@ def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> d
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",  # the base is local by now
+        "OMP_NUM_THREADS": str(num_threads),  # Ray sets it to 1
     }
     if on_gpu:
         return shared
@@ -27,7 +28,6 @@ def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> d
     return shared | {
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(num_threads),
     }
 
 

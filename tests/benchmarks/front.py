@@ -16,6 +16,9 @@ from bench import write_result
 from cluster.registry import Version
 from configs.schema import ServeConfig
 from serve.adapters import Adapters, Base
+from serve.completion_ids import CompletionIds
+from serve.feedback import FeedbackDesk
+from serve.feedback_store import FeedbackStore
 from serve.front import Doors, Front
 from serve.keys import KeyFile
 from serve.quotas import ClusterQuotas
@@ -69,7 +72,9 @@ async def measure(keys: KeyFile) -> dict[str, float]:
     headers = [(b"authorization", f"Bearer {keys.create('bench')}".encode()), (b"content-type", b"application/json")]
     adapters = Adapters(EmptyRegistry(), BASE)  # type: ignore[arg-type]
     await adapters.refresh()
-    front = Front(application, adapters, Doors(keys, ClusterQuotas()), ServeConfig())
+    config = ServeConfig()
+    desk = FeedbackDesk(config.feedback, FeedbackStore("sqlite://"), CompletionIds("secret"))
+    front = Front(application, adapters, Doors(keys, ClusterQuotas()), desk, config)
     figures = {}
     for name, app in (("alone", application), ("front", front)):
         figures[f"{name}_request_ms"] = await median_ms(app, headers, 1)
