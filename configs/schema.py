@@ -186,6 +186,8 @@ class ServeConfig(Settings):
     """Longest answer, in tokens, whatever a request asks for; what the context leaves, if empty."""
     max_choices: int = Field(8, ge=1)
     """Answers that one request may ask for (`n`)."""
+    tool_parser: str = Field("auto", pattern=r"^[a-z0-9_-]+$")
+    """vLLM's parser of tool calls (`hermes`, `llama3_json`, ...); `auto` chooses by the model's family, `none` refuses tools."""
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> Self:

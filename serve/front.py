@@ -19,18 +19,19 @@ from serve.adapters import Adapters, BrokenAdapterError, UnknownNameError
 from serve.bounds import check_bounds
 from serve.keys import Key, KeyFile
 from serve.meter import Meter
+from serve.openapi import describe
 from serve.page import FILES, send_page
+from serve.protocols import ANTHROPIC_KEY_HEADER, PROTOCOLS, error_body, with_bearer
 from serve.quotas import Admission, QuotaError, Quotas, quotas_of
 from serve.refusal import UNAVAILABLE, App, Headers, Message, Receive, RefusedError, Scope, Send, send_json
 
-GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 MODEL_HEADER = b"x-tandem-model"
 RETRY_S = 1
 LETTERS_A_TOKEN = 4  # of English; a guess that is set right by the usage that the engine states
 BODY_TIMEOUT_S = 60.0
-CONVERSATION_HEADER = b"x-tandem-conversation"
-# Ours are made anew, and a key is nothing that the engine should see.
-HEADERS_KEPT_BACK = frozenset({b"content-length", b"transfer-encoding", b"authorization", MODEL_HEADER})
+# Ours are made anew, a key is nothing that the engine should see, and by vLLM's own a client could jump the queue.
+OURS = {b"content-length", b"transfer-encoding", b"authorization", ANTHROPIC_KEY_HEADER, MODEL_HEADER}
+HEADERS_KEPT_BACK = frozenset(OURS | {b"x-vllm-priority", b"x-data-parallel-rank"})
 
 
 log = logging.getLogger("tandem.serve")
@@ -69,13 +70,13 @@ class Front:
         try:
             await self._route(scope, receive, send_watched)
         except RefusedError as refusal:
-            await send_json(send, refusal.status, refusal.body(), refusal.headers)
+            await send_json(send, refusal.status, error_body(scope["path"], refusal), refusal.headers)
         except Exception as error:
             log.exception("a request failed")
             if begun:
                 raise
             failure = RefusedError(500, f"the endpoint failed ({type(error).__name__}); its log says more", kind="server_error")
-            await send_json(send, failure.status, failure.body())
+            await send_json(send, failure.status, error_body(scope["path"], failure))
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
@@ -85,13 +86,18 @@ class Front:
         if path in FILES and method == "GET":
             await send_page(path, send)
             return
+        scope = with_bearer(scope)
         key = self._authorize(scope)
-        if path in GENERATE_PATHS:
+        if path in PROTOCOLS:
             if method != "POST":
                 raise RefusedError(405, f"{path} takes POST, not {method}")
             await self._generate(key, scope, receive, send)
         elif path == "/v1/models" and method == "GET":
             await send_json(send, 200, {"object": "list", "data": [_model_card(name) for name in self._names(key)]})
+        elif path == "/openapi.json" and method == "GET":
+            await send_json(send, 200, describe(self.app))
+        elif path == "/v1/embeddings":
+            raise RefusedError(404, f"no such route: {path}; {self.adapters.base.name} generates text, and makes no embeddings")
         else:
             raise RefusedError(404, f"no such route: {method} {path}")
 
@@ -129,10 +135,12 @@ class Front:
             raise RefusedError(400, f"you must name a model; there are: {known}", param="model")
         if key is not None and not key.may_use(name):
             raise self._unknown(name, key)
-        with self._places(check_bounds(request, self.config)):
-            version = await self._resolve(name, key, lambda: _conversation(scope, request, key))
+        protocol = PROTOCOLS[scope["path"]]
+        with self._places(check_bounds(request, protocol, self.config)):
+            owner = key.sha256 if key else ""
+            version = await self._resolve(name, key, lambda: protocol.conversation(scope, request, owner))
             request["model"] = version
-            self._add_system_prompt(request, version)
+            protocol.add_system_prompt(request, self.adapters.system_prompt(version))
             send = _with_headers(send, [(MODEL_HEADER, version.encode())])
             if key is None or not quotas_of(key):
                 await self._hand_on(request, scope, receive, send)
@@ -146,7 +154,7 @@ class Front:
         if key.tpm is None:
             await self._hand_on(request, scope, receive, send)
             return
-        meter = Meter(request)
+        meter = Meter(request, PROTOCOLS[scope["path"]])
         try:
             await self._hand_on(request, scope, receive, _metered(send, meter))
         finally:
@@ -184,16 +192,6 @@ class Front:
             raise refusal
         return admission
 
-    def _add_system_prompt(self, request: dict[str, Any], version: str) -> None:
-        """Begin a conversation as the version was trained to: with its own system message, unless the request brings one."""
-        messages, prompt = request.get("messages"), self.adapters.system_prompt(version)
-        if not prompt or not isinstance(messages, list) or not messages:
-            return
-        first = messages[0]
-        if isinstance(first, dict) and first.get("role") in ("system", "developer"):
-            return
-        request["messages"] = [{"role": "system", "content": prompt}, *messages]
-
     async def _resolve(self, name: str, key: Key | None, conversation: Callable[[], str]) -> str:
         try:
             return await self.adapters.resolve(name, conversation)
@@ -221,19 +219,6 @@ class Front:
         return b"".join(chunks)
 
 
-def _conversation(scope: Scope, request: dict[str, Any], key: Key | None) -> str:
-    """Return what stays the same over a conversation: what the client says it is, or its first user message; and always the key.
-
-    Completions have no conversation: without a word from the client, all of a key's are one.
-    """
-    said = dict(scope["headers"]).get(CONVERSATION_HEADER, b"").decode("latin-1") or request.get("user")
-    if not isinstance(said, str) or not said:
-        messages = request.get("messages")
-        turns = messages if isinstance(messages, list) else []
-        said = json.dumps(next((turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"), None))
-    return f"{key.sha256 if key else ''}\n{said}"
-
-
 def _parse(body: bytes) -> dict[str, Any]:
     try:
         request = json.loads(body)
@@ -246,9 +231,13 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 def _dump(request: dict[str, Any]) -> bytes:
     try:
-        return json.dumps(request).encode()  # ASCII: half a surrogate pair has no UTF-8
+        return json.dumps(request, ensure_ascii=False, allow_nan=False).encode()
     except RecursionError:
         raise RefusedError(400, "the body is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise RefusedError(400, "the body has half a surrogate pair, which stands for no letter") from None
+    except ValueError:
+        raise RefusedError(400, "the body has a number that JSON does not know: NaN or one without end") from None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
