@@ -17,6 +17,7 @@ COUNTED = "\x01"
 ESCAPED = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
 INNERMOST_GROUP = re.compile(r"\(([^()]*)\)")
 COUNT = re.compile(r"\{[\d,]")
+COUNTED_AGAIN = re.compile(r"[\x01}][*+?]*\{[\d,]")
 
 
 def check_grammars(request: dict[str, Any]) -> None:
@@ -46,7 +47,7 @@ def counts_within_counts(pattern: str) -> bool:
     rest = ESCAPED.sub("x", pattern)
     while True:
         smaller = INNERMOST_GROUP.sub(lambda group: COUNTED if COUNTED in group[1] or COUNT.search(group[1]) else "x", rest)
-        if re.search(COUNTED + COUNT.pattern, smaller):
+        if COUNTED_AGAIN.search(smaller):
             return True
         if smaller == rest:
             return False

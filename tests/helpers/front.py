@@ -144,7 +144,7 @@ def quotas() -> HereQuotas:
 def ask(shelf, engine, keys, quotas):
     """Send one request to a front before `engine`; the body may come in several pieces."""
 
-    def send(method: str, path: str, body: Any = b"", headers: Any = (), max_body_bytes: int = 4096) -> Answer:
+    def send(method: str, path: str, body: Any = b"", headers: Any = (), **settings: Any) -> Answer:
         pieces = body if isinstance(body, list) else [body if isinstance(body, bytes) else json.dumps(body).encode()]
         messages = [{"type": "http.request", "body": piece, "more_body": number < len(pieces) - 1} for number, piece in enumerate(pieces)]
         coming = iter([*messages, {"type": "http.disconnect"}])
@@ -154,7 +154,7 @@ def ask(shelf, engine, keys, quotas):
             return next(coming)
 
         async def once() -> None:
-            front = make_front(engine, shelf, keys, quotas, max_body_bytes=max_body_bytes)
+            front = make_front(engine, shelf, keys, quotas, **{"max_body_bytes": 4096, **settings})
             await front.adapters.refresh()
             scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
             await front(scope, receive, answer.send)
