@@ -16,6 +16,8 @@ MAX_LOGPROBS = 20  # as many as OpenAI gives, and as vLLM computes
 MAX_LISTED = 1024  # entries of a list that the engine goes through for each token
 LISTS = ("logit_bias", "bad_words", "allowed_token_ids")
 
+TOOLS = ("function", "custom")  # what the client itself calls, in OpenAI's word and in Anthropic's
+
 _INNER = "it steers the engine's inside"
 _STORED = "no answer is stored; send the whole conversation"
 CLOSED = {
@@ -49,7 +51,8 @@ def check_bounds(request: dict[str, Any], protocol: Protocol, config: ServeConfi
     Raises:
         RefusedError: 400, with the field's name.
     """
-    _check_closed(request, protocol)
+    _check_closed(request)
+    _check_turns(request, protocol)
     _check_tools(request, config)
     check_grammars(request)
     if not isinstance(request.get("stream"), bool | None):  # vLLM would take "yes" for true
@@ -75,16 +78,24 @@ def _num_answers(request: dict[str, Any], config: ServeConfig) -> int:
     return num_answers
 
 
-def _check_closed(request: dict[str, Any], protocol: Protocol) -> None:
+def _check_closed(request: dict[str, Any]) -> None:
     for field, why in CLOSED.items():
         if request.get(field):
             raise RefusedError(400, f"{field} is not taken here: {why}", param=field)
+
+
+def _check_turns(request: dict[str, Any], protocol: Protocol) -> None:
     for part in protocol.parts(request):
         kind = part.get("type")
-        if (isinstance(kind, str) and kind.startswith(MEDIA)) or any(str(field).startswith(MEDIA) for field in part):
-            raise RefusedError(
-                400, "messages may have text alone: nothing is fetched, opened or decoded for a request", param=protocol.turns
-            )
+        if (isinstance(kind, str) and kind.startswith(MEDIA)) or any(field.startswith(MEDIA) for field in part):
+            reason = "nothing is fetched, opened or decoded for a request"
+            raise RefusedError(400, f"messages may have text alone: {reason}", param=protocol.turns)
+    if not (kinds := protocol.kinds_of_turns):
+        return
+    for turn in protocol.turns_of(request):
+        kind = turn.get("type", "message") if isinstance(turn, dict) else None
+        if kind not in kinds or (kind == "message" and not (isinstance(turn.get("role"), str) and turn.get("content"))):
+            raise RefusedError(400, f"each turn is a {', '.join(kinds)}; a message has a role and a content", param=protocol.turns)
 
 
 def _check_tools(request: dict[str, Any], config: ServeConfig) -> None:
@@ -93,9 +104,9 @@ def _check_tools(request: dict[str, Any], config: ServeConfig) -> None:
         return
     if config.tool_parser == "none":
         raise RefusedError(400, "this model calls no tools (serve.tool_parser=none)", param="tools")
-    kinds = {tool.get("type", "function") for tool in tools if isinstance(tool, dict)} if isinstance(tools, list) else set()
-    if others := kinds - {"function", "custom"}:
-        raise RefusedError(400, f"tools may be functions of the client's own, not {sorted(map(str, others))}", param="tools")
+    for tool in tools if isinstance(tools, list) else []:
+        if isinstance(tool, dict) and tool.get("type", "function") not in TOOLS:
+            raise RefusedError(400, f"a tool may be a function of the client's own, not a {str(tool['type'])[:40]}", param="tools")
 
 
 def _check_stops(request: dict[str, Any]) -> None:

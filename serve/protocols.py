@@ -30,6 +30,15 @@ class Protocol:
     usage_is_asked_for: bool = False
     """Whether a stream states its usage only where `stream_options` asks for it, in an event that says nothing else."""
     has_anthropics_errors: bool = False
+    kinds_of_turns: tuple[str, ...] | None = None
+    """Types that a turn may have, where others make vLLM stumble; all, if None."""
+
+    def turns_of(self, request: dict[str, Any]) -> list[Any]:
+        """Return the conversation so far; empty where there is none, or of another shape."""
+        turns = request.get(self.turns) if self.turns else None
+        if isinstance(turns, str) and turns:  # of responses: the same as one message of a user
+            return [{"role": "user", "content": turns}]
+        return turns if isinstance(turns, list) else []
 
     def conversation(self, scope: Scope, request: dict[str, Any], owner: str) -> str:
         """Return what stays the same over a conversation: what the client says it is, or its first user message; and always its owner.
@@ -38,13 +47,13 @@ class Protocol:
         """
         said = dict(scope["headers"]).get(CONVERSATION_HEADER, b"").decode("latin-1") or _user(request)
         if not said:
-            first = next((turn for turn in self._turns(request) if isinstance(turn, dict) and turn.get("role") == "user"), {})
+            first = next((turn for turn in self.turns_of(request) if isinstance(turn, dict) and turn.get("role") == "user"), {})
             said = json.dumps(_text(first.get("content")))
         return f"{owner}\n{said}"
 
     def add_system_prompt(self, request: dict[str, Any], prompt: str | None) -> None:
         """Begin a conversation as the version was trained to: with its own system message, unless the request brings one."""
-        turns = self._turns(request)
+        turns = self.turns_of(request)
         if not prompt or not turns or (self.system and request.get(self.system)):
             return
         if isinstance(turns[0], dict) and turns[0].get("role") in OWN_WORD:
@@ -56,7 +65,7 @@ class Protocol:
 
     def parts(self, request: dict[str, Any]) -> Iterable[dict[str, Any]]:
         """Return the parts that the turns' contents are made of, where they are not plain text; those within tools' results too."""
-        waiting = [*self._turns(request), {"content": request.get(self.system)} if self.system else None]
+        waiting = [*self.turns_of(request), {"content": request.get(self.system)} if self.system else None]
         while waiting:
             part = waiting.pop()
             if isinstance(part, dict):
@@ -77,12 +86,6 @@ class Protocol:
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
 
-    def _turns(self, request: dict[str, Any]) -> list[Any]:
-        turns = request.get(self.turns) if self.turns else None
-        if isinstance(turns, str) and turns:  # of responses: the same as one message of a user
-            return [{"role": "user", "content": turns}]
-        return turns if isinstance(turns, list) else []
-
 
 ANTHROPIC_USAGE = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
 ANTHROPIC_ERRORS = {
@@ -98,7 +101,8 @@ ANTHROPIC_ERRORS = {
 
 _CHAT = Protocol("messages", None, b'"choices":[]', b"data: {", usage_is_asked_for=True)
 _COMPLETIONS = Protocol(None, None, b'"choices":[]', b"data: {", usage_is_asked_for=True)
-_RESPONSES = Protocol("input", "instructions", b"event: response.completed\n", b".delta\n")
+_KINDS = ("message", "function_call", "function_call_output", "reasoning")
+_RESPONSES = Protocol("input", "instructions", b"event: response.completed\n", b".delta\n", kinds_of_turns=_KINDS)
 _MESSAGES = Protocol("messages", "system", b"event: message_delta\n", b"event: content_block_delta\n", has_anthropics_errors=True)
 PROTOCOLS = {
     "/v1/chat/completions": _CHAT,

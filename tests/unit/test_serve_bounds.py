@@ -66,6 +66,25 @@ def test_texts_and_tools_results_pass(ask, engine):
     assert engine.request["messages"] == turns
 
 
+@pytest.mark.parametrize(
+    "turn",
+    [
+        None,
+        "Hi",
+        {"type": "web_search_call", "id": "1"},
+        {"type": "mcp_approval_response"},
+        {"type": []},
+        {"content": "Hi"},
+        {"role": "assistant", "content": []},
+        {"type": "message", "role": "user"},
+    ],
+    ids=str,
+)
+def test_turns_of_a_response_that_make_vllm_stumble_are_refused(turn, ask, engine):
+    assert refused(ask("POST", "/v1/responses", {"model": "helpdesk:1", "input": [QUESTION, turn]}), 400)["param"] == "input"
+    assert engine.bodies == []
+
+
 def nested(depth: int) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(depth):
@@ -158,7 +177,7 @@ def test_tools_are_refused_where_the_model_calls_none(ask, engine):
 
 
 def test_tools_that_the_endpoint_itself_would_use_are_refused(ask, engine):
-    for kind in ("web_search", "mcp", "code_interpreter", "file_search"):
+    for kind in ("web_search", "mcp", "code_interpreter", "file_search", ["function"]):
         tool = {"type": kind, "server_url": "http://127.0.0.1:8265"}
         assert refused(ask("POST", "/v1/responses", {"model": "helpdesk:1", "input": "Hi", "tools": [tool]}), 400)["param"] == "tools"
     assert engine.bodies == []
