@@ -101,6 +101,13 @@ class Stack:
         return httpx.post(f"{self.endpoint}/chat/completions", json=body, headers=headers, timeout=120)
 
 
+def make_key(stack: Stack, name: str, *settings: str) -> str:
+    """Make a key and return its secret."""
+    made = stack.run("serve", "keys", "create", name, *settings)
+    assert made.returncode == 0, made.stderr
+    return made.stdout.split()[1]
+
+
 def _cmdline(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
@@ -155,6 +162,7 @@ def make_config(folder: Path, model: Path, chat_port: int) -> Path:
         f"data: {{source: {source}, split: marked, max_length_tokens: 128, system_prompt: Be brief.}}\n"
         "train: {lora: {rank: 4, alpha: 8}, learning_rate: 5.0e-3, batch_size: 4, max_steps: 8, log_every_steps: 1,\n"
         "        checkpoint_every_steps: 4}\n"
-        f"serve: {{port: {chat_port}, max_model_len_tokens: 256, max_lora_rank: 8, max_loras: 2, max_num_seqs: 8}}\n"
+        f"serve: {{port: {chat_port}, max_model_len_tokens: 256, max_lora_rank: 8, max_loras: 2, max_num_seqs: 8,\n"
+        "        tool_parser: hermes, max_answer_tokens: 96}\n"
     )
     return config

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.helpers.data import chat, write_rows
-from tests.ray.stack import Stack, wait_for
+from tests.ray.stack import Stack, make_key, wait_for
 
 NUM_AT_ONCE = 8
 NUM_CHANGES = 20
@@ -27,12 +27,6 @@ NAMES = ("red", "blue")
 @pytest.fixture(scope="module")
 def secret(stack: Stack) -> str:
     return make_key(stack, "load")
-
-
-def make_key(stack: Stack, name: str, *settings: str) -> str:
-    made = stack.run("serve", "keys", "create", name, *settings)
-    assert made.returncode == 0, made.stderr
-    return made.stdout.split()[1]
 
 
 @pytest.fixture(scope="module")
