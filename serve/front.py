@@ -29,6 +29,7 @@ MODEL_HEADER = b"x-tandem-model"
 RETRY_S = 1
 LETTERS_A_TOKEN = 4  # of English; a guess that is set right by the usage that the engine states
 BODY_TIMEOUT_S = 60.0
+MAX_HEADER_BYTES = 64 * 1024  # the server before us knows no bound
 # Ours are made anew, a key is nothing that the engine should see, and by vLLM's own a client could jump the queue.
 OURS = {b"content-length", b"transfer-encoding", b"authorization", ANTHROPIC_KEY_HEADER, MODEL_HEADER}
 HEADERS_KEPT_BACK = frozenset(OURS | {b"x-vllm-priority", b"x-data-parallel-rank"})
@@ -80,6 +81,8 @@ class Front:
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            raise RefusedError(431, f"the headers are over {MAX_HEADER_BYTES} bytes")
         if path == "/health" and method == "GET":
             await self.app(scope, receive, send)
             return

@@ -81,7 +81,8 @@ def test_the_async_client_streams(stack: Stack, secret, version):
 
 def test_tools_that_must_be_called_are_called_with_arguments_of_their_schema(client, blank):
     for choice in ("required", {"type": "function", "function": {"name": "travel"}}):
-        options = {"tools": [TOOL], "tool_choice": choice, "max_tokens": MAX_TOKENS, "logit_bias": blank}
+        # A model of random weights calls again and again: one call is enough.
+        options = {"tools": [TOOL], "tool_choice": choice, "max_tokens": MAX_TOKENS, "logit_bias": blank, "stop": ["</tool_call>"]}
         (call,) = client.chat.completions.create(model="guide", messages=QUESTION, **options).choices[0].message.tool_calls
         assert call.function.name == "travel"
         City.model_validate_json(call.function.arguments)
@@ -113,8 +114,8 @@ def test_responses_answer_stream_and_keep_nothing(client, version):
     assert (answer.model, answer.instructions, answer.usage.output_tokens) == (version, "Be brief.", 5)
     again = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer.output_text or "-"}, *QUESTION]
     assert client.responses.create(model="guide", input=again, instructions="Mine.", max_output_tokens=4).instructions == "Mine."
-    with client.responses.stream(model="guide", input="Hi", max_output_tokens=5) as stream:
-        assert "response.output_text.delta" in {event.type for event in stream}
+    with client.responses.stream(model="guide", input="Hi", max_output_tokens=16, temperature=0) as stream:
+        assert {"response.output_text.delta", "response.completed"} <= {event.type for event in stream}
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(answer.id)
     with pytest.raises(openai.BadRequestError, match="previous_response_id"):
@@ -210,8 +211,7 @@ def test_odd_requests_are_refused_by_the_real_server(lines, status, stack: Stack
             lines + b"\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer " + secret.encode() + b"\r\nContent-Length: 0\r\n\r\n"
         )
         said = line.makefile("rb").readline()
-    # Over its own limits the server answers 400 or just closes.
-    assert said == b"" or int(said.split()[1]) in {status, 400 if status == 431 else status}
+    assert int(said.split()[1]) == status
 
 
 @pytest.fixture(scope="module")

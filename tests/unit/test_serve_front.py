@@ -101,6 +101,12 @@ def test_too_large_a_body_is_refused_however_it_comes(ask, engine):
     assert engine.scopes == []
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/health", "/"])
+def test_too_large_headers_are_refused(path, ask, engine):
+    refused(ask("GET", path, headers=[(b"x-large", b"x" * 40_000)] * 2), 431)
+    assert engine.scopes == []
+
+
 def test_a_body_that_just_fits_is_taken_in_pieces(ask, engine):
     body = json.dumps(ASKED).encode()
     body += b" " * (4096 - len(body))
