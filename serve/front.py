@@ -98,7 +98,7 @@ class Front:
         elif path == "/v1/models" and method == "GET":
             await send_json(send, 200, {"object": "list", "data": [_model_card(name) for name in self._names(key)]})
         elif path == "/openapi.json" and method == "GET":
-            await send_json(send, 200, describe(self.app))
+            await send_json(send, 200, await asyncio.to_thread(describe, self.app))  # half a second, the first time
         elif path == "/v1/embeddings":
             raise RefusedError(404, f"no such route: {path}; {self.adapters.base.name} generates text, and makes no embeddings")
         else:

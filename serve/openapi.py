@@ -3,6 +3,7 @@
 Knows OpenAPI. Does not know the engine.
 """
 
+from functools import lru_cache
 from typing import Any
 
 from serve.bounds import CLOSED
@@ -16,6 +17,7 @@ CARD = {"type": "object", "required": ["id", "object"], "properties": {"id": TEX
 MODELS = {"type": "object", "required": ["data"], "properties": {"data": {"type": "array", "items": CARD}}}
 
 
+@lru_cache(maxsize=1)
 def describe(app: App) -> dict[str, Any]:
     """Return the OpenAPI description of what is open; `app` is vLLM's application."""
     whole: dict[str, Any] = app.openapi()  # type: ignore[attr-defined]
