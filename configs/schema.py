@@ -226,6 +226,8 @@ class ServeConfig(Settings):
     """How many engines answer, each on a card of its own."""
     feedback: FeedbackConfig = FeedbackConfig()
     """What people say of answers, and whether conversations are kept."""
+    tool_parser: str = Field("auto", pattern=r"^[a-z0-9_-]+$")
+    """vLLM's parser of tool calls (`hermes`, `llama3_json`, ...); `auto` chooses by the model's family, `none` refuses tools."""
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> Self:

@@ -18,6 +18,7 @@ from serve.feedback import FeedbackDesk
 from serve.front import Doors, Front
 from serve.keys import KeyFile
 from serve.quotas import ClusterQuotas
+from serve.tools import check_tool_parser, choose_tool_parser
 
 MAX_CONSTRUCTOR_RETRIES = 3
 HEALTH_PERIOD_S = 5.0
@@ -40,12 +41,15 @@ class Engine:
         folder = await asyncio.to_thread(ensure_model, self.config.model)
         base = Base(self.base_name, await asyncio.to_thread(model_fingerprint, folder), self.config.serve.max_lora_rank)
         adapters = Adapters(Registry(os.environ["MLFLOW_TRACKING_URI"]), base)
-        arguments = engine_arguments(self.config.model, self.config.serve, folder, self.base_name, self.gpu_share)
+        parser = await asyncio.to_thread(choose_tool_parser, folder, self.config.serve.tool_parser)
+        await asyncio.to_thread(check_tool_parser, folder, parser)
+        settings = self.config.serve.model_copy(update={"tool_parser": parser})
+        arguments = engine_arguments(self.config.model, settings, folder, self.base_name, self.gpu_share)
         self.engine, app = await start_engine(arguments, adapters)
         await adapters.refresh()
         self.watcher = asyncio.create_task(adapters.watch())
-        doors = Doors(KeyFile(host=self.config.serve.host), ClusterQuotas())
-        return Front(app, adapters, doors, self.feedback, self.config.serve)
+        doors = Doors(KeyFile(host=settings.host), ClusterQuotas())
+        return Front(app, adapters, doors, self.feedback, settings)
 
     async def check_health(self) -> None:
         """Tell Serve to replace this replica if its engine has died."""

@@ -28,12 +28,16 @@ def dump(request: dict[str, Any]) -> bytes:
     """Write a request as JSON.
 
     Raises:
-        RefusedError: It is nested too deeply.
+        RefusedError: It has what JSON or UTF-8 cannot say, or is nested too deeply.
     """
     try:
-        return json.dumps(request).encode()  # ASCII: half a surrogate pair has no UTF-8
+        return json.dumps(request, ensure_ascii=False, allow_nan=False).encode()
     except RecursionError:
         raise RefusedError(400, "the body is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise RefusedError(400, "the body has half a surrogate pair, which stands for no letter") from None
+    except ValueError:
+        raise RefusedError(400, "the body has a number that JSON does not know: NaN or one without end") from None
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

@@ -1,6 +1,6 @@
 """vLLM's engine and its own OpenAI application, for the versions of vLLM that Tandem runs with.
 
-Knows vLLM's import paths and arguments; nothing else in Tandem imports vLLM. Does not know Ray.
+Knows vLLM's import paths and arguments; besides it, only `serve.tools` and `serve.cpu_lora` import vLLM. Does not know Ray.
 """
 
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.schema import ModelConfig, ServeConfig
 from serve.adapters import Adapters
+from serve.tools import OFF
 
 CPU_WORKER = "serve.cpu_lora.GroupedLoraWorker"
 
@@ -17,6 +18,7 @@ def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> d
     """Return the environment that an engine's process needs before vLLM is imported."""
     shared = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # lets the resolver be asked; the routes of that name are closed in front
+        "VLLM_ENABLE_RESPONSES_API_STORE": "0",  # it is one for all keys, and never forgets
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",  # the base is local by now
@@ -46,6 +48,9 @@ def engine_arguments(model: ModelConfig, config: ServeConfig, folder: Path, base
     if config.max_answer_tokens is not None:
         arguments["--override-generation-config"] = json.dumps({"max_new_tokens": config.max_answer_tokens})
     flags = ["--enable-lora", "--disable-uvicorn-access-log"]
+    if config.tool_parser not in ("auto", OFF):
+        arguments["--tool-call-parser"] = config.tool_parser
+        flags.append("--enable-auto-tool-choice")
     if gpu_share is not None:
         arguments["--gpu-memory-utilization"] = f"{config.gpu_memory_share * gpu_share:.3f}"
         if config.quantization != "none":

@@ -3,7 +3,7 @@
 Pure ASGI: a stream passes through piece by piece. Knows HTTP and names. Does not know the engine.
 """
 
-import json
+import asyncio
 import logging
 import math
 import time
@@ -20,19 +20,21 @@ from serve.bounds import check_bounds
 from serve.feedback import FeedbackDesk
 from serve.keys import Key, KeyFile
 from serve.meter import Meter
+from serve.openapi import describe
 from serve.page import FILES, send_page
+from serve.protocols import ANTHROPIC_KEY_HEADER, PROTOCOLS, error_body, with_bearer
 from serve.quotas import Admission, QuotaError, Quotas, quotas_of
 from serve.refusal import UNAVAILABLE, App, Headers, Message, Receive, RefusedError, Scope, Send, send_json
 
-GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 FEEDBACK_PATH = "/v1/feedback"
 MODEL_HEADER = b"x-tandem-model"
 ID_HEADER = b"x-request-id"  # from which vLLM makes the completion's id
 RETRY_S = 1
 LETTERS_A_TOKEN = 4  # of English; a guess that is set right by the usage that the engine states
-CONVERSATION_HEADER = b"x-tandem-conversation"
-# Ours are made anew, and a key is nothing that the engine should see.
-HEADERS_KEPT_BACK = frozenset({b"content-length", b"transfer-encoding", b"authorization", MODEL_HEADER})
+MAX_HEADER_BYTES = 64 * 1024  # the server before us knows no bound
+# Ours are made anew, a key is nothing that the engine should see, and by vLLM's own a client could jump the queue.
+OURS = {b"content-length", b"transfer-encoding", b"authorization", ANTHROPIC_KEY_HEADER, MODEL_HEADER}
+HEADERS_KEPT_BACK = frozenset(OURS | {b"x-vllm-priority", b"x-data-parallel-rank"})
 
 
 log = logging.getLogger("tandem.serve")
@@ -71,16 +73,18 @@ class Front:
         try:
             await self._route(scope, receive, send_watched)
         except RefusedError as refusal:
-            await send_json(send, refusal.status, refusal.body(), refusal.headers)
+            await send_json(send, refusal.status, error_body(scope["path"], refusal), refusal.headers)
         except Exception as error:
             log.exception("a request failed")
             if begun:
                 raise
             failure = RefusedError(500, f"the endpoint failed ({type(error).__name__}); its log says more", kind="server_error")
-            await send_json(send, failure.status, failure.body())
+            await send_json(send, failure.status, error_body(scope["path"], failure))
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            raise RefusedError(431, f"the headers are over {MAX_HEADER_BYTES} bytes")
         if path == "/health" and method == "GET":
             await self.app(scope, receive, send)
             return
@@ -90,8 +94,9 @@ class Front:
         if path == "/page.json" and method == "GET":
             await send_json(send, 200, self.feedback.told())
             return
+        scope = with_bearer(scope)
         key = self._authorize(scope)
-        if path in GENERATE_PATHS or path == FEEDBACK_PATH:
+        if path in PROTOCOLS or path == FEEDBACK_PATH:
             if method != "POST":
                 raise RefusedError(405, f"{path} takes POST, not {method}")
             if path == FEEDBACK_PATH:
@@ -100,6 +105,10 @@ class Front:
                 await self._generate(key, scope, receive, send)
         elif path == "/v1/models" and method == "GET":
             await send_json(send, 200, {"object": "list", "data": [self._model_card(name) for name in self._names(key)]})
+        elif path == "/openapi.json" and method == "GET":
+            await send_json(send, 200, await asyncio.to_thread(describe, self.app))  # half a second, the first time
+        elif path == "/v1/embeddings":
+            raise RefusedError(404, f"no such route: {path}; {self.adapters.base.name} generates text, and makes no embeddings")
         else:
             raise RefusedError(404, f"no such route: {method} {path}")
 
@@ -134,12 +143,16 @@ class Front:
             raise RefusedError(400, f"you must name a model; there are: {known}", param="model")
         if key is not None and not key.may_use(name):
             raise self._unknown(name, key)
-        with self._places(check_bounds(request, self.config)):
-            version = await self._resolve(name, key, lambda: _conversation(scope, request, key))
+        protocol = PROTOCOLS[scope["path"]]
+        with self._places(check_bounds(request, protocol, self.config)):
+            owner = key.sha256 if key else ""
+            version = await self._resolve(name, key, lambda: protocol.conversation(scope, request, owner))
             request["model"] = version
-            scope = _with_id(scope, self.feedback.ids.make(version, key))
+            completion_id = self.feedback.ids.make(version, key)
+            scope = _with_id(scope, completion_id)
             with self.feedback.listening(send, request, key) as send_heard:
-                self._add_system_prompt(request, version)
+                protocol.put_id(request, completion_id)
+                protocol.add_system_prompt(request, self.adapters.system_prompt(version))
                 send_named = _with_headers(send_heard, [(MODEL_HEADER, version.encode())])
                 if key is None or not quotas_of(key):
                     await self._hand_on(request, scope, receive, send_named)
@@ -158,7 +171,7 @@ class Front:
         if key.tpm is None:
             await self._hand_on(request, scope, receive, send)
             return
-        meter = Meter(request)
+        meter = Meter(request, PROTOCOLS[scope["path"]])
         try:
             await self._hand_on(request, scope, receive, _metered(send, meter))
         finally:
@@ -196,16 +209,6 @@ class Front:
             raise refusal
         return admission
 
-    def _add_system_prompt(self, request: dict[str, Any], version: str) -> None:
-        """Begin a conversation as the version was trained to: with its own system message, unless the request brings one."""
-        messages, prompt = request.get("messages"), self.adapters.system_prompt(version)
-        if not prompt or not isinstance(messages, list) or not messages:
-            return
-        first = messages[0]
-        if isinstance(first, dict) and first.get("role") in ("system", "developer"):
-            return
-        request["messages"] = [{"role": "system", "content": prompt}, *messages]
-
     async def _resolve(self, name: str, key: Key | None, conversation: Callable[[], str]) -> str:
         try:
             return await self.adapters.resolve(name, conversation)
@@ -218,19 +221,6 @@ class Front:
         """Say the same of a name that is not there and of one that the key does not open."""
         known = ", ".join(self._names(key)[:10]) or "none that this key may use"
         return RefusedError(404, f"The model `{name[:100]}` does not exist. There are: {known}", kind="not_found_error", param="model")
-
-
-def _conversation(scope: Scope, request: dict[str, Any], key: Key | None) -> str:
-    """Return what stays the same over a conversation: what the client says it is, or its first user message; and always the key.
-
-    Completions have no conversation: without a word from the client, all of a key's are one.
-    """
-    said = dict(scope["headers"]).get(CONVERSATION_HEADER, b"").decode("latin-1") or request.get("user")
-    if not isinstance(said, str) or not said:
-        messages = request.get("messages")
-        turns = messages if isinstance(messages, list) else []
-        said = json.dumps(next((turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"), None))
-    return f"{key.sha256 if key else ''}\n{said}"
 
 
 def _with_id(scope: Scope, completion_id: str) -> Scope:

@@ -164,6 +164,6 @@ def make_config(folder: Path, model: Path, chat_port: int) -> Path:
         "train: {lora: {rank: 4, alpha: 8}, learning_rate: 5.0e-3, batch_size: 4, max_steps: 8, log_every_steps: 1,\n"
         "        checkpoint_every_steps: 4}\n"
         f"serve: {{port: {chat_port}, max_model_len_tokens: 256, max_lora_rank: 8, max_loras: 2, max_num_seqs: 8,\n"
-        "        feedback: {keep_conversations: true}}\n"
+        "        tool_parser: hermes, max_answer_tokens: 96, feedback: {keep_conversations: true}}\n"
     )
     return config

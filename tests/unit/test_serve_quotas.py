@@ -8,8 +8,11 @@ import pytest
 
 from serve.keys import KeyFile
 from serve.meter import Meter
+from serve.protocols import PROTOCOLS
 from serve.quotas import Counter, QuotaError
 from tests.helpers.front import ASKED, BASE, Answer, HereQuotas, chat, make_front, refused
+
+CHAT = PROTOCOLS["/v1/chat/completions"]
 
 
 def keyed(ask, secret, **changes) -> Answer:
@@ -79,7 +82,7 @@ def test_a_long_prompt_is_paid_for_before_its_answer_comes(ask, keys, engine):
 
 
 def test_a_stream_that_breaks_off_is_counted_by_its_events():
-    meter = Meter({"stream": True})
+    meter = Meter({"stream": True}, CHAT)
     for body in [b'data: {"choices":[{}]}\n\n'] * 5 + [b"data: [DONE]\n\n", b'{"error":{}}']:
         assert meter.passes({"type": "http.response.body", "body": body})
     assert meter.num_tokens(7) == 12
@@ -87,7 +90,7 @@ def test_a_stream_that_breaks_off_is_counted_by_its_events():
 
 @pytest.mark.parametrize("body", [b"", b"no json", b'{"usage":null}', b"[]", b'{"error":{}}'])
 def test_an_answer_without_usage_costs_its_prompt(body):
-    meter = Meter({})
+    meter = Meter({}, CHAT)
     assert meter.passes({"type": "http.response.body", "body": body})
     assert meter.num_tokens(7) == 7
 
@@ -135,7 +138,6 @@ def test_of_two_spent_quotas_the_one_that_keeps_longest_says_when_to_come_again(
         {"prompt": ["a"] * 9},
         {"prompt": [[1]] * 9},
         {"prompt": ["a"] * 5, "n": 2},
-        {"prompt": "a", "prompt_embeds": ["x"] * 9},
     ],
     ids=str,
 )

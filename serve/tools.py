@@ -1,0 +1,54 @@
+"""Which of vLLM's parsers reads a model's tool calls.
+
+Knows the files of a base model, and vLLM's parsers by name. Does not know requests.
+"""
+
+import json
+from pathlib import Path
+
+from configs.errors import ConfigError
+
+OFF = "none"
+FAMILIES = {
+    "llama": ("llama3_json", "<|python_tag|>"),
+    "llama4": ("llama4_pythonic", "<|python_start|>"),
+    "mistral": ("mistral", "[TOOL_CALLS]"),
+    "qwen2": ("hermes", "<tool_call>"),
+    "qwen2_moe": ("hermes", "<tool_call>"),
+    "qwen3": ("hermes", "<tool_call>"),
+    "qwen3_moe": ("hermes", "<tool_call>"),
+}
+"""Parser by `model_type`, and the mark of a call, which the model's tokenizer or template has if this model was taught to make any."""
+CODER_MARK, CODER_PARSER = "<function=", "qwen3_coder"
+MARKED_FILES = ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json", "tekken.json")
+
+
+def choose_tool_parser(folder: Path, wanted: str) -> str:
+    """Return the parser for a base model, or `none`; `wanted` is `serve.tool_parser`."""
+    if wanted != "auto":
+        return wanted
+    parser, mark = FAMILIES.get(json.loads((folder / "config.json").read_text()).get("model_type"), (OFF, ""))
+    texts = [(folder / name).read_text(errors="replace") for name in MARKED_FILES if (folder / name).is_file()]
+    if not any(mark in text for text in texts):
+        return OFF
+    return CODER_PARSER if parser == "hermes" and any(CODER_MARK in text for text in texts[:2]) else parser
+
+
+def check_tool_parser(folder: Path, parser: str) -> None:
+    """Check that vLLM has a parser and that it suits the model's tokenizer: else each request with tools would fail.
+
+    Raises:
+        ConfigError: It does not, and why.
+    """
+    from vllm.tokenizers import get_tokenizer
+    from vllm.tool_parsers import ToolParserManager
+
+    if parser == OFF:
+        return
+    known = ToolParserManager.list_registered()
+    if parser not in known:
+        raise ConfigError(f"serve.tool_parser={parser}: vLLM has no such parser", f"there are: {', '.join(sorted(known))}", "auto or none")
+    try:
+        ToolParserManager.get_tool_parser(parser)(get_tokenizer(str(folder)))
+    except Exception as error:  # each parser has its own way to say that a token is missing
+        raise ConfigError(f"serve.tool_parser={parser} does not suit this model", str(error), "serve.tool_parser=none") from error

@@ -1,0 +1,75 @@
+"""What Tandem knows of vLLM's requests, description and parsers, held against vLLM itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError
+from serve.bounds import CLOSED
+from serve.openapi import describe
+from serve.protocols import PROTOCOLS
+from serve.tools import FAMILIES, check_tool_parser
+from tests.helpers.data import tokenizer_folder
+
+OPEN = """
+    add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template_kwargs continue_final_message documents
+    echo enable_response_messages frequency_penalty ignore_eos include include_reasoning include_stop_str_in_output input instructions
+    length_penalty logit_bias logprob_token_ids logprobs max_completion_tokens max_output_tokens max_tokens max_tool_calls messages metadata
+    min_p min_tokens model n output_config parallel_tool_calls presence_penalty prompt prompt_cache_key prompt_logprobs reasoning
+    reasoning_effort repetition_penalty request_id response_format return_assistant_tokens_mask return_prompt_text return_token_ids
+    return_token_offsets return_tokens_as_token_ids routed_experts_prompt_start seed service_tier session_id skip_special_tokens
+    spaces_between_special_tokens stop stop_sequences stop_token_ids store stream stream_interval stream_options suffix system temperature
+    text tool_choice tools top_k top_logprobs top_p truncate_prompt_tokens truncation truncation_side user
+"""
+
+
+@pytest.fixture(scope="module")
+def app():
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from serve.engine import _entry_points
+
+    build_app, _, make_arg_parser = _entry_points()
+    return build_app(make_arg_parser(FlexibleArgumentParser()).parse_args([]), supported_tasks=("generate",))
+
+
+def request_schema(described: dict, path: str) -> dict:
+    schema = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    return described["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+
+
+def test_every_field_of_vllms_requests_was_judged(app):
+    """A field that a later vLLM brings is neither open nor closed until somebody has looked at it."""
+    whole = app.openapi()
+    fields = {name for path in PROTOCOLS for name in request_schema(whole, path)["properties"]}
+    assert fields <= set(OPEN.split()) | set(CLOSED)
+    assert not set(OPEN.split()) & set(CLOSED)
+
+
+def test_the_description_has_what_is_open_and_nothing_else(app):
+    described = describe(app)
+    assert set(described["paths"]) == {*PROTOCOLS, "/v1/models"}
+    for path in PROTOCOLS:
+        assert set(described["paths"][path]) == {"post"}
+        assert not set(request_schema(described, path)["properties"]) & set(CLOSED)
+    text = json.dumps(described)
+    assert "load_lora" not in text
+    named = {part.partition('"')[0] for part in text.split('"$ref": "#/components/schemas/')[1:]}
+    assert named == set(described["components"]["schemas"])
+
+
+def test_the_families_parsers_are_vllms():
+    from vllm.tool_parsers import ToolParserManager
+
+    assert {parser for parser, _ in FAMILIES.values()} <= set(ToolParserManager.list_registered())
+
+
+def test_a_parser_that_is_not_there_or_does_not_suit_is_named():
+    folder: Path = tokenizer_folder()
+    check_tool_parser(folder, "none")
+    check_tool_parser(folder, "hermes")
+    with pytest.raises(ConfigError, match="vLLM has no such parser"):
+        check_tool_parser(folder, "hermse")
+    with pytest.raises(ConfigError, match="does not suit this model"):
+        check_tool_parser(folder, "llama3_json")
