@@ -1,7 +1,7 @@
 """The HTTP proxy before the replicas: HAProxy, which Ray Serve drives, where it can run.
 
-Ray writes HAProxy's configuration and leaves two of its ports open to everyone; a launcher of ours closes them first, and gives
-HAProxy's own errors OpenAI's shape. Knows files, ports and limits. Does not know what is served.
+Ray writes HAProxy's configuration and leaves two of its ports open to everyone; a launcher of ours makes sockets of them first, and
+gives HAProxy's own errors OpenAI's shape. Knows files, ports and limits. Does not know what is served.
 """
 
 import json
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from cluster.home import write_text
-from cluster.processes import free_port
+from cluster.processes import quiet_port
 from configs.schema import MachineConfig
 
 MAX_CONNECTIONS = 4096
@@ -23,13 +23,16 @@ DESCRIPTORS_BESIDE = 512
 MAX_FOLDER_LETTERS = 97 - 58 - len("/metrics")  # HAProxy's limit for a socket's path, of which Ray takes 58 for a folder a node
 RETRY_S = 1
 
+# 8404 and 9101 are Ray's defaults for statistics and metrics, open to everyone; Ray reads neither, it asks the admin socket.
 LAUNCHER = """#!/bin/sh
 # Closes what Ray's configuration leaves open, and becomes HAProxy.
 for word; do
     [ "$before" = -f ] && file=$word
     before=$word
 done
-sed -i -E -e 's#bind [^ ]*:({ports})$#bind 127.0.0.1:\\1#' -e 's#(errorfile 50[234]) .*#\\1 {error}#' "$file" || exit 1
+here=$(dirname "$0")
+sed -i -E -e "s#bind (:|\\*:)(8404|9101)\\$#bind unix@$here/\\2#" \
+    -e "s#(errorfile 50[234]) .*#\\1 $here/gone.http#" "$file" || exit 1
 exec {binary} "$@"
 """
 
@@ -41,26 +44,26 @@ def proxy_environment(machine: MachineConfig, folder: Path) -> dict[str, str]:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)  # who reaches the admin socket may stop the proxy
-    ports = {"METRICS": free_port(), "STATS": free_port()}
-    error, launcher = folder / "unavailable.http", folder / "haproxy"
-    write_text(error, _unavailable())
-    words = {"ports": "|".join(map(str, ports.values())), "error": error, "binary": shlex.quote(binary)}
-    write_text(launcher, LAUNCHER.format(**words), mode=0o700)
-    places = {
-        "CONFIG_FILE_LOC": "haproxy.cfg",
-        "SOCKET_PATH": "admin",
-        "SERVER_STATE_FILE": "state",
-        "METRICS_SOCKET_PATH": "metrics",
-    }
+    launcher = folder / "haproxy"
+    write_text(launcher, LAUNCHER.format(binary=shlex.quote(binary)), mode=0o700)
+    write_text(folder / "gone.http", _unavailable())
+    places = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin", "SERVER_STATE_FILE": "state", "METRICS_SOCKET_PATH": "metrics"}
     settings = {
         "MAXCONN": str(_num_connections()),
         "NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "BINARY_PATH": str(launcher),
         "SERVER_STATE_BASE": str(folder),
-        **{f"{name}_PORT": str(port) for name, port in ports.items()},
         **{name: str(folder / file) for name, file in places.items()},
     }
-    return {"RAY_SERVE_ENABLE_HA_PROXY": "1", **{f"RAY_SERVE_HAPROXY_{name}": value for name, value in settings.items()}}
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # Serve's own proxy takes over while no engine is up. Its default port would be shared with another Tandem's.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(quiet_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(quiet_port()),
+        # One machine's HAProxy knows at once which replica leaves.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+        **{f"RAY_SERVE_HAPROXY_{name}": value for name, value in settings.items()},
+    }
 
 
 @cache

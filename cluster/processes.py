@@ -5,6 +5,7 @@ Knows psutil. Does not know what the processes do.
 
 import errno
 import os
+import random
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,8 @@ import psutil
 
 from cluster.home import home_folder
 from configs.errors import ClusterError
+
+QUIET_PORTS = range(20_000, 30_000)  # Ray's workers take ports below, Serve's replicas and the system those above
 
 
 @dataclass(frozen=True)
@@ -92,3 +95,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def quiet_port() -> int:
+    """Return a free port for something that listens later: none of those that the system or Ray hand out meanwhile."""
+    for port in random.sample(QUIET_PORTS, len(QUIET_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ClusterError("no port is free", f"all from {QUIET_PORTS[0]} to {QUIET_PORTS[-1]} are taken", "python -m cluster doctor")

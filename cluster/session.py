@@ -33,6 +33,8 @@ class Session:
     mlflow_url: str
     machine: dict[str, Any] = field(default_factory=dict)
     """The settings that it was started with."""
+    has_haproxy: bool = False
+    """Whether HAProxy stands before the engines, and not Ray Serve's own proxy."""
     ready: bool = True
     """False until all of it answers; an `up` that is killed leaves it so."""
 

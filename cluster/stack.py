@@ -59,8 +59,9 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
         if not token_file().is_file():
             write_text(token_file(), secrets.token_hex(32), mode=0o600)
         cards = find_cards(machine)
-        session = _plan(machine, cards)
-        shared = {**session.environment(), **_stack_environment(machine), **proxy_environment(machine, ray_folder() / "proxy")}
+        proxy = proxy_environment(machine, ray_folder() / "proxy")
+        session = replace(_plan(machine, cards), has_haproxy=bool(proxy))
+        shared = {**session.environment(), **_stack_environment(machine), **proxy}
         try:
             for name, command, extra in _commands(machine, cards, session):
                 say(f"starting {name}")
@@ -178,8 +179,8 @@ def _stack_environment(machine: MachineConfig) -> dict[str, str]:
         "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
         "RAY_prestart_worker_first_driver": "0",
         **_idle_environment(),
-        # An engine's replica answers in the loop that its requests come in: a second thread costs 30 us of each streamed token.
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # A replica answers in the loop that its requests come in: no streamed token goes from one thread to another.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -45,7 +45,8 @@ def _services(session: Session, served: dict[str, Any]) -> Table:
     table.add_row("dashboard", session.dashboard_url, "up")
     table.add_row("MLflow", session.mlflow_url, "up" if answers(f"{session.mlflow_url}/health") else "[red]does not answer[/]")
     for application in served.values():
-        table.add_row("chat", _address(application), application["status"].lower())
+        proxy = "HAProxy" if session.has_haproxy else "Ray Serve's proxy"
+        table.add_row("chat", _address(application), f"{application['status'].lower()}, through {proxy}")
     if not served:
         table.add_row("chat", "", "not started: python -m serve configs/helpdesk.yaml")
     return table
@@ -53,7 +54,7 @@ def _services(session: Session, served: dict[str, Any]) -> Table:
 
 def _address(application: dict[str, Any]) -> str:
     arguments = (application.get("deployed_app_config") or {}).get("args", {})
-    serve = arguments.get("config", {}).get("serve", {})
+    serve = arguments.get("serve", {})
     return f"http://{serve.get('host')}:{serve.get('port')}/v1" if serve else ""
 
 

@@ -222,6 +222,8 @@ class ServeConfig(Settings):
     """Longest answer, in tokens, whatever a request asks for; what the context leaves, if empty."""
     max_choices: int = Field(8, ge=1)
     """Answers that one request may ask for (`n`)."""
+    temperature: float | None = Field(None, ge=0.0, le=2.0)
+    """Temperature of requests that name none; 0 gives the likeliest answer. The model's own, or 1, if empty."""
     scaling: ScalingConfig = ScalingConfig()
     """How many engines answer, each on a card of its own."""
     feedback: FeedbackConfig = FeedbackConfig()

@@ -16,16 +16,17 @@ from cluster.models import check_model, ensure_model
 from cluster.processes import port_owner
 from cluster.session import Session, is_alive, read_raylets
 from configs.errors import AccessError, ClusterError, last_lines
-from configs.schema import ChatbotConfig, MachineConfig
+from configs.schema import ChatbotConfig, ServeConfig
 from serve.feedback_store import check_store
 from serve.keys import KeyFile, is_loopback
 
-APPLICATION = "chat"
-EVERYWHERE = "0.0.0.0"  # noqa: S104 (a name for it, not a socket)
+APPLICATION, DEPLOYMENT = "chat", "engine"
+BEHIND_HAPROXY = ("127.0.0.1", "localhost", "0.0.0.0")  # noqa: S104 (names, not sockets)
 API = "/api/serve/applications/"
 POLL_S = 0.5
 START_TIMEOUT_S = 900
-NUM_ARRIVING = 200  # requests whose bodies are being read, or that the front, whose queue is bounded, is refusing
+METRICS_INTERVAL_S = 1.0  # how often a replica tells its requests in flight
+LOOK_BACK_S = 5.0  # they are averaged over so long
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 
@@ -69,11 +70,11 @@ def _require_keys(config: ChatbotConfig) -> None:
 
 
 def _require_host(config: ChatbotConfig, session: Session) -> None:
-    """Refuse an address at which HAProxy would look for the engines in vain: it asks them at the cluster's own."""
-    host, machine = config.serve.host, MachineConfig.model_validate(session.machine)
-    if machine.http_proxy == "auto" and not is_loopback(host) and host not in (EVERYWHERE, machine.listen_host):
-        remedy = f"serve.host={EVERYWHERE}, or python -m cluster down, and up again with http_proxy=python"
-        raise ClusterError(f"serve.host={host} is not served", "HAProxy reaches the engines at the cluster's own address alone", remedy)
+    """Refuse an address at which HAProxy would look for the engines in vain: it asks those of its own machine at 127.0.0.1."""
+    host = config.serve.host
+    if session.has_haproxy and host not in BEHIND_HAPROXY:
+        remedy = "serve.host=0.0.0.0, or python -m cluster down, and up again with http_proxy=python"
+        raise ClusterError(f"serve.host={host} is not served", f"behind HAProxy it is one of {', '.join(BEHIND_HAPROXY)}", remedy)
 
 
 def _num_cards(config: ChatbotConfig, raylets: list[dict[str, Any]]) -> int:
@@ -81,9 +82,9 @@ def _num_cards(config: ChatbotConfig, raylets: list[dict[str, Any]]) -> int:
     scaling = config.serve.scaling
     pools = ("serve", "train") if scaling.use_train_cards else ("serve",)
     found = sum(is_alive(raylet) and raylet.get("labels", {}).get("pool") in pools for raylet in raylets)
-    if found < scaling.min_replicas:
+    if found < max(1, scaling.min_replicas):
         why = f"each engine takes a card, and there {'is' if found == 1 else 'are'} {found} of {' and '.join(pools)}"
-        remedy = f"serve.scaling.min_replicas={found}, more cards, or serve.scaling.use_train_cards=true"
+        remedy = "a smaller serve.scaling.min_replicas, more cards, or serve.scaling.use_train_cards=true"
         raise ClusterError(f"serve.scaling.min_replicas={scaling.min_replicas} engines cannot run", why, remedy)
     return found
 
@@ -192,14 +193,33 @@ def _wanted(config: ChatbotConfig, session: Session, num_cards: int) -> dict[str
     cards = [card for card in session.cards if card["pool"] == "serve" or scaling.use_train_cards]
     shares = [float(card["gpu-share"]) for card in cards if "gpu-share" in card]
     arguments = {
-        "config": config.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json"),
+        "serve": config.serve.model_dump(mode="json", exclude={"scaling"}),
         "base_name": served_base_name(config.model.name),
         "gpu_share": min(shares) if shares else None,
-        "max_replicas": min(scaling.max_replicas, num_cards),
-        "max_ongoing_requests": config.serve.max_num_seqs + config.serve.max_waiting_requests + NUM_ARRIVING,
+        "use_train_cards": scaling.use_train_cards,
     }
+    application = {"name": APPLICATION, "route_prefix": "/", "import_path": "serve.app:build", "args": arguments}
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": config.serve.host, "port": config.serve.port},
-        "applications": [{"name": APPLICATION, "route_prefix": "/", "import_path": "serve.app:build", "args": arguments}],
+        "applications": [{**application, "deployments": [{"name": DEPLOYMENT, **_num_replicas(config.serve, num_cards)}]}],
     }
+
+
+def _num_replicas(config: ServeConfig, num_cards: int) -> dict[str, Any]:
+    """Return Serve's words for how many engines there are: a number, or what to grow and shrink by."""
+    scaling, most = config.scaling, min(config.scaling.max_replicas, num_cards)
+    if scaling.min_replicas == most:
+        return {"num_replicas": most}
+    autoscaling = {
+        "min_replicas": scaling.min_replicas,
+        "initial_replicas": max(1, scaling.min_replicas),
+        "max_replicas": most,
+        "target_ongoing_requests": scaling.requests_per_replica or config.max_num_seqs,
+        "upscale_delay_s": scaling.up_after_s,
+        "downscale_delay_s": scaling.down_after_s,
+        "metrics_interval_s": METRICS_INTERVAL_S,
+        "look_back_period_s": LOOK_BACK_S,
+    }
+    return {"autoscaling_config": autoscaling}

@@ -21,6 +21,7 @@ def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> d
         "VLLM_ENABLE_RESPONSES_API_STORE": "0",  # it is one for all keys, and never forgets
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CONFIGURE_LOGGING": "0",  # it would close the handlers of the process that it is imported into: the replica's log
         "HF_HUB_OFFLINE": "1",  # the base is local by now
         "OMP_NUM_THREADS": str(num_threads),  # Ray sets it to 1
     }
@@ -45,8 +46,9 @@ def engine_arguments(model: ModelConfig, config: ServeConfig, folder: Path, base
         "--max-loras": str(config.max_loras),
         "--max-cpu-loras": str(config.max_cpu_loras),
     }
-    if config.max_answer_tokens is not None:
-        arguments["--override-generation-config"] = json.dumps({"max_new_tokens": config.max_answer_tokens})
+    wanted = {"max_new_tokens": config.max_answer_tokens, "temperature": config.temperature}
+    if set_here := {name: value for name, value in wanted.items() if value is not None}:
+        arguments["--override-generation-config"] = json.dumps(set_here)
     flags = ["--enable-lora", "--disable-uvicorn-access-log"]
     if config.tool_parser not in ("auto", OFF):
         arguments["--tool-call-parser"] = config.tool_parser

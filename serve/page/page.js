@@ -43,7 +43,8 @@ function show(role, content, by = "") {
 }
 
 function complain(error) {
-  show("bad", error.message);
+  // What `fetch` throws where the endpoint has gone has no words for people.
+  show("bad", error instanceof TypeError ? "The connection broke. Ask again in a moment." : error.message);
   if (error.status === 401) openKey();
 }
 

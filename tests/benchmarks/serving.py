@@ -1,7 +1,7 @@
 """Tandem's endpoint against bare vLLM with the same arguments, by vLLM's own benchmark client, in the same run.
 
 `python tests/benchmarks/serving.py [--shape 8b|tiny] [--eager]`; 256 tokens in, 128 out, streamed. The cluster must be up; on a single GPU
-both get the serve card's half of its memory, one after the other.
+each has the serve card's share of its memory, half of it, and they are loaded in turn.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import httpx
 from bench import make_model, run_cli, write_result
@@ -25,7 +26,8 @@ from configs.loader import ROOT, load_chatbot
 from serve.engine import CPU_WORKER, engine_arguments, engine_environment
 
 BARE_PORT = 8100
-NUM_PROMPTS = {1: 8, 64: 384, 256: 768}
+NUM_PROMPTS = {1: 8, 64: 256, 256: 512}
+NUM_ROUNDS = 3
 TOKENS_IN, TOKENS_OUT = 256, 128
 START_TIMEOUT_S = 400
 
@@ -92,38 +94,53 @@ def proxy_name() -> str:
     return "HAProxy" if "haproxy" in names else "Serve's Python proxy"
 
 
+def make_bench_config(folder: Path, eager: bool) -> Path:
+    """Write the chatbot that is served: a model of random weights."""
+    config = Path(tempfile.mkdtemp(prefix="tandem-bench-")) / "bench.yaml"
+    config.write_text(
+        f"name: bench\nmodel: {{name: {folder}}}\ndata: {{source: data/helpdesk.jsonl, split: marked, max_length_tokens: 128}}\n"
+        f"serve: {{max_num_seqs: 256, max_lora_rank: 16, max_model_len_tokens: 1024, enforce_eager: {str(eager).lower()}}}\n"
+    )
+    return config
+
+
+def compare(ports: dict[str, tuple[int, str]], tokenizer: Path, counts: list[int]) -> Iterator[dict[str, float]]:
+    """Load both in turn, `NUM_ROUNDS` times; yield the medians after each number of requests at once.
+
+    In turn, and each first once: a machine whose speed changes must not favour the one that was measured later.
+    """
+    figures: dict[str, float] = {}
+    for count in counts:
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
+        for number in range(NUM_ROUNDS):
+            for name, (port, model) in sorted(ports.items(), reverse=number % 2 == 1):
+                rounds[name].append(load(port, model, tokenizer, count))
+                console.print(f"{name}, {count} at once: {rounds[name][-1]}")
+        for name, results in rounds.items():
+            figures |= {f"{name}_c{count}_{key}": median(result[key] for result in results) for key in results[0]}
+        figures[f"serve_ratio_c{count}"] = figures[f"tandem_c{count}_tokens_per_s"] / figures[f"bare_c{count}_tokens_per_s"]
+        figures[f"ttft_added_c{count}_ms"] = figures[f"tandem_c{count}_ttft_ms"] - figures[f"bare_c{count}_ttft_ms"]
+        yield figures
+
+
 def main() -> None:
-    """Measure bare vLLM, then Tandem, and write both side by side."""
+    """Start bare vLLM and Tandem side by side, measure them in turn, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--eager", action="store_true")
     arguments = parser.parse_args()
     folder = make_model(arguments.shape, Path(tempfile.gettempdir()) / f"tandem-bench-{arguments.shape}")
-    work = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
-    config = work / "bench.yaml"
-    config.write_text(
-        f"name: bench\nmodel: {{name: {folder}}}\ndata: {{source: data/helpdesk.jsonl, split: marked, max_length_tokens: 128}}\n"
-        f"serve: {{max_num_seqs: 256, max_lora_rank: 16, max_model_len_tokens: 1024, enforce_eager: {str(arguments.eager).lower()}}}\n"
-    )
-    figures: dict[str, float] = {}
-    with bare_vllm(str(config), []) as start_s:
-        figures["bare_start_s"] = start_s
-        for count in arguments.at_once:
-            figures |= {f"bare_c{count}_{name}": value for name, value in load(BARE_PORT, "bench", folder, count).items()}
-            console.print({name: round(value, 1) for name, value in figures.items() if f"c{count}_" in name})
-    time.sleep(5)  # the card's memory is free a moment after the process is gone
+    config = make_bench_config(folder, arguments.eager)
     started_s = time.monotonic()
     run_cli("serve", str(config))
-    figures["start_s"] = time.monotonic() - started_s
-    port, smallest = load_chatbot(config).serve.port, arguments.at_once[0]
-    notes = {"eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "proxy": proxy_name()}
-    for count in arguments.at_once:
-        figures |= {f"c{count}_{name}": value for name, value in load(port, folder.name, folder, count).items()}
-        figures[f"serve_ratio_c{count}"] = figures[f"c{count}_tokens_per_s"] / figures[f"bare_c{count}_tokens_per_s"]
-        figures["ttft_added_ms"] = figures[f"c{smallest}_ttft_ms"] - figures[f"bare_c{smallest}_ttft_ms"]
-        # After each, so that a machine that is taken away leaves what was measured.
-        write_result("serving" if arguments.shape == "8b" else f"serving-{arguments.shape}", figures, notes)
+    starts = {"start_s": time.monotonic() - started_s}
+    notes = {"eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "rounds": NUM_ROUNDS, "proxy": proxy_name()}
+    with bare_vllm(str(config), []) as starts["bare_start_s"]:
+        ports = {"bare": (BARE_PORT, "bench"), "tandem": (load_chatbot(config).serve.port, folder.name)}
+        for figures in compare(ports, folder, arguments.at_once):
+            # After each, so that a machine that is taken away leaves what was measured.
+            write_result("serving" if arguments.shape == "8b" else f"serving-{arguments.shape}", {**starts, **figures}, notes)
 
 
 if __name__ == "__main__":

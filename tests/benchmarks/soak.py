@@ -196,14 +196,16 @@ def run(soak: Soak, few: str, length_s: float) -> None:
     began_s = time.monotonic()
     for thread in threads:
         thread.start()
-    for share in KILLS_AT:
-        time.sleep(max(0.0, began_s + share * length_s - time.monotonic()))
-        soak.kill()
-        console.print(f"killed; answered again after {soak.back_s[-1]:.1f} s; {dict(soak.counts)}")
-    time.sleep(max(0.0, began_s + length_s - time.monotonic()))
-    soak.over.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for share in KILLS_AT:
+            time.sleep(max(0.0, began_s + share * length_s - time.monotonic()))
+            soak.kill()
+            console.print(f"killed; answered again after {soak.back_s[-1]:.1f} s; {dict(soak.counts)}")
+        time.sleep(max(0.0, began_s + length_s - time.monotonic()))
+    finally:
+        soak.over.set()
+        for thread in threads:
+            thread.join()
 
 
 def figures_of(soak: Soak, length_s: float) -> dict[str, float]:

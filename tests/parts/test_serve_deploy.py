@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from typing import Any
 
@@ -77,10 +78,11 @@ def test_serve_is_told_the_whole_config(bot, up, dashboard):
     assert told["http_options"] == {"host": "127.0.0.1", "port": bot.serve.port}
     application = told["applications"][0]
     assert (application["name"], application["route_prefix"], application["import_path"]) == ("chat", "/", "serve.app:build")
-    assert ChatbotConfig.model_validate(application["args"]["config"]) == bot
+    arguments = application["args"]
+    assert (ModelConfig(**arguments["model"]), ServeConfig(**arguments["serve"])) == (bot.model, bot.serve)
+    assert application["deployments"] == [{"name": "engine", "num_replicas": 1}]
     assert application["args"]["base_name"] == "smollm2-135m"
     assert application["args"]["gpu_share"] is None
-    assert application["args"]["max_ongoing_requests"] >= 8
     assert dashboard.tokens == {"Bearer token"}
 
 
@@ -111,12 +113,14 @@ def test_an_address_that_others_reach_is_served_with_a_key_alone(bot, up, dashbo
     assert dashboard.put[0]["http_options"]["host"] == "0.0.0.0"
 
 
-def test_haproxy_asks_engines_at_the_clusters_address_so_another_is_refused(bot, up, dashboard):
+def test_haproxy_asks_engines_at_127_0_0_1_so_another_address_is_refused(bot, up, dashboard):
     KeyFile().create("alice")
-    elsewhere = bot.model_copy(update={"serve": bot.serve.model_copy(update={"host": "10.0.0.7"})})
-    with pytest.raises(ClusterError, match=r"(?s)10\.0\.0\.7 is not served.*serve.host=0\.0\.0\.0"):
-        deploy(elsewhere, up(dashboard.url), print, wait=False)
+    elsewhere = bot.model_copy(update={"serve": bot.serve.model_copy(update={"host": "127.0.0.2"})})
+    with pytest.raises(ClusterError, match=r"(?s)127\.0\.0\.2 is not served.*serve.host=0\.0\.0\.0"):
+        deploy(elsewhere, replace(up(dashboard.url), has_haproxy=True), print, wait=False)
     assert dashboard.put == []
+    deploy(elsewhere, up(dashboard.url), print, wait=False)
+    assert dashboard.put
 
 
 def scaled(bot: ChatbotConfig, **settings: Any) -> ChatbotConfig:
@@ -128,7 +132,12 @@ def test_engines_that_have_no_card_are_refused_and_no_more_are_asked_for_than_ca
         deploy(scaled(bot, min_replicas=2, max_replicas=2), up(dashboard.url), print, wait=False)
     assert dashboard.put == []
     deploy(scaled(bot, max_replicas=4), up(dashboard.url), print, wait=False)
-    assert dashboard.put[0]["applications"][0]["args"]["max_replicas"] == 1
+    deploy(scaled(bot, min_replicas=0, max_replicas=1), up(dashboard.url), print, wait=False)
+    fixed, asleep = (put["applications"][0] for put in dashboard.put)
+    assert fixed["deployments"][0]["num_replicas"] == 1
+    growth = asleep["deployments"][0]["autoscaling_config"]
+    assert (growth["min_replicas"], growth["initial_replicas"], growth["max_replicas"]) == (0, 1, 1)
+    assert fixed["args"] == asleep["args"], "other arguments would replace the engine"
 
 
 def test_after_a_failure_the_same_config_is_tried_again(bot, up, dashboard):
@@ -227,6 +236,11 @@ def test_an_engine_on_the_cpu_is_eager_and_takes_nothing_of_a_gpu(tmp_path):
     }
 
 
+def test_what_a_request_leaves_open_is_the_operators(tmp_path):
+    told = pairs(engine_arguments(ModelConfig(), ServeConfig(temperature=0.0, max_answer_tokens=5), tmp_path, "base", None))
+    assert json.loads(told["--override-generation-config"]) == {"temperature": 0.0, "max_new_tokens": 5}
+
+
 @pytest.mark.parametrize(("share", "memory"), [(1.0, "0.900"), (0.5, "0.450")])
 def test_an_engine_on_a_gpu_takes_its_share_of_the_memory(share, memory, tmp_path):
     options = pairs(engine_arguments(ModelConfig(), SERVE, tmp_path, "base", share))
@@ -242,6 +256,6 @@ def test_the_environment_of_an_engine_binds_threads_and_memory_on_the_cpu_alone(
     on_cpu = engine_environment(ServeConfig(kv_cache_gib=3), on_gpu=False, num_threads=7)
     on_gpu = engine_environment(ServeConfig(), on_gpu=True, num_threads=7)
     assert (on_cpu["VLLM_CPU_KVCACHE_SPACE"], on_cpu["VLLM_CPU_OMP_THREADS_BIND"], on_cpu["OMP_NUM_THREADS"]) == ("3", "nobind", "7")
-    assert not [name for name in on_gpu if "CPU" in name or "OMP" in name]
+    assert not [name for name in on_gpu if "CPU" in name or "BIND" in name]
     assert on_gpu.items() <= on_cpu.items()
     assert all(isinstance(value, str) for value in on_cpu.values())
