@@ -203,23 +203,20 @@ def _wanted(config: ChatbotConfig, session: Session, num_cards: int) -> dict[str
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": config.serve.host, "port": config.serve.port},
-        "applications": [{**application, "deployments": [{"name": DEPLOYMENT, **_num_replicas(config.serve, num_cards)}]}],
+        "applications": [{**application, "deployments": [{"name": DEPLOYMENT, "autoscaling_config": _growth(config.serve, num_cards)}]}],
     }
 
 
-def _num_replicas(config: ServeConfig, num_cards: int) -> dict[str, Any]:
-    """Return Serve's words for how many engines there are: a number, or what to grow and shrink by."""
-    scaling, most = config.scaling, min(config.scaling.max_replicas, num_cards)
-    if scaling.min_replicas == most:
-        return {"num_replicas": most}
-    autoscaling = {
+def _growth(config: ServeConfig, num_cards: int) -> dict[str, Any]:
+    """Return what Serve grows and shrinks by; also where the number is fixed, since Serve would replace every engine at the change."""
+    scaling = config.scaling
+    return {
         "min_replicas": scaling.min_replicas,
         "initial_replicas": max(1, scaling.min_replicas),
-        "max_replicas": most,
+        "max_replicas": min(scaling.max_replicas, num_cards),
         "target_ongoing_requests": scaling.requests_per_replica or config.max_num_seqs,
         "upscale_delay_s": scaling.up_after_s,
         "downscale_delay_s": scaling.down_after_s,
         "metrics_interval_s": METRICS_INTERVAL_S,
         "look_back_period_s": LOOK_BACK_S,
     }
-    return {"autoscaling_config": autoscaling}

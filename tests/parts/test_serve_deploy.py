@@ -80,7 +80,8 @@ def test_serve_is_told_the_whole_config(bot, up, dashboard):
     assert (application["name"], application["route_prefix"], application["import_path"]) == ("chat", "/", "serve.app:build")
     arguments = application["args"]
     assert (ModelConfig(**arguments["model"]), ServeConfig(**arguments["serve"])) == (bot.model, bot.serve)
-    assert application["deployments"] == [{"name": "engine", "num_replicas": 1}]
+    growth = application["deployments"][0]["autoscaling_config"]
+    assert (growth["min_replicas"], growth["initial_replicas"], growth["max_replicas"]) == (1, 1, 1)
     assert application["args"]["base_name"] == "smollm2-135m"
     assert application["args"]["gpu_share"] is None
     assert dashboard.tokens == {"Bearer token"}
@@ -134,7 +135,7 @@ def test_engines_that_have_no_card_are_refused_and_no_more_are_asked_for_than_ca
     deploy(scaled(bot, max_replicas=4), up(dashboard.url), print, wait=False)
     deploy(scaled(bot, min_replicas=0, max_replicas=1), up(dashboard.url), print, wait=False)
     fixed, asleep = (put["applications"][0] for put in dashboard.put)
-    assert fixed["deployments"][0]["num_replicas"] == 1
+    assert fixed["deployments"][0]["autoscaling_config"]["max_replicas"] == 1
     growth = asleep["deployments"][0]["autoscaling_config"]
     assert (growth["min_replicas"], growth["initial_replicas"], growth["max_replicas"]) == (0, 1, 1)
     assert fixed["args"] == asleep["args"], "other arguments would replace the engine"

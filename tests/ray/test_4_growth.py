@@ -2,19 +2,21 @@
 
 import re
 import threading
+import time
 from collections import Counter
 
 import pytest
 
 from tests.ray.stack import Stack, wait_for
 
-NUM_AT_ONCE = 8
+NUM_AT_ONCE = 4
+PAUSE_S = 0.2  # between requests: the second engine must start on the cores that the first one has
 SCALING = {
     "min_replicas": 0,
     "max_replicas": 2,
-    "requests_per_replica": 2,
+    "requests_per_replica": 1,
     "up_after_s": 1,
-    "down_after_s": 5,
+    "down_after_s": 15,
 }
 
 
@@ -39,6 +41,7 @@ def test_a_burst_grows_it_quiet_shrinks_it_to_nothing_and_a_request_wakes_it(sta
     def again(number: int) -> None:
         while not grown.is_set():
             statuses[stack.ask(tiny_model.name, f"What is number {number}?", secret=secret, max_tokens=64).status_code] += 1
+            time.sleep(PAUSE_S)
 
     threads = [threading.Thread(target=again, args=(number,)) for number in range(NUM_AT_ONCE)]
     for thread in threads:
