@@ -1,6 +1,6 @@
 """One chat as it passes to the client: what was asked, and the pieces of the answer.
 
-Knows the shape of OpenAI's answers, whole and streamed. Does not know where they are kept.
+Knows the shape of answers of /v1/chat/completions, whole and streamed. Does not know where they are kept.
 """
 
 import json
@@ -37,6 +37,8 @@ class Transcript:
         try:
             answer = _read(b"".join(self._pieces))
         except (ValueError, KeyError, IndexError):  # a whole answer that the client did not wait for
+            return None
+        if not answer["answer"] and not answer["finish_reason"]:  # stopped before its first word
             return None
         return {"messages": self.messages, **answer}
 

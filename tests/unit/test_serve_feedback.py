@@ -164,14 +164,30 @@ def test_an_answer_that_was_stopped_is_kept_as_far_as_it_came(ask, engine, rows)
 
 @pytest.mark.parametrize(
     ("status", "pieces"),
-    [(400, whole("No.")), (200, (b'{"id": "chatcmpl-ID", "choi',)), (200, events("x" * 3000) * 1500), (200, (b"[]",)), (200, ())],
-    ids=["refused", "cut", "huge", "odd", "empty"],
+    [
+        (400, whole("No.")),
+        (200, (b'{"id": "chatcmpl-ID", "choi',)),
+        (200, events("x" * 3000) * 1500),
+        (200, (b"[]",)),
+        (200, ()),
+        (200, events(end=None)),
+    ],
+    ids=["refused", "cut", "huge", "odd", "empty", "wordless"],
 )
 def test_what_is_no_answer_is_not_kept(status, pieces, ask, engine, rows):
     engine.status, engine.pieces = status, pieces
     assert ask("POST", "/v1/chat/completions", ASKED, feedback=KEEPS).status == status
     say(ask, engine.completion_id)
     assert [row["answer"] for row in rows()] == [None]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1/completions"])
+def test_other_routes_conversations_are_not_kept(path, stream, ask, engine, keys):
+    engine.pieces = STREAMED if stream else WHOLE
+    fields = {"messages": [QUESTION], "input": [QUESTION], "prompt": "Hi", "stream": stream}
+    assert ask("POST", path, {"model": "helpdesk", "max_tokens": 5, **fields}, feedback=KEEPS).status == 200
+    assert not keys.file.with_name("feedback.db").exists(), "nothing was written at all"
 
 
 def test_a_database_that_is_gone_fails_no_answer(shelf, engine, caplog):
