@@ -7,8 +7,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import JSON, URL, Column, Double, Engine, MetaData, String, Table, UnicodeText, create_engine, event, make_url, select
@@ -157,12 +158,19 @@ def check_store() -> None:
         ClusterError: Its address or its driver is wrong, or it does not answer.
     """
     url = feedback_url()
-    try:
+    with _named(url, "stored in"):
         open_database(url).dispose()
-    except FAILURES as error:
-        shown = url.render_as_string(hide_password=True)
-        remedy = "mend FEEDBACK_URL in .env; the database must answer, and its driver be installed"
-        raise ClusterError(f"feedback cannot be stored in {shown}", _reason(error), remedy) from None
+
+
+def all_feedback() -> list[Row]:
+    """Return all feedback of this home folder, as `read_feedback` does.
+
+    Raises:
+        ClusterError: The database cannot be opened or read.
+    """
+    url = feedback_url()
+    with _named(url, "read from"):
+        return read_feedback(url)
 
 
 def read_feedback(url: URL | str) -> list[Row]:
@@ -175,6 +183,17 @@ def read_feedback(url: URL | str) -> list[Row]:
             return [dict(row) for row in connection.execute(wanted).mappings()]
     finally:
         database.dispose()
+
+
+@contextmanager
+def _named(url: URL, done: str) -> Iterator[None]:
+    """Turn what a database fails with into an error that names it, without its password."""
+    try:
+        yield
+    except FAILURES as error:
+        shown = url.render_as_string(hide_password=True)
+        remedy = "mend FEEDBACK_URL in .env; the database must answer, and its driver be installed"
+        raise ClusterError(f"feedback cannot be {done} {shown}", _reason(error), remedy) from None
 
 
 def _share(connection: Any, _: Any) -> None:
