@@ -87,7 +87,7 @@ class FeedbackDesk:
         try:
             yield transcript.follow(send)
         finally:
-            self.store.keep(make_row)
+            self.store.keep(make_row, transcript.num_bytes)
 
 
 def _signed(completion_id: str, version: str, key: Key | None) -> Row:

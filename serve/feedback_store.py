@@ -21,6 +21,7 @@ from configs.schema import Environment
 from serve.keys import OWNER_ONLY
 
 MAX_WAITING_ROWS = 256
+MAX_WAITING_BYTES = 64 * 2**20
 WRITE_TIMEOUT_S = 5.0
 BUSY_TIMEOUT_MS = 5000  # how long SQLite waits for another replica's write
 LOG_EVERY_S = 60.0
@@ -58,6 +59,7 @@ class FeedbackStore:
     def __init__(self, url: URL | str) -> None:
         self.url = url
         self.num_dropped = 0
+        self._waiting_bytes = 0
         self._database: Engine | None = None
         self._writer = ThreadPoolExecutor(1, "feedback")
         self._places = threading.BoundedSemaphore(MAX_WAITING_ROWS)
@@ -76,16 +78,25 @@ class FeedbackStore:
         except FAILURES as error:
             raise StoreError(_reason(error)) from None
 
-    def keep(self, make_row: Callable[[], Row | None]) -> None:
+    def keep(self, make_row: Callable[[], Row | None], num_bytes: int = 0) -> None:
         """Store a conversation some time; never waits and never fails: one that cannot be stored is counted and left out."""
+        with self._lock:
+            is_full = self._waiting_bytes + num_bytes > MAX_WAITING_BYTES
+            self._waiting_bytes += 0 if is_full else num_bytes
+        if is_full:
+            self._drop(f"{MAX_WAITING_BYTES} bytes wait already")
+            return
 
         def write() -> None:
             if row := make_row():
                 self._put(CONVERSATIONS, row)
 
         try:
-            self._submit(write).add_done_callback(self._note)
+            written = self._submit(write)
+            written.add_done_callback(lambda _: self._leave(num_bytes))
+            written.add_done_callback(self._note)
         except StoreError as error:
+            self._leave(num_bytes)
             self._drop(str(error))
 
     def close(self) -> None:
@@ -110,6 +121,10 @@ class FeedbackStore:
         with self._database.begin() as connection:
             connection.execute(table.delete().where(table.c.completion_id == row["completion_id"]))
             connection.execute(table.insert(), row)
+
+    def _leave(self, num_bytes: int) -> None:
+        with self._lock:
+            self._waiting_bytes -= num_bytes
 
     def _note(self, written: Future[None]) -> None:
         if not written.cancelled() and (error := written.exception()):

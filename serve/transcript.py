@@ -30,6 +30,11 @@ class Transcript:
 
         return send_heard
 
+    @property
+    def num_bytes(self) -> int:
+        """What it holds in memory, about: the conversation, and the answer so far."""
+        return self._num_bytes + len(json.dumps(self.messages))
+
     def row(self) -> dict[str, Any] | None:
         """Return the messages, and the answer with its id; None where nothing was answered, or more than is kept."""
         if not self._is_answer or self._num_bytes > MAX_ANSWER_BYTES:
