@@ -158,10 +158,10 @@ def export_feedback(
     from cluster.home import write_text
     from data.conversations import to_jsonl
     from serve.feedback_export import as_conversation, as_line
-    from serve.feedback_store import feedback_url, read_feedback
+    from serve.feedback_store import all_feedback
     from serve.keys import OWNER_ONLY
 
-    rows = read_feedback(feedback_url())
+    rows = all_feedback()
     lines = [line for row in rows if (line := as_conversation(row) if train else as_line(row))]
     write_text(file, to_jsonl(lines), OWNER_ONLY)
     left_out = f"; {len(rows) - len(lines)} have no conversation that could be trained on" if len(lines) < len(rows) else ""

@@ -94,8 +94,13 @@ def _check_turns(request: dict[str, Any], protocol: Protocol) -> None:
         return
     for turn in protocol.turns_of(request):
         kind = turn.get("type", "message") if isinstance(turn, dict) else None
-        if kind not in kinds or (kind == "message" and not (isinstance(turn.get("role"), str) and turn.get("content"))):
+        if kind not in kinds or (kind == "message" and not (isinstance(turn.get("role"), str) and _has_content(turn))):
             raise RefusedError(400, f"each turn is a {', '.join(kinds)}; a message has a role and a content", param=protocol.turns)
+
+
+def _has_content(turn: dict[str, Any]) -> bool:
+    """Return whether a turn says something, be it an empty text; vLLM stumbles over an empty list."""
+    return isinstance(content := turn.get("content"), str) or bool(content)
 
 
 def _check_tools(request: dict[str, Any], config: ServeConfig) -> None:

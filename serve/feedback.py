@@ -15,6 +15,7 @@ from configs.schema import FeedbackConfig
 from serve.completion_ids import CompletionIds
 from serve.feedback_store import MAX_ID_LETTERS, FeedbackStore, Row, StoreError, feedback_url
 from serve.keys import Key
+from serve.protocols import Protocol
 from serve.refusal import UNAVAILABLE, RefusedError, Send, send_json
 from serve.transcript import Transcript
 
@@ -71,10 +72,10 @@ class FeedbackDesk:
         await send_json(send, 200, {"object": "feedback", "id": opinion.completion_id, "model": version, **said})
 
     @contextmanager
-    def listening(self, send: Send, request: dict[str, Any], key: Key | None) -> Iterator[Send]:
+    def listening(self, send: Send, request: dict[str, Any], key: Key | None, protocol: Protocol) -> Iterator[Send]:
         """Give a `send` for a request's answer; where conversations are kept, the chat is handed to the store at the end."""
-        messages, version = request.get("messages"), request["model"]
-        if not self.config.keep_conversations or not isinstance(messages, list):
+        messages, version = protocol.turns_of(request), request["model"]
+        if not self.config.keep_conversations or not protocol.is_kept or not messages:
             yield send
             return
         transcript = Transcript(messages)
@@ -86,7 +87,7 @@ class FeedbackDesk:
         try:
             yield transcript.follow(send)
         finally:
-            self.store.keep(make_row)
+            self.store.keep(make_row, transcript.num_bytes)
 
 
 def _signed(completion_id: str, version: str, key: Key | None) -> Row:

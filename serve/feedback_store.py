@@ -7,8 +7,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import JSON, URL, Column, Double, Engine, MetaData, String, Table, UnicodeText, create_engine, event, make_url, select
@@ -20,6 +21,7 @@ from configs.schema import Environment
 from serve.keys import OWNER_ONLY
 
 MAX_WAITING_ROWS = 256
+MAX_WAITING_BYTES = 64 * 2**20
 WRITE_TIMEOUT_S = 5.0
 BUSY_TIMEOUT_MS = 5000  # how long SQLite waits for another replica's write
 LOG_EVERY_S = 60.0
@@ -57,6 +59,7 @@ class FeedbackStore:
     def __init__(self, url: URL | str) -> None:
         self.url = url
         self.num_dropped = 0
+        self._waiting_bytes = 0
         self._database: Engine | None = None
         self._writer = ThreadPoolExecutor(1, "feedback")
         self._places = threading.BoundedSemaphore(MAX_WAITING_ROWS)
@@ -75,16 +78,25 @@ class FeedbackStore:
         except FAILURES as error:
             raise StoreError(_reason(error)) from None
 
-    def keep(self, make_row: Callable[[], Row | None]) -> None:
+    def keep(self, make_row: Callable[[], Row | None], num_bytes: int = 0) -> None:
         """Store a conversation some time; never waits and never fails: one that cannot be stored is counted and left out."""
+        with self._lock:
+            is_full = self._waiting_bytes + num_bytes > MAX_WAITING_BYTES
+            self._waiting_bytes += 0 if is_full else num_bytes
+        if is_full:
+            self._drop(f"{MAX_WAITING_BYTES} bytes wait already")
+            return
 
         def write() -> None:
             if row := make_row():
                 self._put(CONVERSATIONS, row)
 
         try:
-            self._submit(write).add_done_callback(self._note)
+            written = self._submit(write)
+            written.add_done_callback(lambda _: self._leave(num_bytes))
+            written.add_done_callback(self._note)
         except StoreError as error:
+            self._leave(num_bytes)
             self._drop(str(error))
 
     def close(self) -> None:
@@ -109,6 +121,10 @@ class FeedbackStore:
         with self._database.begin() as connection:
             connection.execute(table.delete().where(table.c.completion_id == row["completion_id"]))
             connection.execute(table.insert(), row)
+
+    def _leave(self, num_bytes: int) -> None:
+        with self._lock:
+            self._waiting_bytes -= num_bytes
 
     def _note(self, written: Future[None]) -> None:
         if not written.cancelled() and (error := written.exception()):
@@ -157,12 +173,19 @@ def check_store() -> None:
         ClusterError: Its address or its driver is wrong, or it does not answer.
     """
     url = feedback_url()
-    try:
+    with _named(url, "stored in"):
         open_database(url).dispose()
-    except FAILURES as error:
-        shown = url.render_as_string(hide_password=True)
-        remedy = "mend FEEDBACK_URL in .env; the database must answer, and its driver be installed"
-        raise ClusterError(f"feedback cannot be stored in {shown}", _reason(error), remedy) from None
+
+
+def all_feedback() -> list[Row]:
+    """Return all feedback of this home folder, as `read_feedback` does.
+
+    Raises:
+        ClusterError: The database cannot be opened or read.
+    """
+    url = feedback_url()
+    with _named(url, "read from"):
+        return read_feedback(url)
 
 
 def read_feedback(url: URL | str) -> list[Row]:
@@ -175,6 +198,17 @@ def read_feedback(url: URL | str) -> list[Row]:
             return [dict(row) for row in connection.execute(wanted).mappings()]
     finally:
         database.dispose()
+
+
+@contextmanager
+def _named(url: URL, done: str) -> Iterator[None]:
+    """Turn what a database fails with into an error that names it, without its password."""
+    try:
+        yield
+    except FAILURES as error:
+        shown = url.render_as_string(hide_password=True)
+        remedy = "mend FEEDBACK_URL in .env; the database must answer, and its driver be installed"
+        raise ClusterError(f"feedback cannot be {done} {shown}", _reason(error), remedy) from None
 
 
 def _share(connection: Any, _: Any) -> None:

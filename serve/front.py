@@ -150,7 +150,7 @@ class Front:
             request["model"] = version
             completion_id = self.feedback.ids.make(version, key)
             scope = _with_id(scope, completion_id)
-            with self.feedback.listening(send, request, key) as send_heard:
+            with self.feedback.listening(send, request, key, protocol) as send_heard:
                 protocol.put_id(request, completion_id)
                 protocol.add_system_prompt(request, self.adapters.system_prompt(version))
                 send_named = _with_headers(send_heard, [(MODEL_HEADER, version.encode())])

@@ -34,6 +34,8 @@ class Protocol:
     """What an answer's id begins with, where vLLM takes it from the request's body; None where it takes it from a header."""
     kinds_of_turns: tuple[str, ...] | None = None
     """Types that a turn may have, where others make vLLM stumble; all, if None."""
+    is_kept: bool = False
+    """Whether conversations are kept, where the operator wants it: those whose answers `serve.transcript` can read."""
 
     def turns_of(self, request: dict[str, Any]) -> list[Any]:
         """Return the conversation so far; empty where there is none, or of another shape."""
@@ -106,7 +108,7 @@ ANTHROPIC_ERRORS = {
     503: "overloaded_error",
 }
 
-_CHAT = Protocol("messages", None, b'"choices":[]', b"data: {", usage_is_asked_for=True)
+_CHAT = Protocol("messages", None, b'"choices":[]', b"data: {", usage_is_asked_for=True, is_kept=True)
 _COMPLETIONS = Protocol(None, None, b'"choices":[]', b"data: {", usage_is_asked_for=True)
 _KINDS = ("message", "function_call", "function_call_output", "reasoning")
 _RESPONSES = Protocol("input", "instructions", b"event: response.completed\n", b".delta\n", id_prefix="resp_", kinds_of_turns=_KINDS)

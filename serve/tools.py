@@ -4,6 +4,7 @@ Knows the files of a base model, and vLLM's parsers by name. Does not know reque
 """
 
 import json
+import logging
 from pathlib import Path
 
 from configs.errors import ConfigError
@@ -20,18 +21,36 @@ FAMILIES = {
 }
 """Parser by `model_type`, and the mark of a call, which the model's tokenizer or template has if this model was taught to make any."""
 CODER_MARK, CODER_PARSER = "<function=", "qwen3_coder"
-MARKED_FILES = ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json", "tekken.json")
+TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
+MARKED_FILES = (*TEMPLATE_FILES, "tokenizer.json", "tekken.json")
+
+log = logging.getLogger("tandem.serve")
 
 
 def choose_tool_parser(folder: Path, wanted: str) -> str:
     """Return the parser for a base model, or `none`; `wanted` is `serve.tool_parser`."""
-    if wanted != "auto":
-        return wanted
+    return _suiting(folder, taught_parser(folder)) if wanted == "auto" else wanted
+
+
+def taught_parser(folder: Path) -> str:
+    """Return the parser of the calls that a base model was taught to make, by its files; `none` if it was not."""
     parser, mark = FAMILIES.get(json.loads((folder / "config.json").read_text()).get("model_type"), (OFF, ""))
-    texts = [(folder / name).read_text(errors="replace") for name in MARKED_FILES if (folder / name).is_file()]
-    if not any(mark in text for text in texts):
+    texts = {name: (folder / name).read_text(errors="replace") for name in MARKED_FILES if (folder / name).is_file()}
+    if not any(mark in text for text in texts.values()):
         return OFF
-    return CODER_PARSER if parser == "hermes" and any(CODER_MARK in text for text in texts[:2]) else parser
+    if parser == "hermes" and any(CODER_MARK in texts.get(name, "") for name in TEMPLATE_FILES):
+        return CODER_PARSER
+    return parser
+
+
+def _suiting(folder: Path, parser: str) -> str:
+    """Return the parser, or `none` where it would not work: nobody asked for it by name, and chats need none."""
+    try:
+        check_tool_parser(folder, parser)
+    except ConfigError as error:
+        log.warning("tools are off: %s", error)
+        return OFF
+    return parser
 
 
 def check_tool_parser(folder: Path, parser: str) -> None:

@@ -1,6 +1,6 @@
 """One chat as it passes to the client: what was asked, and the pieces of the answer.
 
-Knows the shape of OpenAI's answers, whole and streamed. Does not know where they are kept.
+Knows the shape of answers of /v1/chat/completions, whole and streamed. Does not know where they are kept.
 """
 
 import json
@@ -30,6 +30,11 @@ class Transcript:
 
         return send_heard
 
+    @property
+    def num_bytes(self) -> int:
+        """What it holds in memory, about: the conversation, and the answer so far."""
+        return self._num_bytes + len(json.dumps(self.messages))
+
     def row(self) -> dict[str, Any] | None:
         """Return the messages, and the answer with its id; None where nothing was answered, or more than is kept."""
         if not self._is_answer or self._num_bytes > MAX_ANSWER_BYTES:
@@ -37,6 +42,8 @@ class Transcript:
         try:
             answer = _read(b"".join(self._pieces))
         except (ValueError, KeyError, IndexError):  # a whole answer that the client did not wait for
+            return None
+        if not answer["answer"] and not answer["finish_reason"]:  # stopped before its first word
             return None
         return {"messages": self.messages, **answer}
 

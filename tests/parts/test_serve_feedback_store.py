@@ -115,6 +115,17 @@ def test_while_another_holds_the_database_nothing_waits_and_the_queue_is_bounded
         asyncio.run(store.save(opinion(3)))
 
 
+def test_the_bytes_that_wait_are_bounded_and_leave_when_written(url):
+    store = FeedbackStore(url)
+    store.keep(lambda: conversation(0), feedback_store.MAX_WAITING_BYTES + 1)
+    assert store.num_dropped == 1
+    store.keep(lambda: conversation(1), feedback_store.MAX_WAITING_BYTES)
+    asyncio.run(store.save(opinion(1)))
+    store.keep(lambda: conversation(2), feedback_store.MAX_WAITING_BYTES)
+    store.close()
+    assert (count(url, "conversations"), store.num_dropped) == (2, 1)
+
+
 def test_others_read_while_one_writes(url):
     store = FeedbackStore(url)
     asyncio.run(store.save(opinion(0)))

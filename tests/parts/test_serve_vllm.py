@@ -1,6 +1,7 @@
 """What Tandem knows of vLLM's requests, description and parsers, held against vLLM itself."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from configs.errors import ConfigError
 from serve.bounds import CLOSED
 from serve.openapi import describe
 from serve.protocols import PROTOCOLS
-from serve.tools import FAMILIES, check_tool_parser
+from serve.tools import FAMILIES, check_tool_parser, choose_tool_parser
 from tests.helpers.data import tokenizer_folder
 
 OPEN = """
@@ -73,3 +74,14 @@ def test_a_parser_that_is_not_there_or_does_not_suit_is_named():
         check_tool_parser(folder, "hermse")
     with pytest.raises(ConfigError, match="does not suit this model"):
         check_tool_parser(folder, "llama3_json")
+
+
+def test_a_chosen_parser_that_does_not_suit_turns_tools_off(tmp_path, caplog):
+    """A named one is left to `check_tool_parser`, which refuses it."""
+    shutil.copytree(tokenizer_folder(), tmp_path / "model")
+    folder = tmp_path / "model"
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "chat_template.jinja").write_text("<|python_tag|>")
+    assert choose_tool_parser(folder, "auto") == "none"
+    assert "does not suit this model" in caplog.text
+    assert choose_tool_parser(folder, "llama3_json") == "llama3_json"

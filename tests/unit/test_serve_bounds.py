@@ -77,12 +77,18 @@ def test_texts_and_tools_results_pass(ask, engine):
         {"content": "Hi"},
         {"role": "assistant", "content": []},
         {"type": "message", "role": "user"},
+        {"role": "user", "content": None},
     ],
     ids=str,
 )
 def test_turns_of_a_response_that_make_vllm_stumble_are_refused(turn, ask, engine):
     assert refused(ask("POST", "/v1/responses", {"model": "helpdesk:1", "input": [QUESTION, turn]}), 400)["param"] == "input"
     assert engine.bodies == []
+
+
+def test_a_turn_of_a_response_may_be_an_empty_text(ask):
+    turns = [QUESTION, {"role": "assistant", "content": ""}, QUESTION]
+    assert ask("POST", "/v1/responses", {"model": "helpdesk:1", "input": turns}).status == 200
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -109,8 +115,13 @@ def formats(schema: Any) -> list[dict[str, Any]]:
         {"type": "string", "pattern": "a" * 513},
         {"enum": ["x" * 40_000]},
         nested(41),
+        *({"type": "string", "pattern": f"[a-z]{{{count}}}"} for count in ("129", "129,", "1,30000", " 1 , 3000", "01,129")),
+        {"type": "array", "items": [{"type": "string", "pattern": "[a-z]{1,128}"}] * 20},
+        {"type": "string", "pattern": f"({'[a-z]?' * 75}){{1,15}}"},
+        {"type": "array", "items": [{"type": "string", "format": "ipv6"}] * 129},
+        {"type": "object", "properties": {f"p{n}": {} for n in range(100)}, "minProperties": 1},
     ],
-    ids=["pattern", "names", "long", "large", "deep"],
+    ids=["pattern", "names", "long", "large", "deep", "exact", "open", "count", "spaces", "zero", "sum", "group", "formats", "properties"],
 )
 def test_a_schema_that_would_hold_up_the_engine_is_refused(schema, ask, engine):
     for wanted in formats(schema):
@@ -121,9 +132,35 @@ def test_a_schema_that_would_hold_up_the_engine_is_refused(schema, ask, engine):
 
 def test_a_schema_of_the_usual_kind_passes(ask, engine):
     pattern = {"type": "string", "pattern": r"^[0-9]{4}-[0-9]{2}\({1,2}[)]{1,3}$"}
-    schema = {"type": "object", "properties": {"pattern": pattern, "list": nested(5)}, "required": ["pattern"]}
+    text = {"type": "string", "minLength": 1, "maxLength": 30_000}
+    texts = {"type": "array", "items": text, "minItems": 1, "maxItems": 1000, "minProperties": "a name"}
+    properties = {"pattern": pattern, "list": nested(5), "texts": texts, "format": {"type": "string", "format": "date"}}
+    schema = {"type": "object", "properties": properties, "required": ["pattern"], "minProperties": 1, "maxProperties": 3}
     for wanted in formats(schema):
         assert chat(ask, model="helpdesk:1", **wanted).status == 200
+
+
+@pytest.mark.parametrize(
+    ("schema", "num_tools", "said"),
+    [
+        ({}, 129, "129 tools; 128 at most"),
+        ({"enum": ["x" * 30_000]}, 5, "bytes together"),
+        ({"type": "array", "items": [{"type": "string", "format": "date"}] * 30}, 5, "formats together"),
+        ({"type": "string", "pattern": f"[a-z]{{128}}{'x' * 20}"}, 5, "repeat too much"),
+    ],
+    ids=["tools", "bytes", "patterns", "counts"],
+)
+def test_schemas_are_bounded_all_together(schema, num_tools, said, ask, engine):
+    def send(tools: list[dict[str, Any]], **fields: Any) -> Answer:
+        return ask("POST", "/v1/chat/completions", {**ASKED, "tools": tools, **fields}, max_body_bytes=10**6)
+
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert said in refused(send([tool] * num_tools), 400)["message"]
+    assert engine.bodies == []
+    assert send([tool] * (num_tools - 2), **formats({"type": "object"})[0]).status == 200
+    if schema:
+        wanted = formats(schema)[0]
+        assert refused(send([tool] * (num_tools - 1), **wanted), 400)["param"] == "tools"
 
 
 @pytest.mark.parametrize("kind", ["structural_tag", "grammar", "", 5, []])

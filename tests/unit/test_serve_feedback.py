@@ -11,6 +11,7 @@ import pytest
 from configs.schema import DataConfig, FeedbackConfig
 from data.formats import read_conversations
 from serve.feedback import FeedbackDesk
+from serve.feedback_export import as_conversation
 from serve.feedback_store import FeedbackStore, read_feedback
 from serve.keys import KeyFile
 from tests.helpers.front import ASKED, NOWHERE, PROMPT, QUESTION, Answer, chat, make_front, refused
@@ -164,14 +165,30 @@ def test_an_answer_that_was_stopped_is_kept_as_far_as_it_came(ask, engine, rows)
 
 @pytest.mark.parametrize(
     ("status", "pieces"),
-    [(400, whole("No.")), (200, (b'{"id": "chatcmpl-ID", "choi',)), (200, events("x" * 3000) * 1500), (200, (b"[]",)), (200, ())],
-    ids=["refused", "cut", "huge", "odd", "empty"],
+    [
+        (400, whole("No.")),
+        (200, (b'{"id": "chatcmpl-ID", "choi',)),
+        (200, events("x" * 3000) * 1500),
+        (200, (b"[]",)),
+        (200, ()),
+        (200, events(end=None)),
+    ],
+    ids=["refused", "cut", "huge", "odd", "empty", "wordless"],
 )
 def test_what_is_no_answer_is_not_kept(status, pieces, ask, engine, rows):
     engine.status, engine.pieces = status, pieces
     assert ask("POST", "/v1/chat/completions", ASKED, feedback=KEEPS).status == status
     say(ask, engine.completion_id)
     assert [row["answer"] for row in rows()] == [None]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1/completions"])
+def test_other_routes_conversations_are_not_kept(path, stream, ask, engine, keys):
+    engine.pieces = STREAMED if stream else WHOLE
+    fields = {"messages": [QUESTION], "input": [QUESTION], "prompt": "Hi", "stream": stream}
+    assert ask("POST", path, {"model": "helpdesk", "max_tokens": 5, **fields}, feedback=KEEPS).status == 200
+    assert not keys.file.with_name("feedback.db").exists(), "nothing was written at all"
 
 
 def test_a_database_that_is_gone_fails_no_answer(shelf, engine, caplog):
@@ -232,6 +249,47 @@ def test_feedback_is_exported_with_what_can_be_trained_on(command, home):
     read = read_conversations(DataConfig(source="out.jsonl"))
     assert ([one.messages[-1].content for one in read.conversations], read.bad) == (["Forty-two.", "Forty-three."], [])
     assert {file.stat().st_mode & 0o777 for file in (home / "feedback.db", Path("out.jsonl"))} == {0o600}
+
+
+@pytest.mark.parametrize("words", [(), ("--train",)], ids=["all", "train"])
+def test_an_export_says_that_the_database_is_away(words, command, home, monkeypatch):
+    monkeypatch.setenv("FEEDBACK_URL", "sqlite:////nowhere/feedback.db")
+    ended = command("serve", "feedback", "export", "out.jsonl", *words)
+    assert ended.status == 2
+    for said in ("feedback cannot be read from sqlite:////nowhere/feedback.db", "unable to open database file", "FEEDBACK_URL"):
+        assert said in ended.err
+    assert not Path("out.jsonl").exists()
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+SYSTEM, ANSWERED = {"role": "system", "content": PROMPT}, {"role": "assistant", "content": "Gut."}
+UNTRAINABLE: list[list[Any]] = [
+    [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "1", "content": "42"}],
+    [QUESTION, {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}, QUESTION],
+    [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "refusal", "refusal": "No."}]}],
+    [QUESTION, SYSTEM],
+    [SYSTEM, {"role": "developer", "content": "Mine."}, QUESTION],
+    [SYSTEM],
+    [ANSWERED, QUESTION],
+    [QUESTION, {"role": "assistant", "content": ""}, QUESTION],
+    [QUESTION, "Hi"],
+]
+
+
+def test_what_is_exported_for_training_is_what_data_reads(tmp_path):
+    row = {"rating": "up", "finish_reason": "stop", "answer": "Gut.", "better_answer": None, "completion_id": "x", "version": "helpdesk:2"}
+    assert [as_conversation({**row, "messages": messages}) for messages in UNTRAINABLE] == [None] * len(UNTRAINABLE)
+    parts = {"role": "user", "content": [{"type": "text", "text": "Wie "}, {"type": "text", "text": "geht's?"}], "name": "Ann"}
+    good = [[{"role": "developer", "content": PROMPT}, QUESTION], [parts, ANSWERED, QUESTION]]
+    file = tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps(as_conversation({**row, "messages": messages})) + "\n" for messages in good))
+    read = read_conversations(DataConfig(source=str(file)))
+    assert read.bad == []
+    assert [[turn.role for turn in one.messages] for one in read.conversations] == [
+        ["system", "user", "assistant"],
+        ["user", "assistant", "user", "assistant"],
+    ]
+    assert read.conversations[1].messages[0].content == "Wie geht's?"
 
 
 async def fill(store: FeedbackStore) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from serve.tools import choose_tool_parser
+from serve.tools import choose_tool_parser, taught_parser
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,6 @@ def test_a_family_has_its_parser_if_the_model_was_taught_calls(family, file, mar
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     assert choose_tool_parser(tmp_path, "auto") == "none"
     (tmp_path / file).write_text(f"... {mark} ...")
-    assert choose_tool_parser(tmp_path, "auto") == parser
+    assert taught_parser(tmp_path) == parser
     assert choose_tool_parser(tmp_path, "pythonic") == "pythonic"
     assert choose_tool_parser(tmp_path, "none") == "none"
