@@ -1,16 +1,19 @@
 """More engines in a burst, fewer in quiet, none at rest: and no request that fails on the way."""
 
+import json
 import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 
+import httpx
 import pytest
 
 from tests.ray.stack import Stack, wait_for
 
 NUM_AT_ONCE = 4
-PAUSE_S = 0.2  # between requests: the second engine must start on the cores that the first one has
+UPLOAD_S = 5.0  # a body that comes slowly: in flight, without taking the cores on which the second engine starts
 SCALING = {
     "min_replicas": 0,
     "max_replicas": 2,
@@ -40,8 +43,7 @@ def test_a_burst_grows_it_quiet_shrinks_it_to_nothing_and_a_request_wakes_it(sta
 
     def again(number: int) -> None:
         while not grown.is_set():
-            statuses[stack.ask(tiny_model.name, f"What is number {number}?", secret=secret, max_tokens=64).status_code] += 1
-            time.sleep(PAUSE_S)
+            statuses[ask_slowly(stack, tiny_model.name, secret, f"What is number {number}?")] += 1
 
     threads = [threading.Thread(target=again, args=(number,)) for number in range(NUM_AT_ONCE)]
     for thread in threads:
@@ -58,6 +60,19 @@ def test_a_burst_grows_it_quiet_shrinks_it_to_nothing_and_a_request_wakes_it(sta
     assert set(statuses) == {200}, statuses
     answer = stack.ask(tiny_model.name, secret=secret, timeout_s=240)
     assert answer.status_code == 200, answer.text
+
+
+def ask_slowly(stack: Stack, model: str, secret: str, text: str) -> int:
+    """Ask in pieces, and return the status of the answer."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8}).encode()
+
+    def pieces() -> Iterator[bytes]:
+        yield body[:10]
+        time.sleep(UPLOAD_S)
+        yield body[10:]
+
+    headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
+    return httpx.post(f"{stack.endpoint}/chat/completions", content=pieces(), headers=headers, timeout=120).status_code
 
 
 def num_answering(stack: Stack) -> int:
