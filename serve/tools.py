@@ -59,11 +59,11 @@ def check_tool_parser(folder: Path, parser: str) -> None:
     Raises:
         ConfigError: It does not, and why.
     """
+    if parser == OFF:
+        return
     from vllm.tokenizers import get_tokenizer
     from vllm.tool_parsers import ToolParserManager
 
-    if parser == OFF:
-        return
     known = ToolParserManager.list_registered()
     if parser not in known:
         raise ConfigError(f"serve.tool_parser={parser}: vLLM has no such parser", f"there are: {', '.join(sorted(known))}", "auto or none")
