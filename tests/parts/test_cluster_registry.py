@@ -225,7 +225,7 @@ def test_a_share_that_somebody_else_wrote_is_no_canary(share, registry, register
 
 
 def test_the_command_line_starts_a_canary_and_shows_its_share(registry, register, command, up, monkeypatch):
-    monkeypatch.setattr("serve.deploy.application_status", lambda session: ("RUNNING", ""))
+    monkeypatch.setattr("serve.deploy.application_status", lambda session: ("NOT_STARTED", ""))
     up(mlflow_url=registry.url)
     register()
     register()

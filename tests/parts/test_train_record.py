@@ -17,7 +17,7 @@ from data.prepare import Prepared, prepare
 from tests.helpers.data import chat, tokenizer_folder, write_rows
 from train.record import FAILED, FINISHED, STOPPED, Record, config_fingerprint, flat_settings, git_commit
 
-GROUPS = {"model", "data", "train", "train.lora", "serve"}
+GROUPS = {"model", "data", "train", "train.lora", "serve", "serve.scaling", "serve.feedback"}
 LEAVES = [path for path, _ in setting_paths(ChatbotConfig) if path not in GROUPS]
 
 

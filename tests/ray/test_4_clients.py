@@ -77,7 +77,7 @@ def test_the_async_client_streams(stack: Stack, secret, version):
 
     chunks = asyncio.run(ask())
     assert {chunk.model for chunk in chunks} == {version}
-    assert chunks[-1].usage.completion_tokens == 6
+    assert 0 < chunks[-1].usage.completion_tokens <= 6
 
 
 def test_tools_that_must_be_called_are_called_with_arguments_of_their_schema(client, blank):
