@@ -23,7 +23,7 @@ def version(stack: Stack, config) -> str:
 @pytest.fixture(scope="module")
 def clients(stack: Stack, version) -> dict[str, openai.OpenAI]:
     """The clients of two people, each with a key."""
-    made = {name: stack.run("serve", "keys", "create", name).stdout.split()[1] for name in ("ada", "ben")}
+    made = {name: stack.make_key(name) for name in ("ada", "ben")}
     return {name: openai.OpenAI(base_url=stack.endpoint, api_key=secret, max_retries=0) for name, secret in made.items()}
 
 
