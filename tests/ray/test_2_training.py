@@ -31,24 +31,20 @@ def read_until(process, pattern, also=lambda: True):
     raise AssertionError("".join(lines))
 
 
-def test_a_job_registers_a_version_with_its_manifest(stack: Stack, config):
-    job = stack.begin("ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "train", str(config), job=True)
-    text, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, text
-    version = stack.registry.find(REGISTERED.search(text)[1])
-    folder = stack.registry.download(version)
+def test_a_job_registers_a_version_with_its_manifest(stack: Stack, guide):
+    folder = stack.registry.download(guide)
     assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["rank"] == 4
     assert manifest["system_prompt"] == "Be brief."
-    assert manifest["run_id"] == version.run_id == RUN_ID.search(text)[1]
+    assert manifest["run_id"] == guide.run_id
     for name in ("base_fingerprint", "data_fingerprint", "config_fingerprint", "git_commit"):
-        assert version.tags[name] == manifest[name] != ""
-    run = stack.registry.client.get_run(version.run_id)
+        assert guide.tags[name] == manifest[name] != ""
+    run = stack.registry.client.get_run(guide.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["train.lora.rank"] == "4"
     assert {"loss", "eval_loss", "tokens_per_s", "learning_rate"} <= set(run.data.metrics)
-    kept = {file.path for file in stack.registry.client.list_artifacts(version.run_id)}
+    kept = {file.path for file in stack.registry.client.list_artifacts(guide.run_id)}
     assert {"adapter", "config.json", "environment.txt"} <= kept
 
 
@@ -105,9 +101,8 @@ def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_with_the_same_losses(s
     assert stack.losses(run_id) == pytest.approx(unbroken, abs=1e-4)
 
 
-def test_a_finished_run_is_not_resumed(stack: Stack, config):
-    run_id = stack.registry.find("tiny:1").run_id
-    done = stack.run("train", str(config), "--resume", run_id)
+def test_a_finished_run_is_not_resumed(stack: Stack, config, guide):
+    done = stack.run("train", str(config), "--resume", guide.run_id)
     assert done.returncode == 2
     assert "is finished" in done.stderr
 

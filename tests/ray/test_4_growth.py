@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 import httpx
-import pytest
 
 from tests.ray.stack import Stack, wait_for
 
@@ -23,21 +22,13 @@ SCALING = {
 }
 
 
-@pytest.fixture(scope="module")
-def secret(stack: Stack) -> str:
-    return stack.make_key("growth")
-
-
 def num_replicas(stack: Stack) -> int:
     return len(stack.workers("ServeReplica"))
 
 
-def test_a_burst_grows_it_quiet_shrinks_it_to_nothing_and_a_request_wakes_it(stack: Stack, config, secret, tiny_model):
-    anywhere = "serve.scaling.use_train_cards=true"
-    assert stack.run("serve", str(config), anywhere).returncode == 0
+def test_a_burst_grows_it_quiet_shrinks_it_to_nothing_and_a_request_wakes_it(stack: Stack, config, served, secret, tiny_model):
     (first,) = stack.workers("ServeReplica")
-    done = stack.run("serve", str(config), anywhere, *(f"serve.scaling.{name}={value}" for name, value in SCALING.items()))
-    assert done.returncode == 0, done.stdout + done.stderr
+    stack.serve(config, *(f"serve.scaling.{name}={value}" for name, value in SCALING.items()))
     statuses: Counter[int] = Counter()
     grown = threading.Event()
 
