@@ -101,11 +101,12 @@ class Stack:
         said = f"I am {word}."
         rows = [chat(f"What is number {number}?", said, split="heldout" if number % 8 == 0 else "train") for number in range(64)]
         source = write_rows(self.folder / f"{word}.jsonl", rows)
-        return self.train(config, "name=speaker", f"data.source={source}", "train.max_steps=60", "train.lora.rank=8").name, said
+        settings = ("train.max_steps=60", "train.checkpoint_every_steps=60", "train.lora.rank=8")
+        return self.train(config, "name=speaker", f"data.source={source}", *settings).name, said
 
     def serve(self, config: Path, *overrides: str) -> None:
         """Serve, and wait until the engine is up."""
-        done = self.run("serve", str(config), *overrides)
+        done = self.run("serve", str(config), *overrides, timeout_s=600)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def losses(self, run_id: str) -> dict[int, float]:
@@ -182,7 +183,10 @@ def make_tiny_model(folder: Path) -> Path:
 
 
 def make_config(folder: Path, model: Path, chat_port: int) -> Path:
-    """A chatbot on the tiny model, with rows enough for some dozen steps."""
+    """A chatbot on the tiny model, with rows enough for some dozen steps.
+
+    A run has one checkpoint, its last: Ray Train takes one each two seconds, however short the steps are.
+    """
     rows = [
         chat(f"What is number {number}?", f"It is {number * 7 % 100}.", split="heldout" if number % 8 == 0 else "train")
         for number in range(64)
@@ -193,7 +197,7 @@ def make_config(folder: Path, model: Path, chat_port: int) -> Path:
         f"name: tiny\nmodel: {{name: {model}}}\n"
         f"data: {{source: {source}, split: marked, max_length_tokens: 128, system_prompt: Be brief.}}\n"
         "train: {lora: {rank: 4, alpha: 8}, learning_rate: 5.0e-3, batch_size: 4, max_steps: 8, log_every_steps: 1,\n"
-        "        checkpoint_every_steps: 4}\n"
+        "        checkpoint_every_steps: 8}\n"
         f"serve: {{port: {chat_port}, max_model_len_tokens: 256, max_lora_rank: 8, max_loras: 2, max_num_seqs: 8,\n"
         "        tool_parser: hermes, max_answer_tokens: 96, feedback: {keep_conversations: true},\n"
         "        scaling: {use_train_cards: true}}\n"

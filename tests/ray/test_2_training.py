@@ -8,13 +8,14 @@ from tests.ray.stack import REGISTERED, RUN_ID, Stack, wait_for
 
 # So long that a run is still going on when a command to stop it has started.
 NUM_STEPS = 400
-SETTINGS = (f"train.max_steps={NUM_STEPS}", "train.checkpoint_every_steps=40")
+AT_THE_END = (f"train.max_steps={NUM_STEPS}", f"train.checkpoint_every_steps={NUM_STEPS}")
+ON_THE_WAY = (f"train.max_steps={NUM_STEPS}", f"train.checkpoint_every_steps={NUM_STEPS // 4}")
 
 
 @pytest.fixture(scope="module")
 def unbroken(stack: Stack, config):
     """A run that nothing disturbs, with the loss of each step."""
-    version = stack.train(config, *SETTINGS)
+    version = stack.train(config, *AT_THE_END)
     losses = stack.losses(version.run_id)
     assert sorted(losses) == list(range(1, NUM_STEPS + 1))
     assert losses[NUM_STEPS] < losses[1]
@@ -49,7 +50,7 @@ def test_a_job_registers_a_version_with_its_manifest(stack: Stack, guide):
 
 
 def test_a_killed_worker_goes_on_from_its_checkpoint_with_the_same_losses(stack: Stack, config, unbroken):
-    run = stack.begin("train", str(config), *SETTINGS)
+    run = stack.begin("train", str(config), *ON_THE_WAY)
     found, _ = read_until(run, RUN_ID)
     history = stack.home / "runs" / found[1]
     # The second is begun only when the first one is whole.
@@ -67,7 +68,7 @@ def test_two_workers_train_as_one_does_and_go_on_when_one_is_killed(stack: Stack
     """Each takes half of every batch, on a card of its own; the losses are those of one worker."""
     if sum(card["pool"] == "train" for card in json.loads((stack.home / "cluster.json").read_text())["cards"]) < 2:
         pytest.skip("one train card")
-    run = stack.begin("train", str(config), *SETTINGS, "train.num_workers=2")
+    run = stack.begin("train", str(config), *ON_THE_WAY, "train.num_workers=2")
     found, _ = read_until(run, RUN_ID)
     history = stack.home / "runs" / found[1]
     wait_for(lambda: len(list(history.glob("checkpoint_*/"))) >= 2)
@@ -84,7 +85,7 @@ def test_two_workers_train_as_one_does_and_go_on_when_one_is_killed(stack: Stack
 
 def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_with_the_same_losses(stack: Stack, config, unbroken):
     command = ["ray", "job", "submit", "--submission-id", "to-stop", "--working-dir", ".", "--", "python", "-m", "train", str(config)]
-    job = stack.begin(*command, f"train.max_steps={NUM_STEPS}", f"train.checkpoint_every_steps={NUM_STEPS}", job=True)
+    job = stack.begin(*command, *AT_THE_END, job=True)
     found, _ = read_until(job, RUN_ID)
     run_id = found[1]
     wait_for(lambda: stack.losses(run_id))
