@@ -7,7 +7,7 @@ import pytest
 from tests.ray.stack import REGISTERED, RUN_ID, Stack, wait_for
 
 # So long that a run is still going on when a command to stop it has started.
-NUM_STEPS = 400
+NUM_STEPS = 240
 AT_THE_END = (f"train.max_steps={NUM_STEPS}", f"train.checkpoint_every_steps={NUM_STEPS}")
 ON_THE_WAY = (f"train.max_steps={NUM_STEPS}", f"train.checkpoint_every_steps={NUM_STEPS // 4}")
 
