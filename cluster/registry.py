@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,11 +154,8 @@ class Registry:
     def versions(self, standings: Mapping[str, Standing] | None = None) -> list[Version]:
         """Return every version of every chatbot, with the aliases that name it."""
         known = self.standings() if standings is None else standings
-        found = [(entry, known.get(entry.chatbot)) for entry in map(_version, self._pages(self.client.search_model_versions))]
-        return [
-            replace(entry, aliases=standing.aliases_of(entry.number), canary_share=standing.canary_share(entry.number)) if standing else entry
-            for entry, standing in sorted(found, key=lambda pair: (pair[0].chatbot, pair[0].number))
-        ]
+        found = [_version(entry, known.get(entry.name)) for entry in self._pages(self.client.search_model_versions)]
+        return sorted(found, key=lambda entry: (entry.chatbot, entry.number))
 
     def find(self, name: str, versions: Iterable[Version] | None = None) -> Version:
         """Return the version that `helpdesk:3` names, or for `helpdesk` the live one."""
@@ -261,5 +258,7 @@ def _share_tag(number: int) -> str:
     return f"canary_share.{number}"
 
 
-def _version(entry: Any) -> Version:
-    return Version(entry.name, int(entry.version), entry.run_id, dict(entry.tags))
+def _version(entry: Any, standing: Standing | None = None) -> Version:
+    number = int(entry.version)
+    aliases, share = (standing.aliases_of(number), standing.canary_share(number)) if standing else ((), 0.0)
+    return Version(entry.name, number, entry.run_id, dict(entry.tags), aliases, share)

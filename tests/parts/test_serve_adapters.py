@@ -344,7 +344,7 @@ def test_versions_with_foreign_tags_do_no_harm(shelf):
     adapters = Adapters(shelf, BASE)
     own = shelf.versions
 
-    def with_foreign() -> list[Version]:
+    def with_foreign(standings: dict[str, Standing] | None = None) -> list[Version]:
         return [*own(), replace(own()[0], chatbot="Their Model", tags={}, run_id="", aliases=("live",))]
 
     shelf.versions = with_foreign
