@@ -124,7 +124,7 @@ def trace(
 
 @app.command()
 def forget(
-    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Name of the person's key.")] = None,
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="Name of the person's key.")] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="A name, mail address or number that their rows hold.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do it; without, it is only shown.")] = False,
 ) -> None:

@@ -154,7 +154,7 @@ def as_conversation(row: Row) -> tuple[Fields | None, str]:
     None, with the reason, where there is nothing to train on or to review.
     """
     if row["messages"] is None:
-        return None, "the conversation was not kept"
+        return None, "the conversation was not kept (serve.feedback.keep_conversations)"
     messages = _plain(row["messages"])
     if not messages:
         return None, "more than texts: tools, pictures, or turns out of order"

@@ -36,6 +36,7 @@ class Found:
     files: dict[Path, int] = field(default_factory=dict)  # files of ours, with the number of rows to take out
     own_places: list[str] = field(default_factory=list)  # file:line in files of the user's, which are not touched
     versions: list[Version] = field(default_factory=list)  # trained on such rows
+    earlier: list[Version] = field(default_factory=list)  # of whose rows somebody's were forgotten before
     unknown: list[Version] = field(default_factory=list)  # whose rows are no longer here
 
     @property
@@ -87,8 +88,10 @@ def find(is_theirs: IsTheirs, versions: list[Version]) -> Found:
         folder = prepared_folder(version)
         if not folder.is_dir():
             found.unknown.append(version)
-        elif folder in touched or num_forgotten(folder):
+        elif folder in touched:
             found.versions.append(version)
+        elif num_forgotten(folder):
+            found.earlier.append(version)
     return found
 
 
@@ -115,13 +118,18 @@ def show_found(found: Found) -> None:
     if len(found.own_places) > NUM_SHOWN_PLACES:
         console.print(f"yours      and {len(found.own_places) - NUM_SHOWN_PLACES} more lines")
     for version in found.versions:
-        aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
-        console.print(f"[yellow]saw them[/]   {version.name}{aliases}: train again without them, then promote the new version")
+        console.print(f"[yellow]saw them[/]   {_named(version)}: train again without them, then promote the new version")
+    for version in found.earlier:
+        console.print(f"earlier    {_named(version)}: saw rows that were forgotten before, of this person or another; train again")
     if found.unknown:
-        names = ", ".join(version.name for version in found.unknown)
+        names = ", ".join(map(_named, found.unknown))
         console.print(f"unknown    {names}: their prepared rows are gone, so nobody can tell")
     if DVC_CACHE.is_dir() and found.files:
         console.print("DVC        its cache may keep old copies: dvc repro, then dvc gc --workspace, and --cloud where there is a remote")
+
+
+def _named(version: Version) -> str:
+    return f"{version.name} ({', '.join(version.aliases)})" if version.aliases else version.name
 
 
 def _is_gone(row: Fields, found: Found, is_theirs: IsTheirs) -> bool:

@@ -5,7 +5,6 @@ Knows the order of the steps and where results lie. Does not know how a step wor
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,9 +15,8 @@ from configs.errors import DataError
 from configs.schema import ChatbotConfig, DataConfig
 from data.conversations import Conversation, Message, read_prepared, to_jsonl
 from data.feedback import accepted_file
-from data.formats import NO_SPLIT, BadRow, ReadResult, read_conversations
-from data.scrub import Scrubber
-from data.sources import dvc_hash
+from data.formats import NO_SPLIT, BadRow, read_conversations
+from data.sources import read_all, source_hashes
 from data.split import SplitResult, split_conversations
 from data.template import RefusedByTemplateError, TokenRow, fit, load_tokenizer, tokenize
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 NUM_SHOWN_BAD = 20
 SOURCE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
-FEEDBACK_SOURCE = "accepted feedback"
 FORGOTTEN_FILE = "forgotten.json"
 OUR_FILES = ("train.jsonl", "heldout.jsonl", "bad.jsonl", "report.json")
 Tokens = dict[tuple[Message, ...], TokenRow]
@@ -141,8 +138,9 @@ def copy_prepared(prepared: Prepared, out: Path) -> None:
     """
     if out.exists() and any(file.name not in OUR_FILES for file in out.iterdir()):
         raise DataError(f"{out} holds other files too", "nothing was written", "name another --out")
-    for name in OUR_FILES:
+    for name in OUR_FILES[:-1]:
         write_text(out / name, (prepared.folder / name).read_text(encoding="utf-8"))
+    write_text(out / OUR_FILES[-1], replace(prepared, source_key="").to_json())  # the key changes with our code, the copy should not
 
 
 def check_source(config: DataConfig) -> None:
@@ -154,29 +152,6 @@ def check_source(config: DataConfig) -> None:
     result = read_conversations(config)
     if result.bad and not config.skip_bad:
         raise bad_rows_error(config, result.bad)
-
-
-def read_all(config: ChatbotConfig) -> tuple[ReadResult, Counter[str]]:
-    """Read the chatbot's source and its accepted feedback, scrubbed where the config wants it; also count what was taken out."""
-    result, scrubbed = read_conversations(config.data), Counter[str]()
-    if config.data.scrub:
-        result, scrubbed = _scrub(result, Scrubber(config.data.scrub_keep))
-    if config.data.feedback and (rows := accepted_file(config.name)).is_file() and rows.stat().st_size:
-        more = read_conversations(config.data.model_copy(update={"source": str(rows), "format": "chat"}))
-        result = ReadResult([*result.conversations, *more.conversations], [*result.bad, *more.bad])
-    return result, scrubbed
-
-
-def _scrub(result: ReadResult, scrubber: Scrubber) -> tuple[ReadResult, Counter[str]]:
-    counts: Counter[str] = Counter()
-
-    def scrub(message: Message) -> Message:
-        scrubbed = scrubber.scrub(message.content)
-        counts.update(scrubbed.counts)
-        return replace(message, content=scrubbed.text)
-
-    clean = [replace(one, messages=tuple(scrub(message) for message in one.messages)) for one in result.conversations]
-    return ReadResult(clean, [replace(row, raw="") for row in result.bad]), counts
 
 
 def fingerprint(train: Sequence[Conversation], heldout: Sequence[Conversation]) -> str:
@@ -241,15 +216,6 @@ def _write(prepared: Prepared, train: list[Conversation], heldout: list[Conversa
     with new_folder(prepared.folder) as draft:
         for name, text in texts.items():
             write_text(draft / name, text)
-
-
-def source_hashes(config: ChatbotConfig) -> dict[str, str]:
-    """Return the hash of the source, and of the accepted feedback if there is any, as DVC names them; none of a hub dataset."""
-    source, accepted = Path(config.data.source).expanduser(), accepted_file(config.name)
-    hashes = {config.data.source: dvc_hash(source)} if source.exists() else {}
-    if config.data.feedback and accepted.is_file() and accepted.stat().st_size:
-        hashes[FEEDBACK_SOURCE] = dvc_hash(accepted)
-    return hashes
 
 
 def _source_key(config: ChatbotConfig, model_folder: Path) -> str:

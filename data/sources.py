@@ -1,17 +1,58 @@
-"""The version of a file or folder, named as DVC names it: so a manifest can be compared with `dvc.lock`.
+"""What a chatbot's rows are read from, its own source and accepted feedback; and the version of it, named as DVC names it.
 
-Knows DVC's hash and its lock file. Does not need DVC.
+Knows DVC's hash and its lock file, but does not need DVC. Does not know what rows are prepared for.
 """
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from configs.schema import ChatbotConfig
+from data.conversations import Message
+from data.feedback import accepted_file
+from data.formats import ReadResult, read_conversations
+from data.scrub import Scrubber
+
 PIECE_BYTES = 2**20
+FEEDBACK_SOURCE = "accepted feedback"
+
+
+def read_all(config: ChatbotConfig) -> tuple[ReadResult, Counter[str]]:
+    """Read the chatbot's source and its accepted feedback, scrubbed where the config wants it; also count what was taken out."""
+    result, scrubbed = read_conversations(config.data), Counter[str]()
+    if config.data.scrub:
+        result, scrubbed = _scrub(result, Scrubber(config.data.scrub_keep))
+    if config.data.feedback and (rows := accepted_file(config.name)).is_file() and rows.stat().st_size:
+        more = read_conversations(config.data.model_copy(update={"source": str(rows), "format": "chat"}))
+        result = ReadResult([*result.conversations, *more.conversations], [*result.bad, *more.bad])
+    return result, scrubbed
+
+
+def _scrub(result: ReadResult, scrubber: Scrubber) -> tuple[ReadResult, Counter[str]]:
+    counts: Counter[str] = Counter()
+
+    def scrub(message: Message) -> Message:
+        scrubbed = scrubber.scrub(message.content)
+        counts.update(scrubbed.counts)
+        return replace(message, content=scrubbed.text)
+
+    clean = [replace(one, messages=tuple(scrub(message) for message in one.messages)) for one in result.conversations]
+    return ReadResult(clean, [replace(row, raw="") for row in result.bad]), counts
+
+
+def source_hashes(config: ChatbotConfig) -> dict[str, str]:
+    """Return the hash of the source, and of the accepted feedback if there is any, as DVC names them; none of a hub dataset."""
+    source, accepted = Path(config.data.source).expanduser(), accepted_file(config.name)
+    hashes = {config.data.source: dvc_hash(source)} if source.exists() else {}
+    if config.data.feedback and accepted.is_file() and accepted.stat().st_size:
+        hashes[FEEDBACK_SOURCE] = dvc_hash(accepted)
+    return hashes
 
 
 def dvc_hash(path: Path) -> str:

@@ -17,8 +17,8 @@ from cluster.registry import Version
 from configs.cli import console
 from configs.errors import DataError
 from data.conversations import Conversation, read_prepared
-from data.prepare import FEEDBACK_SOURCE, FORGOTTEN_FILE
-from data.sources import dvc_hash, known_to_dvc
+from data.prepare import FORGOTTEN_FILE
+from data.sources import FEEDBACK_SOURCE, dvc_hash, known_to_dvc
 
 NUM_SHOWN_ROWS = 20
 
@@ -60,7 +60,7 @@ def show_trace(found: Trace) -> None:
     tags = found.version.tags
     finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(tags.get("finished_s", 0))))
     console.print(
-        f"[bold]{found.version.name}[/]  trained by {finished}, run {found.version.run_id}, code {tags.get('git_commit', 'unknown')}"
+        f"[bold]{found.version.name}[/]  trained {finished}, run {found.version.run_id}, code {tags.get('git_commit', 'unknown')}"
     )
     console.print(f"data     {tags.get('data_fingerprint', 'unknown')}", markup=False)
     for source, wanted in json.loads(tags.get("data_sources", "{}")).items():

@@ -1,6 +1,7 @@
 """From thumbs to training rows: what is reviewed, what a person decides, what is trained on, and what must not leak."""
 
 import asyncio
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,28 @@ def test_a_persons_own_correction_of_a_waiting_row_is_kept(command, bot, home):
     asyncio.run(fill(told("b", "Two?")))
     command("data", "feedback", "bot", "--since", "1h")
     assert messages(Review("bot").read(PENDING)) == [["One?", "Run it twice."], ["Two?", "Run it."]]
+
+
+class Terminal(io.StringIO):
+    """What somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_person_is_asked_for_each_row_and_each_word_holds_at_once(command, bot, home, monkeypatch):
+    asyncio.run(fill(*(told(name, f"{name}?", comment="Well.") for name in ("one", "two", "three", "four", "five"))))
+    command("data", "feedback", "bot")
+    monkeypatch.setattr("sys.stdin", Terminal("yes\nperhaps\nno\nlater\nquit\n"))
+    ended = command("data", "accept", "bot")
+    assert ended.status == 0, ended.err
+    for shown in ("1 of 5", "user: one?", "assistant: Run it.", "comment: Well.", "accepted  1 rows in all, 3 still wait"):
+        assert shown in ended.out
+    left = {name: [row["completion_id"] for row in Review("bot").read(name)] for name in (ACCEPTED, DECLINED, PENDING)}
+    assert left == {ACCEPTED: ["one"], DECLINED: ["two"], PENDING: ["three", "four", "five"]}
+    monkeypatch.setattr("sys.stdin", Terminal("yes\n"))
+    assert command("data", "accept", "bot").status != 0, "the terminal was closed"
+    assert [row["completion_id"] for row in Review("bot").read(ACCEPTED)] == ["one", "three"]
 
 
 def test_a_held_out_question_that_somebody_asked_is_not_trained_on(command, bot, home):
