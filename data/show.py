@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from click import Choice
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +24,7 @@ from data.template import NO_LOSS, TokenRow, fit, load_tokenizer, tokenize
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ANSWERS = ("yes", "no", "later", "quit")
 PERCENTILES = (0, 50, 90, 99, 100)
 
 
@@ -85,7 +85,9 @@ def ask_for_each(rows: list[Fields], decide: Callable[[list[Fields], list[Fields
             console.print(f"  {message['role']}: {message['content']}", markup=False)
         if row["comment"]:
             console.print(f"  comment: {row['comment']}", markup=False, style="dim")
-        said = typer.prompt("Train on it?", default="later", type=Choice(["yes", "no", "later", "quit"]))
+        said = ""
+        while said not in ANSWERS:
+            said = typer.prompt(f"Train on it? ({', '.join(ANSWERS)})", default="later")
         if said == "quit":
             return
         decide([row] if said == "yes" else [], [row] if said == "no" else [])

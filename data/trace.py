@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 from cluster.home import home_folder
 from cluster.registry import Version
 from configs.cli import console
@@ -69,9 +67,8 @@ def show_trace(found: Trace) -> None:
         console.print(f"[yellow]no rows[/]  {prepared_folder(found.version)} is gone: nothing more can be said of its rows")
         console.print("         from the same sources and code, python -m data prepare CONFIG makes them again")
         return
-    console.print(_by_origin(found.rows))
-    if any(row.feedback for row in found.rows):
-        console.print(_feedback_table(found.rows))
+    for line in (*_by_origin(found.rows), *_by_feedback(found.rows)):
+        console.print(line, markup=False)
     if found.num_forgotten:
         console.print(f"[yellow]forgotten[/]  {found.num_forgotten} rows that it was trained on were taken out since; train it again")
 
@@ -103,26 +100,17 @@ def _today(source: str, wanted: str) -> str:
     return f"  ({state}{known})"
 
 
-def _by_origin(rows: list[Conversation]) -> Table:
-    table = Table("rows from", "kind", "train", "held out", box=None, pad_edge=False)
+def _by_origin(rows: list[Conversation]) -> Iterator[str]:
     counts = Counter((row.origin.rpartition(":")[0], _kind(row), row.split) for row in rows)
     for origin, kind in sorted({(origin, kind) for origin, kind, _ in counts}):
-        table.add_row(origin, kind, str(counts[origin, kind, "train"]), str(counts[origin, kind, "heldout"]))
-    return table
+        yield f"rows     {counts[origin, kind, 'train']} train, {counts[origin, kind, 'heldout']} held out: {origin}, {kind}"
 
 
-def _feedback_table(rows: list[Conversation]) -> Table:
-    table = Table("feedback on", "by key", "version", "at", box=None, pad_edge=False)
-    for feedback in sorted(_feedback(rows), key=lambda feedback: feedback[3]):
-        table.add_row(*feedback)
-    return table
-
-
-def _feedback(rows: list[Conversation]) -> Iterator[tuple[str, str, str, str]]:
-    for row in rows:
-        if row.feedback:
-            at = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.feedback.created_s))
-            yield row.feedback.completion_id, row.feedback.key_name or "", row.feedback.version, at
+def _by_feedback(rows: list[Conversation]) -> Iterator[str]:
+    for feedback in sorted((row.feedback for row in rows if row.feedback), key=lambda feedback: feedback.created_s):
+        at = time.strftime("%Y-%m-%d %H:%M", time.localtime(feedback.created_s))
+        key = f"key {feedback.key_name}" if feedback.key_name else "no key"
+        yield f"feedback {at}  {key}, on {feedback.version}: {feedback.completion_id}"
 
 
 def _kind(row: Conversation) -> str:

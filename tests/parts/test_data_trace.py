@@ -60,11 +60,12 @@ def test_a_version_is_traced_to_files_and_feedback(trained, command, tmp_path):
     lines = words(ended.out)
     source = tmp_path / "chats.jsonl"
     assert f"source {source} {dvc_hash(source)} (unchanged)" in lines
-    assert f"{source} as written 6 1" in lines
-    assert f"{source} synthetic (templates) 1 0" in lines
-    assert f"{Review('bot').folder / ACCEPTED} feedback 2 0" in lines
-    assert [line.split()[:3] for line in lines if "bot:2 20" in line] == [["a1", "ada", "bot:2"], ["b1", "ben", "bot:2"]]
-    assert "feedback on" not in command("data", "trace", "bot:1").out
+    assert f"rows 6 train, 1 held out: {source}, as written" in lines
+    assert f"rows 1 train, 0 held out: {source}, synthetic (templates)" in lines
+    assert f"rows 2 train, 0 held out: {Review('bot').folder / ACCEPTED}, feedback" in lines
+    told = [line.split(maxsplit=3)[3] for line in lines if line.startswith("feedback")]
+    assert told == ["key ada, on bot:2: a1", "key ben, on bot:2: b1"]
+    assert "feedback" not in command("data", "trace", "bot:1").out
     assert command("data", "trace", "bot").out == ended.out, "the live one"
 
 
@@ -135,7 +136,7 @@ def test_a_run_that_breaks_off_can_be_repeated(trained, command, home):
         patch.setattr("data.forget.delete_rows", break_off)
         assert command("data", "forget", "ada", "--yes").status == 130
     assert {row["key_name"] for row in stored_rows()} == {"ada", "ben"}
-    assert "saw them bot:2" in " ".join(command("data", "forget", "ada", "--yes").out.split())
+    assert "earlier bot:2" in " ".join(command("data", "forget", "ada", "--yes").out.split())
     assert {row["key_name"] for row in stored_rows()} == {"ben"}
 
 
