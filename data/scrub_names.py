@@ -41,14 +41,14 @@ INTRODUCED = regex.compile(
     regex.IGNORECASE,
 )
 # Words that are written like names at the beginning of a sentence, and days, months and languages.
-NOT_NAMES = """a an and are as ask at best but by call can cheers chief contact could customer dear did do does from good has have
-hello hey hi how i if in is it kind mail may me message morning mr mrs ms my name no not of on or our owner please
-problem prof regards send she sincerely so tell thank thanks that the their then there they this to user was we what
-when where which who why will with would yes you your yours january february march april may june july august
-september october november december monday tuesday wednesday thursday friday saturday sunday english german french
-spanish italian chinese japanese korean russian dutch portuguese turkish polish"""
+NOT_NAMES = """ask best cheers chief contact customer dear good hello hey hi kind mail message morning mr mrs ms owner problem prof
+regards send sincerely tell thank thanks user yes january february march april june july august september october
+november december monday tuesday wednesday thursday friday saturday sunday english german french spanish italian
+chinese japanese korean russian dutch portuguese turkish polish"""
 PLACES, TIMES = {"GPE", "LOC", "FAC", "NORP"}, {"DATE", "TIME", "LANGUAGE"}
 ENDINGS = ("", "s", "es", "d", "ed", "ing")
+NAME_TAGS = {"PROPN", "NOUN"}
+MIN_ENGLISH = 0.6
 KOREAN_TITLES = "씨|님|고객님|선생님|과장|대리|부장|팀장|차장|사원|실장|이사|대표|교수|박사|매니저"
 KOREAN_ENDS = "입니다|이에요|예요|이라고|라고|이고|인데"
 KOREAN_INTROS = "이름은|성함은|저는|제가|담당자[는:]?|예금주[는:]?|고객명[은:]?|이름[:]|성명[:]|수신[:]|발신[:]"
@@ -59,7 +59,9 @@ class NameRecognizer(EntityRecognizer):  # type: ignore[misc]
 
     def __init__(self, keep: Iterable[str]) -> None:
         """Take words that are no names here."""
-        self.not_names = {*NOT_NAMES.split(), *(word.casefold() for entry in keep for word in entry.split())}
+        from spacy.lang.en.stop_words import STOP_WORDS
+
+        self.not_names = {*STOP_WORDS, *NOT_NAMES.split(), *(word.casefold() for entry in keep for word in entry.split())}
         super().__init__(supported_entities=[PERSON], supported_language="en", name="names")
 
     def load(self) -> None:
@@ -71,14 +73,15 @@ class NameRecognizer(EntityRecognizer):  # type: ignore[misc]
         return [RecognizerResult(PERSON, start, end, SCORE) for start, end in spans]
 
     def _in_capitals(self, text: str, tokens: Any) -> Iterator[Span]:
-        """Find names written as names are: spaCy says what kind of word each is, lists and cues say the rest."""
+        """Find names written as names are: spaCy says what kind of word each is; lists, a dictionary and cues say the rest."""
+        is_english = _is_english_text(tokens)
         for run in RUN.finditer(text):
             words = [(run.start() + word.start(), run.start() + word.end()) for word in SPLIT.finditer(run[0])]
-            while words and self._is_no_name(text[slice(*words[0])]):
+            while words and self._is_outside(text, words[0], tokens):
                 words.pop(0)
-            while words and self._is_no_name(text[slice(*words[-1])]):
+            while words and self._is_outside(text, words[-1], tokens):
                 words.pop()
-            if words and _is_name(text, words, tokens):
+            if words and _is_name(text, words, tokens, is_english):
                 yield words[0][0], words[-1][1]
 
     def _in_small_letters(self, text: str) -> Iterator[Span]:
@@ -91,26 +94,35 @@ class NameRecognizer(EntityRecognizer):  # type: ignore[misc]
             has_last = last in last_names and not self._is_no_name(last)
             yield found.start(1), found.start(1) + len(found[1] if has_last else first)
 
+    def _is_outside(self, text: str, word: Span, tokens: Any) -> bool:
+        """Tell whether a word only stands before or after a name."""
+        kinds = {kind for token in _within(tokens, *word) for kind in (token.pos_, token.ent_type_)}
+        return self._is_no_name(text[slice(*word)]) or not kinds & {*NAME_TAGS, PERSON}
+
     def _is_no_name(self, word: str) -> bool:
         return word.casefold().removesuffix("'s").removesuffix("’s") in self.not_names
 
 
-def _is_name(text: str, words: list[Span], tokens: Any) -> bool:
-    """Tell whether words with capitals are a person's name: a proper noun that is a known name, or in no dictionary."""
+def _is_name(text: str, words: list[Span], tokens: Any, is_english: bool) -> bool:
+    """Tell whether nouns with capitals are a person's name: a known one, or in an English text one that no dictionary has."""
     first_names, last_names = _known_names()
     start, end = words[0][0], words[-1][1]
-    inside = [token for token in tokens if token.idx < end and token.idx + len(token) > start]
-    kinds = {token.ent_type_ for token in inside}
-    if (PERSON not in kinds and all(token.pos_ != "PROPN" for token in inside)) or kinds & TIMES:
-        return False
+    inside = _within(tokens, start, end)
+    kinds = {kind for token in inside for kind in (token.pos_, token.ent_type_)}
     known = [_fold(text[slice(*word)]) for word in words]
-    if " ".join(known) in _places():
+    if kinds & TIMES or " ".join(known) in _places():
         return False
-    if any(name in first_names or not _is_english(name) for name in known):
+    if is_english and any(not _is_english_word(name) for name in known):
         return True
-    if len(words) > 1 and any(name in last_names for name in known):
+    if not kinds & {"PROPN", PERSON}:
+        return False
+    if any(name in first_names or (len(words) > 1 and name in last_names) for name in known):
         return True
     return bool(not kinds & PLACES and (BEFORE.search(text, 0, start) or AFTER.match(text, end)))
+
+
+def _within(tokens: Any, start: int, end: int) -> list[Any]:
+    return [token for token in tokens if token.idx < end and token.idx + len(token) > start]
 
 
 @lru_cache(maxsize=1)
@@ -142,8 +154,14 @@ def _dictionary() -> frozenset[str]:
     return frozenset(word for words in index.values() for word in words)
 
 
-def _is_english(name: str) -> bool:
+def _is_english_word(name: str) -> bool:
     return any(name.endswith(ending) and name[: len(name) - len(ending)] in _dictionary() for ending in ENDINGS)
+
+
+def _is_english_text(tokens: Any) -> bool:
+    """Tell English from what else is written in Latin letters: in German, each noun would be a name that no dictionary has."""
+    words = [token for token in tokens if token.is_alpha and token.is_lower]
+    return sum(token.is_stop or _is_english_word(token.lower_) for token in words) >= MIN_ENGLISH * len(words)
 
 
 @lru_cache(maxsize=1)

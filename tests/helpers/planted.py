@@ -16,7 +16,15 @@ Yusuf Demir|Kwame Boateng|Oksana Shevchenko|Park Ji-hoon|Gareth Llewellyn|Noor v
 Matteo Ricci|Leila Haddad|Jürgen Schäfer|Nguyen Van Minh|Thabo Nkosi|Harriet Pemberton|Siobhan Kelly|Andrés Villanueva
 Choi Eun-bi|Emily Carter|James Whitfield|Robert Nakamura|Anna Kowalczyk|Priyanka Deshmukh|Daniel Rosenberg
 Grace Muthoni|Viktor Horváth|Elena Popescu|Marcus Bell|Sarah|Mehmet|Ludmila|Jamal|Ingeborg|Haruto|Deepika|Sebastian
-Fiona|Kenji
+Fiona|Kenji|Abigail Thornbury|Nnamdi Eze|Pia Lindholm|Takumi Ishikawa|Zsófia Kertész|Rohan Iyer|Camille Dubois
+Esteban Rojas|Elif Yıldız|Kofi Asante|Halyna Kravets|Shin Dong-hyun|Owen Pritchard|Femke Bakker|Tyler Brooks
+Lucia Ferrara|Karim Benali|Uwe Zimmermann|Le Thi Hoa|Lindiwe Mokoena|Georgina Ashdown|Aoife Doyle|Ramón Ibáñez
+Yoon Seo-yeon|Rachel Adams|Brian Foster|Mei Lin|Dorota Wójcik|Sanjay Patel|Hannah Weiss|Ruth|Ahmet|Galina|Tyrone|Heidi
+Ren|Ananya|Tobias|Bridget|Daichi|Philippa Marsh|Chidi Okafor|Henrik Solberg|Naoko Fujimoto|Bence Szabó|Kavya Menon
+Manon Girard|Rodrigo Fuentes|Zeynep Arslan|Abena Owusu|Taras Melnyk|Oh Se-hun|Rhiannon Parry|Joost de Boer
+Cody Ramirez|Alessia Conti|Nadia Bouzid|Wolfgang Krüger|Pham Quoc Bao|Themba Zulu|Rosalind Fairfax|Ciarán Walsh
+Lourdes Peña|Baek Ha-eun|Kevin Sanders|Monica Stewart|Zhang Wei|Marek Kaczmarek|Vikram Chauhan|Judith Klein|Oleg|Aoi
+Babajide|Saoirse|Miguel|Thuy|Esra|Gunther|Neha|Claire
 """.replace("\n", "|")
     .strip("|")
     .split("|")
@@ -48,6 +56,46 @@ This is a message for {}: the training has finished.
 I was told to ask for {} in the support team.
 User: {}. Problem: cannot print.
 Best,\n{}
+Since {} left the company nobody answers my tickets.
+We are waiting on {}.
+Can I add {} to my plan?
+{} is the person you need.
+I gave the old badge to {}.
+Yesterday's trainer was {}, I believe.
+My daughter {} uses the same account.
+The invoice should go to {}, not to me.
+After lunch {} and we will test it.
+Who is {} and why does she have access?
+I found {}'s notes in the folder.
+With greetings from Oslo, {}
+Put it on {}'s desk.
+signature: {}
+This was {}'s idea.
+Tomorrow {} flies to Madrid.
+You may quote me: {}, head of sales.
+Attn. {}
+Nobody but {} knows the code.
+{}: when will it be ready?
+Apparently {} is on holiday this week.
+The old password was chosen by {} years ago.
+Between us, {} should not have that role.
+Tell me whether {} has logged in today.
+New starter: {}
+We named the printer after {}.
+If {} calls again, please hang up.
+Two people can edit it: {} and me.
+I would rather speak with {} than with a bot.
+Invite {} to the channel.
+No, not me. {} did it.
+Has {}'s trial ended?
+Thank {} from me!
+The parcel for {} came back.
+In {}'s opinion the price is too high.
+{} wants a refund.
+Hey there, {} speaking, do you have a minute?
+By order of {}
+Where does {} live?
+Everything was fine until {} changed the plan.
 """.strip().splitlines()
 
 KOREAN_NAMED = """
@@ -198,7 +246,7 @@ class Planted:
 
 def planted() -> Iterator[Planted]:
     """Yield all planted items; the same ones each time."""
-    yield from _fill("PERSON", NAMES * 3, NAMED)
+    yield from _fill("PERSON", NAMES * 2, NAMED)
     yield from (Planted("PERSON_KO", text, name) for text, name in zip(KOREAN_NAMED, KOREAN_NAMES, strict=True))
     yield from _fill("EMAIL", MAILS * 2, MAILED)
     yield from _fill("PHONE", PHONES, PHONED)

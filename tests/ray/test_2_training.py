@@ -44,6 +44,7 @@ def test_a_job_registers_a_version_with_its_manifest(stack: Stack, config):
     assert manifest["run_id"] == version.run_id == RUN_ID.search(text)[1]
     for name in ("base_fingerprint", "data_fingerprint", "config_fingerprint", "git_commit"):
         assert version.tags[name] == manifest[name] != ""
+    assert [len(md5) for md5 in manifest["data_sources"].values()] == [32], "the version of the data, as DVC writes it"
     run = stack.registry.client.get_run(version.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["train.lora.rank"] == "4"
