@@ -42,6 +42,7 @@ class Manifest:
     finished_s: float
     system_prompt: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    data_sources: dict[str, str] = field(default_factory=dict)  # each source of the data with its hash, as DVC writes it
 
 
 @dataclass(frozen=True)

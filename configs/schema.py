@@ -55,6 +55,12 @@ class DataConfig(Settings):
     """Keep one of several equal conversations."""
     skip_bad: bool = False
     """Set bad rows aside with their reason, instead of refusing the file."""
+    feedback: bool = True
+    """Train on the feedback too that a person accepted (`python -m data accept`)."""
+    scrub: bool = False
+    """Take personal data out of every row; out of feedback it is always taken."""
+    scrub_keep: list[str] = []
+    """Words that are no personal data here, such as names of products."""
 
 
 class LoraConfig(Settings):

@@ -1,24 +1,38 @@
-"""`python -m data prepare|inspect|synthesize`: conversations in, training rows out."""
+"""`python -m data prepare|inspect|synthesize|feedback|accept|trace|forget`: conversations in, training rows out, and back."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from configs.cli import Overrides, console, make_app, run_app
+from cluster.home import OWNER_ONLY, write_text
+from configs.cli import Overrides, console, make_app, parse_duration_s, run_app
+from configs.errors import DataError
 from configs.loader import load_chatbot
-from data.prepare import Prepared, check_source, prepare
+from configs.schema import ChatbotConfig
+from data.conversations import to_jsonl
+from data.feedback import ACCEPTED, PENDING, Review
+from data.prepare import Prepared, check_source, copy_prepared, prepare
+from data.scrub import Scrubber
 from data.show import prepared_table, show_rows
 from data.synthesize import Options, synthesize
 
-app = make_app("Check conversations, look at them as the model sees them, and make more.")
+app = make_app("Check conversations, look at them as the model sees them, make more, and follow where they went.")
+Chatbot = Annotated[str, typer.Argument(metavar="NAME|CONFIG", help="Such as helpdesk, for configs/helpdesk.yaml.")]
 
 
 @app.command("prepare")
-def prepare_command(config: str, overrides: Overrides = None) -> None:
+def prepare_command(
+    config: str,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for a copy, at a place of its own, as DVC wants it.")] = None,
+) -> None:
     """Read, check, split and tokenise a chatbot's conversations."""
     prepared, _ = _prepare(config, overrides)
     console.print(prepared_table(prepared))
+    if out:
+        copy_prepared(prepared, out)
 
 
 @app.command()
@@ -43,6 +57,97 @@ def synthesize_command(
     """Ask the training questions in more ways, and write the whole as a new file."""
     options = Options(out, per_fact, endpoint, model, templates, force)
     synthesize(load_chatbot(config, overrides or []), options)
+
+
+@app.command("feedback")
+def feedback_command(
+    chatbot: Chatbot,
+    overrides: Overrides = None,
+    since: Annotated[str, typer.Option(metavar="TIME", help="How far back to look, such as 7d, 12h or 5m.")] = "30d",
+    raw: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write all that was said, as it is stored: with personal data.")
+    ] = None,
+) -> None:
+    """Make training rows of what people said of answers, without personal data; they wait for `accept`."""
+    from data.feedback_store import all_feedback
+    from data.show import show_gathered
+
+    config = _load(chatbot, overrides)
+    since_s = time.time() - parse_duration_s(since)
+    own = [row for row in all_feedback() if row["version"].partition(":")[0] == config.name]
+    if raw:
+        write_text(raw, to_jsonl({name: value for name, value in row.items() if value is not None} for row in own), OWNER_ONLY)
+    review = Review(config.name)
+    gathered = review.gather(own, since_s, lambda: Scrubber(config.data.scrub_keep))
+    show_gathered(gathered, review.folder)
+    if gathered.pending:
+        console.print(f"next       python -m data accept {chatbot}", markup=False)
+
+
+@app.command()
+def accept(
+    chatbot: Chatbot,
+    overrides: Overrides = None,
+    everything: Annotated[bool, typer.Option("--all", help="Take every row that waits, without asking for each.")] = False,
+) -> None:
+    """Look at the rows that `feedback` made, and choose which may be trained on."""
+    from data.show import ask_for_each
+
+    config = _load(chatbot, overrides)
+    review = Review(config.name)
+    waiting = review.read(PENDING)
+    if everything:
+        review.decide(waiting, [])
+    elif waiting:
+        ask_for_each(waiting, review.decide)
+    left, num_accepted = len(review.read(PENDING)), len(review.read(ACCEPTED))
+    console.print(
+        f"[green]accepted[/]  {num_accepted} rows in all, {left} still wait; the next training of {config.name} reads the accepted ones"
+    )
+
+
+@app.command()
+def trace(
+    version: Annotated[str, typer.Argument(metavar="NAME:VERSION", help="Such as helpdesk:5; helpdesk is the live one.")],
+    row: Annotated[str | None, typer.Option(metavar="TEXT", help="Show the rows that hold this text, and where they came from.")] = None,
+) -> None:
+    """List where a version's training data came from."""
+    from cluster.registry import Registry
+    from cluster.session import require_session
+    from data.trace import show_rows_with, show_trace, trace
+
+    found = trace(Registry(require_session().mlflow_url).find(version))
+    show_trace(found)
+    if row:
+        show_rows_with(found, row)
+
+
+@app.command()
+def forget(
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="Name of the person's key.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="A name, mail address or number that their rows hold.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without, it is only shown.")] = False,
+) -> None:
+    """Take out one person's rows wherever Tandem keeps them, and list the versions that were trained on them."""
+    from cluster.registry import Registry
+    from cluster.session import require_session
+    from data.forget import by_key, by_text, find, forget, show_found
+
+    if (key is None) == (text is None):
+        raise DataError("whose rows?", "", "python -m data forget KEY, or --text TEXT")
+    is_theirs = by_key(key) if key is not None else by_text(text or "")
+    found = find(is_theirs, Registry(require_session().mlflow_url).versions())
+    show_found(found)
+    if yes:
+        forget(found, is_theirs)
+        console.print(f"[green]forgotten[/]  {found.num_rows} rows")
+    elif found.num_rows:
+        console.print("nothing is changed yet: --yes does it")
+
+
+def _load(chatbot: str, overrides: list[str] | None) -> ChatbotConfig:
+    """Read the config of a chatbot that is named by itself or by its file."""
+    return load_chatbot(chatbot if chatbot.endswith((".yaml", ".yml")) else f"configs/{chatbot}.yaml", overrides or [])
 
 
 def _prepare(file: str, overrides: list[str] | None) -> tuple[Prepared, Path]:

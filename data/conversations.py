@@ -6,7 +6,7 @@ Knows messages. Does not know where they came from, nor any template or model.
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,16 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Feedback:
+    """The opinion on an answer that a conversation was made from."""
+
+    completion_id: str
+    version: str
+    key_name: str | None
+    created_s: float
+
+
+@dataclass(frozen=True)
 class Conversation:
     """One checked conversation; its last turn is the assistant's."""
 
@@ -34,6 +44,8 @@ class Conversation:
     split: Split | None = None
     keys: tuple[str, ...] = ()  # what a right answer contains
     origin: str = ""  # file:line
+    feedback: Feedback | None = None
+    synthetic: str | None = None  # what worded it, if no person did
 
     def to_row(self) -> dict[str, Any]:
         """Return the row of Tandem's own JSONL form."""
@@ -43,13 +55,20 @@ class Conversation:
             "split": self.split,
             "keys": list(self.keys),
             "origin": self.origin,
+            "feedback": self.feedback and asdict(self.feedback),
+            "synthetic": self.synthetic,
         }
+
+    def content(self) -> dict[str, Any]:
+        """Return the row without where it came from."""
+        return {name: value for name, value in self.to_row().items() if name not in ("feedback", "synthetic")} | {"origin": ""}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Conversation":
         """Read a row that `to_row` made."""
         messages = tuple(Message(message["role"], message["content"]) for message in row["messages"])
-        return cls(messages, row["group"], row["split"], tuple(row["keys"]), row["origin"])
+        feedback = Feedback(**row["feedback"]) if row.get("feedback") else None
+        return cls(messages, row["group"], row["split"], tuple(row["keys"]), row["origin"], feedback, row.get("synthetic"))
 
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -5,11 +5,12 @@ Knows the shapes and what makes a row usable. Does not know files, templates or 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from configs.errors import DataError
 from configs.schema import DataConfig
-from data.conversations import ROLES, Conversation, Message, Split
+from data.conversations import ROLES, Conversation, Feedback, Message, Split
 from data.readers import RawRow, Table, read_tables
 
 NO_SPLIT = "has no split, and data.split is marked"
@@ -96,7 +97,7 @@ def _to_conversation(row: RawRow, shape: Shape | None, table_split: str | None, 
     _check_order(messages)
     if config.system_prompt and messages[0].role != "system":
         messages = (Message("system", config.system_prompt), *messages)
-    found = Conversation(messages, _group(row.fields), keys=_keys(row.fields), origin=row.place)
+    found = Conversation(messages, _group(row.fields), None, _keys(row.fields), row.place, _feedback(row.fields), _synthetic(row.fields))
     if config.split == "group" and found.group is None:
         raise RowError("has no group, and data.split is group")
     if config.split == "marked":
@@ -151,6 +152,18 @@ def _check_order(messages: tuple[Message, ...]) -> None:
 def _group(fields: Fields) -> str | None:
     group = fields.get("group")
     return None if group is None or group == "" else str(group)
+
+
+def _feedback(fields: Fields) -> Feedback | None:
+    """Recognise a row that `python -m data feedback` made."""
+    names = [name.name for name in dataclass_fields(Feedback)]
+    return Feedback(**{name: fields[name] for name in names}) if all(name in fields for name in names) else None
+
+
+def _synthetic(fields: Fields) -> str | None:
+    """Recognise a row that `python -m data synthesize` made."""
+    maker = fields.get("synthetic")
+    return str(maker) if maker else None
 
 
 def _split(fields: Fields, table_split: str | None) -> Split:

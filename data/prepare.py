@@ -6,7 +6,7 @@ Knows the order of the steps and where results lie. Does not know how a step wor
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,9 @@ from cluster.home import home_folder, new_folder, write_text
 from configs.errors import DataError
 from configs.schema import ChatbotConfig, DataConfig
 from data.conversations import Conversation, Message, read_prepared, to_jsonl
+from data.feedback import accepted_file
 from data.formats import NO_SPLIT, BadRow, read_conversations
+from data.sources import read_all, source_hashes
 from data.split import SplitResult, split_conversations
 from data.template import RefusedByTemplateError, TokenRow, fit, load_tokenizer, tokenize
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 NUM_SHOWN_BAD = 20
 SOURCE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+FORGOTTEN_FILE = "forgotten.json"
+OUR_FILES = ("train.jsonl", "heldout.jsonl", "bad.jsonl", "report.json")
 Tokens = dict[tuple[Message, ...], TokenRow]
 
 
@@ -47,6 +51,8 @@ class Prepared:
     longest_tokens: int
     fingerprint: str
     source_key: str = ""  # changes with the source, the settings and the tokenizer; empty for datasets, whose files are not at hand
+    sources: dict[str, str] = field(default_factory=dict)  # each source with its hash, as DVC writes it
+    scrubbed: dict[str, int] = field(default_factory=dict)  # how much personal data was taken out, by kind
     from_cache: bool = False
 
     @property
@@ -99,11 +105,12 @@ def prepare(config: ChatbotConfig, model_folder: Path) -> Prepared:
         DataError: The source cannot be used; all bad rows are named at once.
         ModelError: The model has no usable chat template.
     """
-    source_key = _source_key(config.data, model_folder)
+    source_key = _source_key(config, model_folder)
     cached = _find_cached(config.name, source_key)
     if cached:
         return cached
-    result = read_conversations(config.data)  # before the tokenizer, whose library takes seconds to import
+    sources = source_hashes(config)
+    result, scrubbed = read_all(config)  # before the tokenizer, whose library takes seconds to import
     tokenizer = load_tokenizer(model_folder)
     tokens, refused = _tokenize(result.conversations, tokenizer)
     bad = [*result.bad, *refused]
@@ -118,9 +125,22 @@ def prepare(config: ChatbotConfig, model_folder: Path) -> Prepared:
     for name, fitted in (("to train on", train), ("held out", heldout)):
         if not fitted.rows:
             raise _all_too_long(config.data, name, fitted, tokens)
-    prepared = _report(config.name, source_key, sides, train, heldout, len(bad))
+    prepared = replace(_report(config.name, source_key, sides, train, heldout, len(bad)), sources=sources, scrubbed=dict(scrubbed))
     _write(prepared, train.conversations, heldout.conversations, bad)
     return prepared
+
+
+def copy_prepared(prepared: Prepared, out: Path) -> None:
+    """Put the same files into a folder whose name does not change with its content.
+
+    Raises:
+        DataError: The folder holds something else.
+    """
+    if out.exists() and any(file.name not in OUR_FILES for file in out.iterdir()):
+        raise DataError(f"{out} holds other files too", "nothing was written", "name another --out")
+    for name in OUR_FILES[:-1]:
+        write_text(out / name, (prepared.folder / name).read_text(encoding="utf-8"))
+    write_text(out / OUR_FILES[-1], replace(prepared, source_key="").to_json())  # the key changes with our code, the copy should not
 
 
 def check_source(config: DataConfig) -> None:
@@ -138,7 +158,7 @@ def fingerprint(train: Sequence[Conversation], heldout: Sequence[Conversation]) 
     """Return 16 hex digits that change with the content of either split, not with where it came from."""
     digest = hashlib.sha256()
     for side in (train, heldout):
-        digest.update(to_jsonl(replace(conversation, origin="").to_row() for conversation in side).encode())
+        digest.update(to_jsonl(conversation.content() for conversation in side).encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
 
@@ -189,6 +209,7 @@ def _write(prepared: Prepared, train: list[Conversation], heldout: list[Conversa
         "report.json": prepared.to_json(),
     }
     if prepared.folder.is_dir():
+        (prepared.folder / FORGOTTEN_FILE).unlink(missing_ok=True)  # where the rows came back, the source still has them
         for name, text in texts.items():
             write_text(prepared.folder / name, text)
         return
@@ -197,13 +218,14 @@ def _write(prepared: Prepared, train: list[Conversation], heldout: list[Conversa
             write_text(draft / name, text)
 
 
-def _source_key(config: DataConfig, model_folder: Path) -> str:
+def _source_key(config: ChatbotConfig, model_folder: Path) -> str:
     """Return a digest of all that the result depends on; empty where it is not at hand, as with a hub dataset."""
-    source = Path(config.source).expanduser()
+    source = Path(config.data.source).expanduser()
     files = sorted(file for file in source.rglob("*") if file.suffix in SOURCE_SUFFIXES) if source.is_dir() else [source]
     if not source.exists():
         return ""
-    digest = hashlib.sha256(f"{config.model_dump_json()}\0{_code_digest()}".encode())
+    files += [accepted_file(config.name)] if config.data.feedback else []
+    digest = hashlib.sha256(f"{config.data.model_dump_json()}\0{_code_digest()}".encode())
     for file in (*files, *(model_folder / name for name in TOKENIZER_FILES)):
         if file.is_file():
             digest.update(f"\0{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())

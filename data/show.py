@@ -1,24 +1,30 @@
-"""Shows prepared conversations to people: counts, lengths, and which tokens carry loss.
+"""Shows conversations to people: counts, lengths, which tokens carry loss, and rows that wait for their word.
 
 Knows how to print. Does not know how anything is prepared.
 """
 
+import sys
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
 from configs.cli import console
+from configs.errors import DataError
 from configs.schema import DataConfig
 from data.conversations import Conversation, read_prepared
+from data.feedback import PENDING, REJECTED, Fields, Gathered
 from data.prepare import Prepared
 from data.template import NO_LOSS, TokenRow, fit, load_tokenizer, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ANSWERS = ("yes", "no", "later", "quit")
 PERCENTILES = (0, 50, 90, 99, 100)
 
 
@@ -39,6 +45,7 @@ def prepared_table(prepared: Prepared) -> Table:
         ("duplicates left out", f"{prepared.num_duplicates:,}"),
         ("left out of training, as held out too", f"{prepared.num_leaks:,}"),
         ("bad rows set aside", f"{prepared.num_bad:,}"),
+        *((f"taken out: {kind.replace('_', ' ')}", f"{count:,}") for kind, count in prepared.scrubbed.items()),
         ("fingerprint", prepared.fingerprint),
     ):
         table.add_row(name, value)
@@ -54,6 +61,36 @@ def show_rows(prepared: Prepared, model_folder: Path, config: DataConfig, num_sh
     for conversation, row in list(zip(sides["train"], rows["train"], strict=True))[:num_shown]:
         console.print(f"\n{conversation.origin}: {len(row.input_ids)} tokens, {row.num_loss_tokens} with loss", style="bold", markup=False)
         console.print(paint(row, tokenizer))
+
+
+def show_gathered(gathered: Gathered, folder: Path) -> None:
+    """Print what feedback became, and how much personal data was taken out of it."""
+    console.print(f"[green]to review[/]  {len(gathered.pending)} rows in {folder / PENDING}")
+    console.print(f"rejected   {len(gathered.rejected)} answers without a better one, in {folder / REJECTED}")
+    for reason, count in sorted(gathered.left_out.items()):
+        console.print(f"left out   {count}: {reason}")
+    if gathered.num_decided:
+        console.print(f"left out   {gathered.num_decided}: decided on before")
+    for kind, counts in gathered.scrubbed().items():
+        console.print(f"scrubbed   {counts['found']} {kind.replace('_', ' ')} in {counts['rows']} rows")
+
+
+def ask_for_each(rows: list[Fields], decide: Callable[[list[Fields], list[Fields]], None]) -> None:
+    """Show each row and ask what to do with it; each answer holds at once."""
+    if not sys.stdin.isatty():
+        raise DataError("there is nobody to ask", "standard input is no terminal", "--all, after reading the file")
+    for number, row in enumerate(rows, start=1):
+        console.print(f"\n[bold]{number} of {len(rows)}[/]  {row['why']}, {row['version']}", highlight=False)
+        for message in row["messages"]:
+            console.print(f"  {message['role']}: {message['content']}", markup=False)
+        if row["comment"]:
+            console.print(f"  comment: {row['comment']}", markup=False, style="dim")
+        said = ""
+        while said not in ANSWERS:
+            said = typer.prompt(f"Train on it? ({', '.join(ANSWERS)})", default="later")
+        if said == "quit":
+            return
+        decide([row] if said == "yes" else [], [row] if said == "no" else [])
 
 
 def paint(row: TokenRow, tokenizer: "PreTrainedTokenizerBase") -> Text:

@@ -19,7 +19,7 @@ class SplitResult:
     train: list[Conversation]
     heldout: list[Conversation]
     num_duplicates: int
-    num_leaks: int  # left out of train, because the same conversation is held out
+    num_leaks: int  # left out of train, because the same conversation is held out, or in feedback the same question
 
 
 def split_conversations(conversations: list[Conversation], config: DataConfig) -> SplitResult:
@@ -33,7 +33,12 @@ def split_conversations(conversations: list[Conversation], config: DataConfig) -
     heldout = [replace(conversation, split="heldout") for conversation in kept if _unit(conversation, config) in drawn]
     train = [replace(conversation, split="train") for conversation in kept if _unit(conversation, config) not in drawn]
     heldout_keys = {conversation_key(conversation) for conversation in heldout}
-    clean = [conversation for conversation in train if conversation_key(conversation) not in heldout_keys]
+    asked = {_question_key(conversation) for conversation in heldout}
+    clean = [
+        conversation
+        for conversation in train
+        if conversation_key(conversation) not in heldout_keys and not (conversation.feedback and _question_key(conversation) in asked)
+    ]
     if kept and not (clean and heldout):
         raise _one_sided(config, "held out" if clean else "to train on", len(train) - len(clean))
     return SplitResult(clean, heldout, len(conversations) - len(kept), len(train) - len(clean))
@@ -47,6 +52,11 @@ def conversation_key(conversation: Conversation) -> str:
 def turns_key(conversation: Conversation) -> str:
     """Return a digest of the turns without the system message, so that a new system prompt changes no split."""
     return _digest((message.role, normalise(message.content)) for message in conversation.messages if message.role != "system")
+
+
+def _question_key(conversation: Conversation) -> str:
+    """Return a digest of what was asked: people ask the held-out questions too, and praise the answers."""
+    return turns_key(replace(conversation, messages=conversation.messages[:-1]))
 
 
 def _digest(turns: Iterable[tuple[str, str]]) -> str:

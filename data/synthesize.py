@@ -65,7 +65,7 @@ def synthesize(config: ChatbotConfig, options: Options) -> Tally:
     for group, seeds in _progress(_facts(sides.train), options):
         rows += _multiply(group, seeds, heldout, reword, options.num_per_fact, tally)
     rows += [conversation.to_row() for conversation in sides.heldout]
-    write_text(options.out, to_jsonl({name: value for name, value in row.items() if name != "origin"} for row in rows))
+    write_text(options.out, to_jsonl({name: value for name, value in row.items() if name not in ("origin", "feedback")} for row in rows))
     _say(tally, options, len(rows))
     return tally
 

@@ -1,9 +1,8 @@
-"""`python -m serve CONFIG|promote|canary|rollback|status|keys|feedback`: serve a base model with its adapters, and say what is live."""
+"""`python -m serve CONFIG|promote|canary|rollback|status|keys`: serve a base model with its adapters, and say what is live."""
 
 import json
 import re
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,15 +10,13 @@ from rich.table import Table
 
 from cluster.registry import CANARY, Registry
 from cluster.session import require_session
-from configs.cli import Overrides, console, make_app, run_app
+from configs.cli import Overrides, console, make_app, parse_duration_s, run_app
 from configs.errors import RegistryError
 from configs.loader import load_chatbot
 
 app = make_app("Serve a base model with its adapters, and choose which version is live.", default="run")
 keys_app = make_app("Keys for the chat endpoint. As soon as there is one, every request must show a key.")
 app.add_typer(keys_app, name="keys")
-feedback_app = make_app("What people said of answers.")
-app.add_typer(feedback_app, name="feedback")
 VersionName = Annotated[str, typer.Argument(metavar="NAME:VERSION", help="Such as helpdesk:3.")]
 
 
@@ -119,10 +116,10 @@ def create_key(
     expires: Annotated[str | None, typer.Option(metavar="TIME", help="Such as 30d, 12h or 5m.")] = None,
 ) -> None:
     """Make a key and show it, once: only its hash is kept."""
-    from serve.keys import KeyFile, parse_lifetime
+    from serve.keys import KeyFile
 
     allowed = None if models is None else [model.strip() for model in models.split(",")]
-    secret = KeyFile().create(name, allowed, parse_lifetime(expires) if expires is not None else None, rpm, tpm)
+    secret = KeyFile().create(name, allowed, parse_duration_s(expires) if expires is not None else None, rpm, tpm)
     console.print(f"[green]key[/]  {secret}", soft_wrap=True)
     console.print("     shown this once; send it as: Authorization: Bearer KEY")
 
@@ -147,25 +144,6 @@ def revoke_key(name: Annotated[str, typer.Argument(metavar="NAME", help="Whose k
 
     KeyFile().revoke(name)
     console.print(f"[green]revoked[/]  {name}")
-
-
-@feedback_app.command("export")
-def export_feedback(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write: JSONL, one feedback a line.")],
-    train: Annotated[bool, typer.Option("--train", help="Only conversations that can be trained on, as `data.source` takes them.")] = False,
-) -> None:
-    """Write all feedback to a file, each with its conversation where that was kept."""
-    from cluster.home import write_text
-    from data.conversations import to_jsonl
-    from serve.feedback_export import as_conversation, as_line
-    from serve.feedback_store import all_feedback
-    from serve.keys import OWNER_ONLY
-
-    rows = all_feedback()
-    lines = [line for row in rows if (line := as_conversation(row) if train else as_line(row))]
-    write_text(file, to_jsonl(lines), OWNER_ONLY)
-    left_out = f"; {len(rows) - len(lines)} have no conversation that could be trained on" if len(lines) < len(rows) else ""
-    console.print(f"[green]written[/]  {len(lines)} of {len(rows)} to {file}{left_out}")
 
 
 def parse_share(text: str) -> float:

@@ -276,6 +276,7 @@ def _manifest(
         target_modules=sorted(modules),
         quantization=config.train.quantization,
         data_fingerprint=data.fingerprint,
+        data_sources=data.sources,
         config_fingerprint=config_fingerprint(config),
         git_commit=git_commit(),
         run_id=run_id,

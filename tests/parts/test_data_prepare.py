@@ -210,3 +210,15 @@ def test_command_line_says_what_is_wrong_without_a_traceback(tmp_path, config_fi
         assert (ended.returncode, ended.stdout) == (2, "")
         assert reason in ended.stderr
         assert "Traceback" not in ended.stderr
+
+
+def test_personal_data_is_taken_out_of_a_source_where_the_config_wants_it(tmp_path, source, home):
+    rows = [*ROWS, chat("I am Martha Okonkwo, martha@example.com.", "Hello Martha Okonkwo.", keys=["run"]), {"messages": [{"Martha": 1}]}]
+    write_rows(source, rows)
+    scrubbed = run(tmp_path, source, "data.scrub=true", "data.skip_bad=true")
+    assert scrubbed.scrubbed == {"person": 2, "email": 1}
+    assert not [name for name in left_behind(home) if "Martha" in (home / name).read_text()]
+    texts = [row.messages[0].content for row in (*read_prepared(scrubbed.train_file), *read_prepared(scrubbed.heldout_file))]
+    assert "I am <PERSON>, <EMAIL>." in texts
+    plain = run(tmp_path, source, "data.skip_bad=true")
+    assert (plain.scrubbed, plain.fingerprint == scrubbed.fingerprint) == ({}, False)

@@ -3,16 +3,12 @@
 import asyncio
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from configs.schema import DataConfig, FeedbackConfig
-from data.formats import read_conversations
-from serve.feedback import FeedbackDesk
-from serve.feedback_export import as_conversation
-from serve.feedback_store import FeedbackStore, read_feedback
+from configs.schema import FeedbackConfig
+from data.feedback_store import read_feedback
 from serve.keys import KeyFile
 from tests.helpers.front import ASKED, NOWHERE, PROMPT, QUESTION, Answer, chat, make_front, refused
 
@@ -228,77 +224,3 @@ def test_the_page_is_told_whether_conversations_are_kept(ask, keys):
     assert ask("GET", "/page.json").json == {"consent": None, "max_letters": 4000}
     told = ask("GET", "/page.json", feedback=FeedbackConfig(keep_conversations=True, consent="All is stored.", max_letters=50)).json
     assert told == {"consent": "All is stored.", "max_letters": 50}
-
-
-def exported(command, *words: str) -> tuple[str, list[dict[str, Any]]]:
-    ended = command("serve", "feedback", "export", "out.jsonl", *words)
-    assert ended.status == 0, ended.err
-    return ended.out, [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
-
-
-def test_feedback_is_exported_with_what_can_be_trained_on(command, home):
-    asyncio.run(fill(FeedbackDesk.of_home(KEEPS).store))
-    out, lines = exported(command)
-    assert out == "written  4 of 4 to out.jsonl\n"
-    assert [line["rating"] for line in lines] == ["up", "down", "down", "up"]
-    assert lines[0]["messages"] == [QUESTION]
-    assert "messages" not in lines[3]
-    out, lines = exported(command, "--train")
-    assert out == "written  2 of 4 to out.jsonl; 2 have no conversation that could be trained on\n"
-    assert [line["messages"][0] for line in lines] == [QUESTION] * 2
-    read = read_conversations(DataConfig(source="out.jsonl"))
-    assert ([one.messages[-1].content for one in read.conversations], read.bad) == (["Forty-two.", "Forty-three."], [])
-    assert {file.stat().st_mode & 0o777 for file in (home / "feedback.db", Path("out.jsonl"))} == {0o600}
-
-
-@pytest.mark.parametrize("words", [(), ("--train",)], ids=["all", "train"])
-def test_an_export_says_that_the_database_is_away(words, command, home, monkeypatch):
-    monkeypatch.setenv("FEEDBACK_URL", "sqlite:////nowhere/feedback.db")
-    ended = command("serve", "feedback", "export", "out.jsonl", *words)
-    assert ended.status == 2
-    for said in ("feedback cannot be read from sqlite:////nowhere/feedback.db", "unable to open database file", "FEEDBACK_URL"):
-        assert said in ended.err
-    assert not Path("out.jsonl").exists()
-
-
-CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-SYSTEM, ANSWERED = {"role": "system", "content": PROMPT}, {"role": "assistant", "content": "Gut."}
-UNTRAINABLE: list[list[Any]] = [
-    [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "1", "content": "42"}],
-    [QUESTION, {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}, QUESTION],
-    [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "refusal", "refusal": "No."}]}],
-    [QUESTION, SYSTEM],
-    [SYSTEM, {"role": "developer", "content": "Mine."}, QUESTION],
-    [SYSTEM],
-    [ANSWERED, QUESTION],
-    [QUESTION, {"role": "assistant", "content": ""}, QUESTION],
-    [QUESTION, "Hi"],
-]
-
-
-def test_what_is_exported_for_training_is_what_data_reads(tmp_path):
-    row = {"rating": "up", "finish_reason": "stop", "answer": "Gut.", "better_answer": None, "completion_id": "x", "version": "helpdesk:2"}
-    assert [as_conversation({**row, "messages": messages}) for messages in UNTRAINABLE] == [None] * len(UNTRAINABLE)
-    parts = {"role": "user", "content": [{"type": "text", "text": "Wie "}, {"type": "text", "text": "geht's?"}], "name": "Ann"}
-    good = [[{"role": "developer", "content": PROMPT}, QUESTION], [parts, ANSWERED, QUESTION]]
-    file = tmp_path / "out.jsonl"
-    file.write_text("".join(json.dumps(as_conversation({**row, "messages": messages})) + "\n" for messages in good))
-    read = read_conversations(DataConfig(source=str(file)))
-    assert read.bad == []
-    assert [[turn.role for turn in one.messages] for one in read.conversations] == [
-        ["system", "user", "assistant"],
-        ["user", "assistant", "user", "assistant"],
-    ]
-    assert read.conversations[1].messages[0].content == "Wie geht's?"
-
-
-async def fill(store: FeedbackStore) -> None:
-    """Three opinions with their conversations, and one of an answer that was not kept."""
-    opinions: list[dict[str, Any]] = [{"rating": "up"}, {"rating": "down"}, {"rating": "down", "better_answer": "Forty-three."}]
-    for number, opinion in enumerate([*opinions, {"rating": "up"}]):
-        about = {"completion_id": f"chatcmpl-{number}", "version": "helpdesk:2", "key_name": None, "created_s": float(number)}
-        if number < len(opinions):
-            row = {**about, "messages": [QUESTION], "answer": "Forty-two.", "finish_reason": "stop"}
-            store.keep(lambda row=row: row)
-        await store.save({**about, "comment": None, "better_answer": None, **opinion})
-    store.close()

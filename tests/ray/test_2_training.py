@@ -41,6 +41,7 @@ def test_a_job_registers_a_version_with_its_manifest(stack: Stack, guide):
     assert manifest["run_id"] == guide.run_id
     for name in ("base_fingerprint", "data_fingerprint", "config_fingerprint", "git_commit"):
         assert guide.tags[name] == manifest[name] != ""
+    assert [len(md5) for md5 in manifest["data_sources"].values()] == [32], "the version of the data, as DVC writes it"
     run = stack.registry.client.get_run(guide.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["train.lora.rank"] == "4"

@@ -5,7 +5,7 @@ import json
 import openai
 import pytest
 
-from serve.feedback_store import read_feedback
+from data.feedback_store import read_feedback
 from tests.ray.stack import Stack
 
 QUESTION = [{"role": "user", "content": "What is number 3?"}]
@@ -48,12 +48,14 @@ def test_an_id_that_a_client_makes_up_or_was_given_to_another_is_unknown(clients
         assert refusal.value.body["param"] == "completion_id"
 
 
-def test_it_is_exported_by_the_command_line(stack: Stack, clients, tmp_path):
+def test_it_becomes_rows_to_review_without_personal_data(stack: Stack, config, clients):
     ada = clients["ada"]
-    answer = ada.chat.completions.create(model="guide", messages=QUESTION, max_tokens=2)
+    asked = {"role": "user", "content": "I am Martha Okonkwo. What is number 3?"}
+    answer = ada.chat.completions.create(model="guide", messages=[asked], max_tokens=2)
     rate(ada, answer.id, rating="down", better_answer="It is 21.")
-    done = stack.run("serve", "feedback", "export", str(tmp_path / "out.jsonl"), "--train")
+    done = stack.run("data", "feedback", str(config), "name=guide", "--since", "1h")
     assert done.returncode == 0, done.stderr
-    assert [*QUESTION, {"role": "assistant", "content": "It is 21."}] in [
-        json.loads(line)["messages"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
-    ]
+    waiting = [json.loads(line) for line in (stack.home / "feedback" / "guide" / "pending.jsonl").read_text().splitlines()]
+    (row,) = [row for row in waiting if row["completion_id"] == answer.id]
+    assert [message["content"] for message in row["messages"]] == ["I am <PERSON>. What is number 3?", "It is 21."]
+    assert "Martha" not in done.stdout + done.stderr

@@ -15,10 +15,9 @@ from typing import Any
 from sqlalchemy import JSON, URL, Column, Double, Engine, MetaData, String, Table, UnicodeText, create_engine, event, make_url, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from cluster.home import home_folder
+from cluster.home import OWNER_ONLY, home_folder
 from configs.errors import ClusterError
 from configs.schema import Environment
-from serve.keys import OWNER_ONLY
 
 MAX_WAITING_ROWS = 256
 MAX_WAITING_BYTES = 64 * 2**20
@@ -192,10 +191,45 @@ def read_feedback(url: URL | str) -> list[Row]:
     """Return all feedback, the oldest first, each with its conversation where that was kept (else its columns are None)."""
     joined = FEEDBACK.outerjoin(CONVERSATIONS, FEEDBACK.c.completion_id == CONVERSATIONS.c.completion_id)
     wanted = select(*FEEDBACK.c, *CHAT).select_from(joined).order_by(FEEDBACK.c.created_s)
+    with _opened(url) as database, database.connect() as connection:
+        return [dict(row) for row in connection.execute(wanted).mappings()]
+
+
+def stored_rows() -> list[Row]:
+    """Return every opinion and every kept conversation, each as a row of its own.
+
+    Raises:
+        ClusterError: The database cannot be opened or read.
+    """
+    url = feedback_url()
+    with _named(url, "read from"), _opened(url) as database, database.connect() as connection:
+        return [dict(row) for table in (FEEDBACK, CONVERSATIONS) for row in connection.execute(select(table)).mappings()]
+
+
+def delete_rows(completion_ids: set[str]) -> None:
+    """Delete what is stored of these answers, all or nothing; SQLite overwrites it with zeros.
+
+    Raises:
+        ClusterError: The database cannot be opened or written.
+    """
+    url = feedback_url()
+    with _named(url, "deleted from"), _opened(url) as database:
+        with database.begin() as connection:
+            if database.dialect.name == "sqlite":
+                connection.exec_driver_sql("PRAGMA secure_delete=ON")
+            for table in (FEEDBACK, CONVERSATIONS):
+                for completion_id in completion_ids:
+                    connection.execute(table.delete().where(table.c.completion_id == completion_id))
+        if database.dialect.name == "sqlite":
+            with database.connect() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+@contextmanager
+def _opened(url: URL | str) -> Iterator[Engine]:
     database = open_database(url)
     try:
-        with database.connect() as connection:
-            return [dict(row) for row in connection.execute(wanted).mappings()]
+        yield database
     finally:
         database.dispose()
 
