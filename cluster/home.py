@@ -14,6 +14,7 @@ from configs.errors import ClusterError
 from configs.schema import Environment
 
 BYTES_PER_GIB = 2**30
+OWNER_ONLY = 0o600
 
 
 def home_folder() -> Path:

@@ -3,6 +3,7 @@
 Knows typer and the error tree. Does not know any command.
 """
 
+import re
 import sys
 from typing import Annotated, Any
 
@@ -10,7 +11,9 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from configs.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, TandemError
+from configs.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ConfigError, TandemError
+
+UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 
 console = Console(highlight=False, soft_wrap=True)
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted path.")]
@@ -51,3 +54,15 @@ def print_error(error: TandemError) -> None:
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     stderr.print("error: ", style="bold red", end="")
     stderr.print(str(error), markup=False)
+
+
+def parse_duration_s(text: str) -> float:
+    """Return the seconds that `30d`, `12h` or `5m` means.
+
+    Raises:
+        ConfigError: It means none.
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,5})([mhd])", text)
+    if not match:
+        raise ConfigError(f"{text!r} is no time", "a time is a number and m, h or d", "30d, 12h or 5m")
+    return float(match[1]) * UNITS_S[match[2]]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cluster.registry import CANARY, Registry
 from cluster.session import require_session
-from configs.cli import Overrides, console, make_app, run_app
+from configs.cli import Overrides, console, make_app, parse_duration_s, run_app
 from configs.errors import RegistryError
 from configs.loader import load_chatbot
 
@@ -119,10 +119,10 @@ def create_key(
     expires: Annotated[str | None, typer.Option(metavar="TIME", help="Such as 30d, 12h or 5m.")] = None,
 ) -> None:
     """Make a key and show it, once: only its hash is kept."""
-    from serve.keys import KeyFile, parse_lifetime
+    from serve.keys import KeyFile
 
     allowed = None if models is None else [model.strip() for model in models.split(",")]
-    secret = KeyFile().create(name, allowed, parse_lifetime(expires) if expires is not None else None, rpm, tpm)
+    secret = KeyFile().create(name, allowed, parse_duration_s(expires) if expires is not None else None, rpm, tpm)
     console.print(f"[green]key[/]  {secret}", soft_wrap=True)
     console.print("     shown this once; send it as: Authorization: Bearer KEY")
 
@@ -155,11 +155,10 @@ def export_feedback(
     train: Annotated[bool, typer.Option("--train", help="Only conversations that can be trained on, as `data.source` takes them.")] = False,
 ) -> None:
     """Write all feedback to a file, each with its conversation where that was kept."""
-    from cluster.home import write_text
+    from cluster.home import OWNER_ONLY, write_text
     from data.conversations import to_jsonl
-    from serve.feedback_export import as_conversation, as_line
-    from serve.feedback_store import all_feedback
-    from serve.keys import OWNER_ONLY
+    from data.feedback import as_conversation, as_line
+    from data.feedback_store import all_feedback
 
     rows = all_feedback()
     lines = [line for row in rows if (line := as_conversation(row) if train else as_line(row))]

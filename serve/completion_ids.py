@@ -12,8 +12,8 @@ import secrets
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
-from cluster.home import home_folder, write_text_once
-from serve.keys import OWNER_ONLY, Key
+from cluster.home import OWNER_ONLY, home_folder, write_text_once
+from serve.keys import Key
 
 SECRET_BYTES = 32
 NONCE_BYTES = 12

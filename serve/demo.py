@@ -18,7 +18,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cluster.home import home_folder, write_text
+from cluster.home import OWNER_ONLY, home_folder, write_text
 from cluster.models import check_model, ensure_model, served_base_name
 from cluster.registry import Registry, Version
 from cluster.session import Session, token_file
@@ -31,7 +31,7 @@ from data.ask import Answer, Endpoint, accuracy, ask_all, first_token
 from data.conversations import Conversation, question, read_prepared
 from data.prepare import Prepared, check_source, prepare
 from serve.deploy import deploy, is_running, wait_until_running
-from serve.keys import OWNER_ONLY, KeyFile
+from serve.keys import KeyFile
 
 MAX_ANSWER_TOKENS = 48
 KEY_NAME = "demo"

@@ -17,7 +17,7 @@ from cluster.processes import port_owner
 from cluster.session import Session, is_alive, read_raylets
 from configs.errors import AccessError, ClusterError, last_lines
 from configs.schema import ChatbotConfig, ServeConfig
-from serve.feedback_store import check_store
+from data.feedback_store import check_store
 from serve.keys import KeyFile, is_loopback
 
 APPLICATION, DEPLOYMENT = "chat", "engine"

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from configs.schema import FeedbackConfig
+from data.feedback_store import MAX_ID_LETTERS, FeedbackStore, Row, StoreError, feedback_url
 from serve.completion_ids import CompletionIds
-from serve.feedback_store import MAX_ID_LETTERS, FeedbackStore, Row, StoreError, feedback_url
 from serve.keys import Key
 from serve.protocols import Protocol
 from serve.refusal import UNAVAILABLE, RefusedError, Send, send_json

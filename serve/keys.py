@@ -6,7 +6,6 @@ is as good as a slow hash, and cheap enough for each request.
 
 import fcntl
 import hashlib
-import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -17,14 +16,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, StringConstraints, TypeAdapter, ValidationError
 
-from cluster.home import home_folder, write_text
+from cluster.home import OWNER_ONLY, home_folder, write_text
 from configs.errors import AccessError
 
 KEY_BYTES = 32
 PREFIX = "sk-tandem-"
-OWNER_ONLY = 0o600
 OPERATOR = "tandem"  # whose key is made from the cluster's token, and may use everything
-UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 ModelName = Annotated[str, StringConstraints(pattern=r"^[^\s,]{1,200}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
 
@@ -173,15 +170,3 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def parse_lifetime(text: str) -> float:
-    """Return the seconds that `30d`, `12h` or `5m` means.
-
-    Raises:
-        AccessError: It means none.
-    """
-    match = re.fullmatch(r"([1-9][0-9]{0,5})([mhd])", text)
-    if not match:
-        raise AccessError(f"{text!r} is no time", "a time is a number and m, h or d", "--expires 30d")
-    return float(match[1]) * UNITS_S[match[2]]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.home import home_folder, write_text
+from cluster.home import OWNER_ONLY, home_folder, write_text
 from cluster.registry import Registry, Version, mlflow_errors
 from configs.errors import RunError
 from configs.schema import ChatbotConfig
@@ -20,7 +20,6 @@ from train.scores import shown_interval
 from train.watch import Outcome, watch
 
 Say = Callable[[str], None]
-OWNER_ONLY = 0o600  # answers to people's questions may be in it
 LIVE_TIMEOUT_S = 30.0
 RETRY_S = 0.1
 PASSED, FAILED, TAKEN_BACK = "passed", "failed", "taken back"
@@ -92,3 +91,34 @@ def _comparable_live(registry: Registry, version: Version, say: Say) -> Version 
         say(f"{live.name}, which is live, was made for another base model; {version.name} is compared with its base instead")
         return None
     return live
+
+
+def _let_in(config: ChatbotConfig, registry: Registry, version: Version, live: Version | None, found: Evaluation) -> float | None:
+    """Promote, or begin a canary where something is live beside it; return when the live version's first token came."""
+    if config.gate.action == "canary" and live:
+        registry.canary(version.name, config.gate.canary_share)
+        return None
+    registry.promote(version.name)
+    endpoint, asked = own_endpoint(config.serve), found.own.answers[0].conversation
+    deadline = time.monotonic() + LIVE_TIMEOUT_S
+    while (first := first_token(endpoint, version.chatbot, asked)).version != version.name:
+        if time.monotonic() > deadline:
+            why = f"{version.chatbot} is still answered by {first.version}, {LIVE_TIMEOUT_S:.0f} s after the promotion"
+            raise RunError(f"{version.name} is live in the registry, and not on the engine", why, "python -m serve status")
+        time.sleep(RETRY_S)
+    return first.came_s
+
+
+def _watch(config: ChatbotConfig, registry: Registry, version: Version, live: Version, found: Evaluation, say: Say) -> Outcome:
+    """Watch a version that was let in; where it is worse than the one that was live, take it back."""
+    asked = [answer.conversation for answer in found.own.answers]
+    outcome = watch(config.gate.watch, Watched(own_endpoint(config.serve), version.name, live.name, asked), say)
+    registry.note(version, {"watch": json.dumps(outcome.to_dict())})
+    if not outcome.reasons:
+        return outcome
+    now = registry.find(version.name)
+    if CANARY in now.aliases or LIVE in now.aliases:  # else somebody was quicker
+        registry.rollback(version.chatbot)
+    registry.note(version, {"gate": TAKEN_BACK})
+    say(f"taken back: {'; '.join(outcome.reasons)}")
+    return outcome

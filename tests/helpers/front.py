@@ -10,10 +10,10 @@ import pytest
 
 from cluster.registry import Version
 from configs.schema import ServeConfig
+from data.feedback_store import FeedbackStore
 from serve.adapters import Adapters, Base
 from serve.completion_ids import CompletionIds
 from serve.feedback import FeedbackDesk
-from serve.feedback_store import FeedbackStore
 from serve.front import Doors, Front
 from serve.keys import Key, KeyFile
 from serve.quotas import Admission, Counter, quotas_of

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from configs.schema import DataConfig, FeedbackConfig
+from data.feedback import as_conversation
+from data.feedback_store import FeedbackStore, read_feedback
 from data.formats import read_conversations
 from serve.feedback import FeedbackDesk
-from serve.feedback_export import as_conversation
-from serve.feedback_store import FeedbackStore, read_feedback
 from serve.keys import KeyFile
 from tests.helpers.front import ASKED, NOWHERE, PROMPT, QUESTION, Answer, chat, make_front, refused
 

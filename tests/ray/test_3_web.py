@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve.feedback_store import read_feedback
+from data.feedback_store import read_feedback
 from tests.ray.stack import Stack
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)

@@ -5,7 +5,7 @@ import json
 import openai
 import pytest
 
-from serve.feedback_store import read_feedback
+from data.feedback_store import read_feedback
 from tests.ray.stack import Stack
 
 QUESTION = [{"role": "user", "content": "What is number 3?"}]

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from configs.cli import parse_duration_s
+from configs.errors import ConfigError
 from configs.loader import ROOT
 
 BOT = "name: bot\ndata:\n  source: chats.jsonl\n"
@@ -77,3 +79,14 @@ def test_words_that_name_no_command_or_option_end_with_status_2(words, command):
 def test_a_file_name_in_brackets_is_no_markup(command, tmp_path):
     (tmp_path / "[red].yaml").write_text(BOT)
     assert "[red].yaml" in command("configs", "check", "[red].yaml").out
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30d", 2_592_000), ("12h", 43_200), ("5m", 300)])
+def test_durations(text, seconds):
+    assert parse_duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "0d", "-1d", "1w", "1.5h", "d"])
+def test_what_is_no_duration(text):
+    with pytest.raises(ConfigError, match="is no time"):
+        parse_duration_s(text)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from configs.errors import AccessError
 from serve.__main__ import app
-from serve.keys import KeyFile, is_loopback, parse_lifetime
+from serve.keys import KeyFile, is_loopback
 
 
 @pytest.fixture
@@ -63,17 +63,6 @@ def test_two_writers_lose_nothing(keys):
     for thread in threads:
         thread.join()
     assert {key.name for key in keys.read()} == {f"user{number}" for number in range(12)}
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("30d", 2_592_000), ("12h", 43_200), ("5m", 300)])
-def test_lifetimes(text, seconds):
-    assert parse_lifetime(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "30", "0d", "-1d", "1w", "1.5h", "d"])
-def test_what_is_no_lifetime(text):
-    with pytest.raises(AccessError, match="is no time"):
-        parse_lifetime(text)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,9 @@ from typing import Any
 from sqlalchemy import JSON, URL, Column, Double, Engine, MetaData, String, Table, UnicodeText, create_engine, event, make_url, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from cluster.home import home_folder
+from cluster.home import OWNER_ONLY, home_folder
 from configs.errors import ClusterError
 from configs.schema import Environment
-from serve.keys import OWNER_ONLY
 
 MAX_WAITING_ROWS = 256
 MAX_WAITING_BYTES = 64 * 2**20

@@ -5,7 +5,7 @@ Knows which feedback makes a good conversation. Does not know how either is stor
 
 from typing import Any
 
-from serve.feedback_store import Row
+from data.feedback_store import Row
 
 TOOL_FIELDS = ("tool_calls", "function_call")
 PLAIN_ROLES = ("system", "user", "assistant")

@@ -13,13 +13,13 @@ from sqlalchemy import Engine, event
 
 from configs.errors import ClusterError
 from configs.loader import ROOT
-from serve import feedback_store
-from serve.feedback_store import MAX_WAITING_ROWS, FeedbackStore, Row, StoreError, check_store, open_database, read_feedback
+from data import feedback_store
+from data.feedback_store import MAX_WAITING_ROWS, FeedbackStore, Row, StoreError, check_store, open_database, read_feedback
 
 NUM_WRITERS, NUM_ROWS = 4, 50
 WRITER = """
 import asyncio, sys
-from serve.feedback_store import FeedbackStore
+from data.feedback_store import FeedbackStore
 url, name = sys.argv[1:]
 async def write():
     store = FeedbackStore(url)
