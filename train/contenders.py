@@ -100,7 +100,9 @@ class Desk:
         if not any(found):
             return Sample(PERPLEXITY, (), ())
         tops = tuple(surprise(places, row) if places else 0.0 for places, row in zip(found, rows, strict=True))
-        return Sample(PERPLEXITY, tops, tuple(float(row.num_loss_tokens) if places else 0.0 for places, row in zip(found, rows, strict=True)))
+        return Sample(
+            PERPLEXITY, tops, tuple(float(row.num_loss_tokens) if places else 0.0 for places, row in zip(found, rows, strict=True))
+        )
 
 
 def surprise(places: list[dict[int, float]], row: TokenRow) -> float:
@@ -115,6 +117,7 @@ def is_exact(answer: Answer) -> bool:
 
 
 def with_sample(measured: Measured, sample: Sample) -> Measured:
+    """Add a metric."""
     samples, scores = {**measured.samples, sample.metric: sample}, {**measured.scores, sample.metric: measure(sample)}
     return replace(measured, samples=samples, scores=scores)
 

@@ -21,7 +21,7 @@ from data.prepare import bad_rows_error, prepare
 from data.template import load_tokenizer
 from train.contenders import Contender, Desk, Measured, Say, spread, with_forgotten, with_sample
 from train.judge import Verdict
-from train.lm_tasks import run_tasks
+from train.lm_tasks import require_lm_eval, run_tasks
 from train.scores import JUDGE, Interval, Sample, compare_all
 
 SERVED_AS = {"none": "the base in full", "fp8": "the base in 8 bit (fp8)", "bitsandbytes": "the base in 4 bit (nf4)"}
@@ -62,10 +62,11 @@ def evaluate(config: ChatbotConfig, registry: Registry, version: Version, agains
         TandemError: The endpoint does not answer, serves another base, or a file that is named cannot be used.
     """
     began_s = time.time()
+    require_lm_eval(config.evaluation.lm_eval_tasks)
     endpoint = require_endpoint(config)
     base = Contender(served_base_name(config.model.name))
-    own, other = _contender(registry, version), _contender(registry, against) if against else base
-    heldout, notes = _heldout(config, version)
+    own, other = contender_of(registry, version), contender_of(registry, against) if against else base
+    heldout, notes = heldout_of(config, version)
     notes += _precision_notes(config, version)
     general = _general(config.evaluation.general)
     desk = Desk(config, endpoint, load_tokenizer(ensure_model(config.model)), say)
@@ -115,12 +116,13 @@ def _task_differences(own: dict[str, Interval], other: dict[str, Interval]) -> d
     return found
 
 
-def _contender(registry: Registry, version: Version) -> Contender:
+def contender_of(registry: Registry, version: Version) -> Contender:
+    """Return a version with the system message that it was trained with."""
     manifest = json.loads((registry.download(version) / MANIFEST_FILE).read_text())
     return Contender(version.name, manifest.get("system_prompt") or None)
 
 
-def _heldout(config: ChatbotConfig, version: Version) -> tuple[list[Conversation], list[str]]:
+def heldout_of(config: ChatbotConfig, version: Version) -> tuple[list[Conversation], list[str]]:
     """Return the conversations that were held out of the version's training, and what is to be said of them."""
     trained_on = version.tags.get("data_fingerprint", "")
     file = home_folder() / "data" / f"{version.chatbot}-{trained_on}" / "heldout.jsonl"
@@ -142,7 +144,9 @@ def _precision_notes(config: ChatbotConfig, version: Version) -> list[str]:
     trained, served = version.tags.get("quantization", "none"), config.serve.quantization
     if SAME_BASE.get(trained, trained) == served:
         return []
-    return [f"trained on {TRAINED_ON.get(trained, trained)}, served on {SERVED_AS[served]}: python -m train parity {version.name} measures it"]
+    return [
+        f"trained on {TRAINED_ON.get(trained, trained)}, served on {SERVED_AS[served]}: python -m train parity {version.name} measures it"
+    ]
 
 
 def _general(name: str | None) -> list[Conversation]:

@@ -10,7 +10,6 @@ from typing import Any
 from configs.schema import GateConfig, GateRule
 from train.scores import Interval, shown
 
-
 RELATIVE = ("must_beat_live_by", "may_lose_at_most")
 
 
@@ -62,8 +61,7 @@ def _checks(
     if rule.minimum is not None:
         yield _check(metric, "minimum", rule.minimum, rule.minimum, _least(score, certain))
     if rule.maximum is not None:
-        found = score and (score.high if certain else score.value)
-        yield _check(metric, "maximum", rule.maximum, -rule.maximum, found, sign=-1)
+        yield _check(metric, "maximum", rule.maximum, -rule.maximum, _most(score, certain), sign=-1)
     for name, bound, least in (
         ("must_beat_live_by", rule.must_beat_live_by, rule.must_beat_live_by),
         ("may_lose_at_most", rule.may_lose_at_most, -(rule.may_lose_at_most or 0.0)),
@@ -75,7 +73,11 @@ def _checks(
 
 
 def _least(found: Interval | None, certain: bool) -> float | None:
-    return found and (found.low if certain else found.value)
+    return None if found is None else found.low if certain else found.value
+
+
+def _most(found: Interval | None, certain: bool) -> float | None:
+    return None if found is None else found.high if certain else found.value
 
 
 def _check(metric: str, rule: str, bound: float, least: float, found: float | None, sign: int = 1) -> Check:

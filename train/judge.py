@@ -50,7 +50,9 @@ class Verdict:
     unclear: bool
 
 
-def judge(config: JudgeConfig, ours: Sequence[Answer], theirs: Sequence[Answer], advance: Callable[[], None] = lambda: None) -> list[Verdict]:
+def judge(
+    config: JudgeConfig, ours: Sequence[Answer], theirs: Sequence[Answer], advance: Callable[[], None] = lambda: None
+) -> list[Verdict]:
     """Let the judge compare answers to the same questions, pair by pair.
 
     Raises:

@@ -54,7 +54,6 @@ def run_tasks(files: list[str], endpoint: Endpoint, model: str, tokenizer: Path,
 def _run(file: Path, endpoint: Endpoint, model: str, tokenizer: Path) -> Interval:
     import lm_eval
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import load_yaml_config
 
     arguments = {
         "model": model,
@@ -66,12 +65,18 @@ def _run(file: Path, endpoint: Endpoint, model: str, tokenizer: Path) -> Interva
     }
     os.environ["OPENAI_API_KEY"] = endpoint.api_key or "none"  # where lm-eval looks for it
     try:
-        task = load_yaml_config(str(file), mode="full")
         results: dict[str, Any] = lm_eval.simple_evaluate(
-            model="local-completions", model_args=arguments, tasks=[task], task_manager=TaskManager(), batch_size=1, bootstrap_iters=0
+            model="local-completions",
+            model_args=arguments,
+            tasks=[str(file)],
+            task_manager=TaskManager(include_defaults=False),
+            batch_size=1,
+            bootstrap_iters=1000,  # none would mean no standard errors either
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the lm-eval task {file} cannot be used", f"{type(error).__name__}: {error}", "try it with lm_eval alone") from error
+        raise DataError(
+            f"the lm-eval task {file} cannot be used", f"{type(error).__name__}: {error}", "try it with lm_eval alone"
+        ) from error
     (scores,) = results["results"].values()
     (num_questions,) = [counts["effective"] for counts in results["n-samples"].values()]
     return main_score(file, scores, num_questions)
@@ -88,4 +93,6 @@ def main_score(file: Path, scores: dict[str, Any], num_questions: int) -> Interv
             value, error = float(scores[name]), scores.get(name.replace(",", "_stderr,"))
             reach = NORMAL_95 * float(error) if isinstance(error, float) else 0.0
             return Interval(value, max(0.0, value - reach), min(1.0, value + reach), num_questions)
-    raise DataError(f"the lm-eval task {file} has no metric that is known here", f"known: {', '.join(PREFERRED)}", "give it acc or exact_match")
+    raise DataError(
+        f"the lm-eval task {file} has no metric that is known here", f"known: {', '.join(PREFERRED)}", "give it acc or exact_match"
+    )

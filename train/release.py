@@ -5,21 +5,20 @@ Knows the order of things and the registry. Does not know how an answer is measu
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.home import OWNER_ONLY, home_folder, write_text
-from cluster.registry import Registry, Version, mlflow_errors
+from cluster.registry import CANARY, LIVE, Registry, Version
 from configs.errors import RunError
 from configs.schema import ChatbotConfig
 from data.ask import first_token, own_endpoint
+from train.contenders import Say
 from train.evaluate import Evaluation, evaluate
 from train.gate import Decision, decide
-from train.report_page import page, summary
-from train.scores import shown_interval
-from train.watch import Outcome, watch
+from train.record import keep_scores
+from train.report_page import page
+from train.watch import Outcome, Watched, watch
 
-Say = Callable[[str], None]
 LIVE_TIMEOUT_S = 30.0
 RETRY_S = 0.1
 PASSED, FAILED, TAKEN_BACK = "passed", "failed", "taken back"
@@ -79,7 +78,7 @@ def release(config: ChatbotConfig, registry: Registry, version: Version, say: Sa
     if not decision.passed:
         return Release(found, decision)
     first_token_s = _let_in(config, registry, version, live, found)
-    watched = _watch(config, registry, version, live, found) if live and config.gate.watch.minutes else None
+    watched = _watch(config, registry, version, live, found, say) if live and config.gate.watch.minutes else None
     return Release(found, decision, first_token_s, watched)
 
 
@@ -117,8 +116,10 @@ def _watch(config: ChatbotConfig, registry: Registry, version: Version, live: Ve
     if not outcome.reasons:
         return outcome
     now = registry.find(version.name)
-    if CANARY in now.aliases or LIVE in now.aliases:  # else somebody was quicker
+    if CANARY in now.aliases:
         registry.rollback(version.chatbot)
+    elif LIVE in now.aliases:  # else somebody was quicker
+        registry.promote(live.name)
     registry.note(version, {"gate": TAKEN_BACK})
     say(f"taken back: {'; '.join(outcome.reasons)}")
     return outcome

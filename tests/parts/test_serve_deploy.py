@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cluster.models import served_base_name
 from configs.errors import AccessError, ClusterError
 from configs.loader import load_chatbot
 from configs.schema import ChatbotConfig, ModelConfig, ScalingConfig, ServeConfig
