@@ -68,16 +68,16 @@ def token_file() -> Path:
     return home_folder() / "ray_token"
 
 
-def operator_key() -> str | None:
+def operator_key(token: Path | None = None) -> str | None:
     """Return the operator's key to the chat endpoint; None where there is no cluster's token.
 
     It is made from the token, which opens far more: whoever gets hold of the key learns nothing of the token.
     """
     try:
-        token = token_file().read_bytes().strip()
+        secret = (token or token_file()).read_bytes().strip()
     except OSError:
         return None
-    return f"sk-tandem-{hmac.digest(token, b'chat endpoint', 'sha256').hex()}" if token else None
+    return f"sk-tandem-{hmac.digest(secret, b'chat endpoint', 'sha256').hex()}" if secret else None
 
 
 def read_session() -> Session | None:

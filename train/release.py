@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cluster.home import OWNER_ONLY, home_folder, write_text
 from cluster.registry import CANARY, LIVE, Registry, Version
-from configs.errors import RunError
+from configs.errors import RegistryError, RunError
 from configs.schema import ChatbotConfig
 from data.ask import first_token, own_endpoint
 from train.contenders import Say
@@ -68,6 +68,10 @@ def release(config: ChatbotConfig, registry: Registry, version: Version, say: Sa
     Raises:
         TandemError: As for `measure`; the version then stays the candidate.
     """
+    if LIVE in version.aliases:
+        raise RegistryError(
+            f"{version.name} is live already", "the gate is for versions that are to be let in", f"python -m train evaluate {version.name}"
+        )
     registry.nominate(version.name)
     live = _comparable_live(registry, version, say)
     found = measure(config, registry, version, live, say)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.registry import Version
+from cluster.session import operator_key
 from data.feedback_store import FeedbackStore
 from tests.helpers.data import chat, write_rows
 from tests.ray.stack import REGISTERED, Stack
@@ -59,7 +60,7 @@ def test_a_version_that_passes_goes_live_in_the_same_job(stack: Stack, good: Ver
     assert 1 <= metrics["eval/perplexity"] < 2
     assert metrics["better/accuracy"] > 0.5, "than the base"
     assert metrics["finished_to_live_s"] > 0
-    answer = stack.ask("gated", "How do I start card 9?", operator(stack), max_tokens=24)
+    answer = stack.ask("gated", "How do I start card 9?", operator_key(stack.home / "ray_token"), max_tokens=24)
     assert answer.headers["x-tandem-model"] == good.name
     assert "python" in answer.json()["choices"][0]["message"]["content"]
     page = stack.home / "evaluations" / f"gated-{good.number}.html"
@@ -134,10 +135,3 @@ def test_what_is_not_there_is_one_clear_error(stack: Stack, gated: Path, good: V
         assert done.returncode == 2
         assert says in done.stderr
         assert "Traceback" not in done.stderr
-
-
-def operator(stack: Stack) -> str:
-    """The operator's key, as a process of this home folder makes it."""
-    import hmac
-
-    return f"sk-tandem-{hmac.digest((stack.home / 'ray_token').read_bytes().strip(), b'chat endpoint', 'sha256').hex()}"
