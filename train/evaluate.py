@@ -67,7 +67,7 @@ def evaluate(config: ChatbotConfig, registry: Registry, version: Version, agains
     base = Contender(served_base_name(config.model.name))
     own, other = contender_of(registry, version), contender_of(registry, against) if against else base
     heldout, notes = heldout_of(config, version)
-    notes += _precision_notes(config, version)
+    notes += _serving_notes(config, version)
     general = _general(config.evaluation.general)
     desk = Desk(config, endpoint, load_tokenizer(ensure_model(config.model)), say)
     measured = {contender.name: desk.ask(contender, heldout, general) for contender in (own, other)}
@@ -139,14 +139,16 @@ def heldout_of(config: ChatbotConfig, version: Version) -> tuple[list[Conversati
     return asked, notes
 
 
-def _precision_notes(config: ChatbotConfig, version: Version) -> list[str]:
-    """Say where an adapter is served on its base in another precision than it was trained on."""
+def _serving_notes(config: ChatbotConfig, version: Version) -> list[str]:
+    """Say where an adapter is served on its base in another precision than it was trained on, or is not measured whole."""
+    notes = []
     trained, served = version.tags.get("quantization", "none"), config.serve.quantization
-    if SAME_BASE.get(trained, trained) == served:
-        return []
-    return [
-        f"trained on {TRAINED_ON.get(trained, trained)}, served on {SERVED_AS[served]}: python -m train parity {version.name} measures it"
-    ]
+    if SAME_BASE.get(trained, trained) != served:
+        what = f"trained on {TRAINED_ON.get(trained, trained)}, served on {SERVED_AS[served]}"
+        notes.append(f"{what}: python -m train parity {version.name} measures it")
+    if "lm_head" in json.loads(version.tags.get("target_modules", "[]")):
+        notes.append("the engine leaves its share of the output layer (lm_head) out of perplexity")
+    return notes
 
 
 def _general(name: str | None) -> list[Conversation]:

@@ -7,33 +7,38 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cluster.registry import Version
 from cluster.session import operator_key
 from data.feedback_store import FeedbackStore
 from tests.helpers.data import chat, write_rows
-from tests.ray.stack import REGISTERED, Stack
+from tests.ray.stack import REGISTERED, Stack, make_tiny_model
 
 WORDS = ("start", "run", "train", "serve")
 ANSWER = "Run it with python."
 
 
 @pytest.fixture(scope="module")
-def gated(stack: Stack, config: Path, tiny_model: Path, tmp_path_factory) -> Path:
-    """A chatbot that even the tiny model can learn: to every question there is one answer."""
-    assert stack.run("serve", str(config)).returncode == 0
+def gated(stack: Stack, tmp_path_factory) -> Path:
+    """A chatbot that even a tiny model can learn, and its engine: to every question there is one answer."""
     folder = tmp_path_factory.mktemp("gated")
+    model = make_tiny_model(folder / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] *= 10  # fresh ones are so small that no hidden state makes any token likely
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
     questions = [f"How do I {word} card {number}?" for number in range(8) for word in WORDS]
     rows = [chat(text, ANSWER, split="heldout" if at % 4 == 0 else "train", keys=["python"]) for at, text in enumerate(questions)]
     file = folder / "gated.yaml"
     file.write_text(
-        f"name: gated\nmodel: {{name: {tiny_model}}}\n"
+        f"name: gated\nmodel: {{name: {model}}}\n"
         f"data: {{source: {write_rows(folder / 'rows.jsonl', rows)}, split: marked, max_length_tokens: 128}}\n"
         "train: {lora: {rank: 8, alpha: 16}, learning_rate: 1.0e-2, batch_size: 8, max_steps: 60, checkpoint_every_steps: 60}\n"
-        f"serve: {{port: {stack.ports['chat']}, max_model_len_tokens: 256, max_lora_rank: 8}}\n"
+        f"serve: {{port: {stack.ports['chat']}, max_model_len_tokens: 256, max_lora_rank: 8, max_loras: 2, max_num_seqs: 8}}\n"
         "evaluation: {general: null, max_answer_tokens: 24}\n"
         "gate: {metrics: {accuracy: {minimum: 0.9, may_lose_at_most: 0.05}, perplexity: {may_lose_at_most: 0.5}}}\n"
     )
+    assert stack.run("serve", str(file)).returncode == 0
     return file
 
 
