@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import time
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cluster.registry import Version
 from cluster.session import operator_key
 from data.feedback_store import FeedbackStore
 from tests.helpers.data import chat, write_rows
+from tests.helpers.json_door import JsonDoor, listening
 from tests.ray.stack import REGISTERED, Stack, make_tiny_model
 
 WORDS = ("start", "run", "train", "serve")
@@ -51,6 +53,16 @@ def good(stack: Stack, gated: Path) -> Version:
     return stack.registry.find(REGISTERED_AT_GATE.search(done.stdout)[1])
 
 
+class Judge(JsonDoor):
+    """Likes answers that name Python."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+        verdict = "A" if "python" in asked.partition("<answer_A>")[2].partition("</answer_A>")[0] else "B"
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": f"Verdict: {verdict}"}}
+        self.send_json(200, {"id": "1", "object": "chat.completion", "created": 1, "model": "judge", "choices": [choice]})
+
+
 REGISTERED_AT_GATE = re.compile(r"registered as (\S+); now the gate")
 
 
@@ -86,9 +98,12 @@ def test_a_version_that_fails_stays_the_candidate_and_the_status_says_so(stack: 
         "may_lose_at_most": False,
     }
     assert stack.registry.find("gated").name == good.name
-    shown = stack.run("train", "evaluate", good.name, "--against", bad.name)
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Judge)) as address:
+        judge = [f"evaluation.judge.address={address}/v1", "evaluation.judge.model=judge"]
+        shown = stack.run("train", "evaluate", good.name, "--against", bad.name, *judge)
     assert shown.returncode == 0, shown.stderr
     assert f"better than {bad.name} by" in shown.stdout
+    assert re.search(r"^judge +100\.0% \(100\.0% to 100\.0%\)", shown.stdout, re.MULTILINE), shown.stdout
 
 
 def test_a_canary_that_people_dislike_is_taken_back_by_itself(stack: Stack, good: Version):
