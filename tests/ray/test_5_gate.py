@@ -19,6 +19,7 @@ from tests.ray.stack import REGISTERED, Stack, make_tiny_model
 
 WORDS = ("start", "run", "train", "serve")
 ANSWER = "Run it with python."
+REGISTERED_AT_GATE = re.compile(r"registered as (\S+); now the gate")
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +62,6 @@ class Judge(JsonDoor):
         verdict = "A" if "python" in asked.partition("<answer_A>")[2].partition("</answer_A>")[0] else "B"
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": f"Verdict: {verdict}"}}
         self.send_json(200, {"id": "1", "object": "chat.completion", "created": 1, "model": "judge", "choices": [choice]})
-
-
-REGISTERED_AT_GATE = re.compile(r"registered as (\S+); now the gate")
 
 
 def test_a_version_that_passes_goes_live_in_the_same_job(stack: Stack, good: Version):
