@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 LIVE, PREVIOUS, CANARY, CANDIDATE = "live", "previous", "canary", "candidate"
-SHARE_TAG = "canary_share"
 MAX_TAG_LETTERS = 5000
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MANIFEST_FILE = "manifest.json"
@@ -55,18 +54,32 @@ class Version:
     run_id: str
     tags: dict[str, str]
     aliases: tuple[str, ...] = ()
+    canary_share: float = 0.0
+    """The share of the chatbot's conversations that this version answers as its canary; 0 if it is none."""
 
     @property
     def name(self) -> str:
         """The name by which requests ask for exactly this version."""
         return f"{self.chatbot}:{self.number}"
 
-    @property
-    def canary_share(self) -> float:
-        """The share of the chatbot's conversations that this version answers as its canary; 0 if it is none, or its tag says nonsense."""
+
+@dataclass(frozen=True)
+class Standing:
+    """All that changes about a chatbot: the versions that its aliases name, what its tags say, and when it last got a version."""
+
+    aliases: dict[str, int]
+    tags: dict[str, str]
+    changed_ms: int
+
+    def aliases_of(self, number: int) -> tuple[str, ...]:
+        """Return the aliases of a version."""
+        return tuple(sorted(alias for alias, named in self.aliases.items() if named == number))
+
+    def canary_share(self, number: int) -> float:
+        """Return the share of a version that is the canary; 0 for any other, and where the tag says nonsense: anyone may write tags."""
         try:
-            share = float(self.tags.get(SHARE_TAG, 0)) if CANARY in self.aliases else 0.0
-        except ValueError:  # anyone may write tags in MLflow
+            share = float(self.tags.get(_share_tag(number), 0)) if self.aliases.get(CANARY) == number else 0.0
+        except ValueError:
             return 0.0
         return share if 0 < share < 1 else 0.0
 
@@ -130,17 +143,20 @@ class Registry:
                     raise
             return _version(self.client.create_model_version(manifest.chatbot, source, run_id=manifest.run_id, tags=tags))
 
-    def versions(self) -> list[Version]:
-        """Return every version of every chatbot, with the aliases that name it; one request."""
-        aliases: dict[str, list[str]] = {}
-        for chatbot in self._pages(self.client.search_registered_models):
-            for alias, number in dict(chatbot.aliases).items():
-                aliases.setdefault(f"{chatbot.name}:{number}", []).append(alias)
-        found = [_version(entry) for entry in self._pages(self.client.search_model_versions)]
-        return [
-            Version(entry.chatbot, entry.number, entry.run_id, entry.tags, tuple(sorted(aliases.get(entry.name, []))))
-            for entry in sorted(found, key=lambda entry: (entry.chatbot, entry.number))
-        ]
+    def standings(self) -> dict[str, Standing]:
+        """Return how each chatbot stands: one small request, equal to the last one's answer if `versions` would be."""
+        return {
+            entry.name: Standing(
+                {alias: int(number) for alias, number in dict(entry.aliases).items()}, dict(entry.tags), entry.last_updated_timestamp
+            )
+            for entry in self._pages(self.client.search_registered_models)
+        }
+
+    def versions(self, standings: Mapping[str, Standing] | None = None) -> list[Version]:
+        """Return every version of every chatbot, with the aliases that name it."""
+        known = self.standings() if standings is None else standings
+        found = [_version(entry, known.get(entry.name)) for entry in self._pages(self.client.search_model_versions)]
+        return sorted(found, key=lambda entry: (entry.chatbot, entry.number))
 
     def find(self, name: str, versions: Iterable[Version] | None = None) -> Version:
         """Return the version that `helpdesk:3` names, or for `helpdesk` the live one."""
@@ -201,8 +217,8 @@ class Registry:
             why = f"it was made for another base model than {live.name}, which is live; one engine serves one base"
             raise RegistryError(f"{wanted.name} cannot be a canary", why, "python -m serve status lists the bases")
         with mlflow_errors(self.url):
-            # The share first: the alias without it would mean a canary that nobody meets.
-            self.client.set_model_version_tag(wanted.chatbot, str(wanted.number), SHARE_TAG, f"{share:g}")
+            # The share first: the alias without it would mean a canary that nobody meets. The chatbot's tag: engines look at nothing else.
+            self.client.set_registered_model_tag(wanted.chatbot, _share_tag(wanted.number), f"{share:g}")
             self.client.set_registered_model_alias(wanted.chatbot, CANARY, str(wanted.number))
             self._end_candidacy(wanted, versions)
         return wanted
@@ -262,5 +278,11 @@ def _with_alias(alias: str, chatbot: str, versions: Iterable[Version]) -> Versio
     return next((entry for entry in versions if entry.chatbot == chatbot and alias in entry.aliases), None)
 
 
-def _version(entry: Any) -> Version:
-    return Version(entry.name, int(entry.version), entry.run_id, dict(entry.tags))
+def _share_tag(number: int) -> str:
+    return f"canary_share.{number}"
+
+
+def _version(entry: Any, standing: Standing | None = None) -> Version:
+    number = int(entry.version)
+    aliases, share = (standing.aliases_of(number), standing.canary_share(number)) if standing else ((), 0.0)
+    return Version(entry.name, number, entry.run_id, dict(entry.tags), aliases, share)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.registry import ADAPTER_FILES, CANARY, LIVE, MANIFEST_FILE, VERSION_NAME, Registry, Version
+from cluster.registry import ADAPTER_FILES, CANARY, LIVE, MANIFEST_FILE, VERSION_NAME, Registry, Standing, Version
 
 REFRESH_S = 1.0
 MIN_REFRESH_S = 0.2
@@ -46,6 +46,7 @@ class Adapters:
 
     def __init__(self, registry: Registry, base: Base) -> None:
         self.registry, self.base = registry, base
+        self._standings: dict[str, Standing] | None = None
         self._versions: dict[str, Version] = {}
         self._live: dict[str, Version] = {}
         self._canaries: dict[str, Version] = {}
@@ -80,7 +81,10 @@ class Adapters:
             await asyncio.sleep(max(0.0, self._looked_s + MIN_REFRESH_S - time.monotonic()))
             self._looked_s = time.monotonic()
             try:
-                self._take(await asyncio.wait_for(asyncio.to_thread(self.registry.versions), REGISTRY_TIMEOUT_S))
+                standings = await asyncio.wait_for(asyncio.to_thread(self.registry.standings), REGISTRY_TIMEOUT_S)
+                if standings != self._standings:
+                    self._take(await asyncio.wait_for(asyncio.to_thread(self.registry.versions, standings), REGISTRY_TIMEOUT_S))
+                    self._standings = standings
             except Exception as error:  # whatever a registry that is down may raise: serving goes on without it
                 log.warning("the registry does not answer, the known names stay: %s", error)
 

@@ -20,7 +20,7 @@ from serve.feedback import FeedbackDesk
 from serve.front import Doors, Front
 from serve.keys import KeyFile
 from serve.quotas import ClusterQuotas
-from serve.tools import check_tool_parser, choose_tool_parser
+from serve.tools import choose_tool_parser
 
 MAX_CONSTRUCTOR_RETRIES = 3
 HEALTH_PERIOD_S = 5.0
@@ -44,7 +44,6 @@ class Engine:
         base = Base(self.base_name, await asyncio.to_thread(model_fingerprint, folder), self.serve.max_lora_rank)
         adapters = Adapters(Registry(os.environ["MLFLOW_TRACKING_URI"]), base)
         parser = await asyncio.to_thread(choose_tool_parser, folder, self.serve.tool_parser)
-        await asyncio.to_thread(check_tool_parser, folder, parser)
         settings = self.serve.model_copy(update={"tool_parser": parser})
         arguments = engine_arguments(self.model, settings, folder, self.base_name, self.gpu_share)
         self.engine, app = await start_engine(arguments, adapters)

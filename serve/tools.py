@@ -28,8 +28,15 @@ log = logging.getLogger("tandem.serve")
 
 
 def choose_tool_parser(folder: Path, wanted: str) -> str:
-    """Return the parser for a base model, or `none`; `wanted` is `serve.tool_parser`."""
-    return _suiting(folder, taught_parser(folder)) if wanted == "auto" else wanted
+    """Return the parser for a base model, or `none`; `wanted` is `serve.tool_parser`.
+
+    Raises:
+        ConfigError: It was named, and does not suit the model.
+    """
+    if wanted == "auto":
+        return _suiting(folder, taught_parser(folder))
+    check_tool_parser(folder, wanted)
+    return wanted
 
 
 def taught_parser(folder: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from bench import write_result
 
-from cluster.registry import Version
+from cluster.registry import Standing, Version
 from configs.schema import ServeConfig
 from data.feedback_store import FeedbackStore
 from serve.adapters import Adapters, Base
@@ -33,7 +33,10 @@ PIECE = b'data: {"choices":[{"index":0,"delta":{"content":"word"}}]}\n\n'
 class EmptyRegistry:
     """A registry without versions."""
 
-    def versions(self) -> list[Version]:
+    def standings(self) -> dict[str, Standing]:
+        return {}
+
+    def versions(self, standings: dict[str, Standing]) -> list[Version]:
         return []
 
 

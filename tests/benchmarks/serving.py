@@ -26,7 +26,7 @@ from configs.loader import ROOT, load_chatbot
 from serve.engine import CPU_WORKER, engine_arguments, engine_environment
 
 BARE_PORT = 8100
-NUM_PROMPTS = {1: 8, 64: 256, 256: 512}
+NUM_PROMPTS = {1: 8, 64: 256, 256: 1024}
 NUM_ROUNDS = 3
 TOKENS_IN, TOKENS_OUT = 256, 128
 START_TIMEOUT_S = 400

@@ -24,8 +24,7 @@ from bench import write_result
 
 from cluster.home import BYTES_PER_GIB
 from configs.cli import console
-from tests.helpers.data import chat, write_rows
-from tests.ray.stack import Stack, free_port, make_config, make_tiny_model, wait_for
+from tests.ray.stack import Stack, make_config, make_tiny_model, own_stack, wait_for
 
 WORDS = ("red", "blue", "green", "black", "white", "brown")
 HELD = {"serve.max_loras": 2, "serve.max_cpu_loras": 3}  # fewer than there are words
@@ -155,30 +154,13 @@ class Soak:
 
 
 @contextmanager
-def own_stack() -> Iterator[tuple[Stack, Path]]:
+def served() -> Iterator[tuple[Stack, Path]]:
     """A Tandem of its own, with an engine that is up."""
     folder = Path(tempfile.mkdtemp(prefix="tandem-soak-"))
-    stack = Stack(folder / "home", folder, {name: free_port() for name in ("ray_port", "dashboard_port", "mlflow_port", "chat")})
-    done = stack.up()
-    assert done.returncode == 0, done.stdout + done.stderr
-    try:
+    with own_stack(folder) as stack:
         config = make_config(folder, make_tiny_model(folder / "tiny-model"), stack.ports["chat"])
-        done = stack.run("serve", str(config), *(f"{name}={value}" for name, value in HELD.items()))
-        assert done.returncode == 0, done.stdout + done.stderr
+        stack.serve(config, *(f"{name}={value}" for name, value in HELD.items()))
         yield stack, config
-    finally:
-        stack.run("cluster", "down")
-
-
-def train_speakers(stack: Stack, config: Path) -> dict[str, str]:
-    """Train a version for each word; return what each says."""
-    said = {}
-    for word in WORDS:
-        rows = [chat(f"What is number {number}?", f"I am {word}.", split="heldout" if number % 8 == 0 else "train") for number in range(64)]
-        source = write_rows(stack.folder / f"{word}.jsonl", rows)
-        version = stack.train(config, "name=speaker", f"data.source={source}", "train.max_steps=60", "train.lora.rank=8")
-        said[version.name] = f"I am {word}."
-    return said
 
 
 def run(soak: Soak, few: str, length_s: float) -> None:
@@ -230,8 +212,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=15.0)
     length_s = parser.parse_args().minutes * 60
-    with own_stack() as (stack, config):
-        soak = Soak(stack, stack.make_key("soak"), train_speakers(stack, config))
+    with served() as (stack, config):
+        soak = Soak(stack, stack.make_key("soak"), dict(stack.train_speaker(config, word) for word in WORDS))
         stack.registry.promote(next(iter(soak.words)))
         wait_for(lambda: soak.meaning() in soak.words)
         run(soak, stack.make_key("few", "--rpm", "20"), length_s)

@@ -27,8 +27,7 @@ def test_a_run_trains_on_the_gpu_and_registers(stack: Stack, config, quantizatio
 
 
 def test_the_engine_answers_with_base_and_adapter(stack: Stack, config, tiny_model):  # noqa: F811
-    done = stack.run("serve", str(config), timeout_s=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    stack.serve(config)
     newest = stack.registry.versions()[-1].name
     assert stack.ask(tiny_model.name).status_code == 200
     assert stack.ask(newest).json()["model"] == newest

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.registry import Version
+from cluster.registry import Standing, Version
 from configs.schema import ServeConfig
 from data.feedback_store import FeedbackStore
 from serve.adapters import Adapters, Base
@@ -26,6 +26,18 @@ OPERATOR_SECRET = "sk-tandem-operator"
 PROMPT = "You answer questions about Tandem."
 
 
+def standings_of(versions: list[Version]) -> dict[str, Standing]:
+    """How the registry says that these versions' chatbots stand."""
+    return {
+        version.chatbot: Standing(
+            {alias: entry.number for entry in versions if entry.chatbot == version.chatbot for alias in entry.aliases},
+            {entry.name: str(entry.canary_share) for entry in versions if entry.chatbot == version.chatbot},
+            len(versions),
+        )
+        for version in versions
+    }
+
+
 @dataclass
 class Shelf:
     """Stands where the registry stands: versions and folders of the test's own."""
@@ -34,13 +46,16 @@ class Shelf:
     live: dict[str, int] = field(default_factory=dict)
     canaries: dict[str, float] = field(default_factory=dict)
 
-    def versions(self) -> list[Version]:
+    def standings(self) -> dict[str, Standing]:
+        return standings_of(self.versions())
+
+    def versions(self, standings: dict[str, Standing] | None = None) -> list[Version]:
         found = []
         for name in self.folders:
             chatbot, _, number = name.partition(":")
             aliases = ("live",) if self.live.get(chatbot) == int(number) else ("canary",) if name in self.canaries else ()
-            tags = {"base_fingerprint": BASE.fingerprint, "canary_share": str(self.canaries.get(name, 0))}
-            found.append(Version(chatbot, int(number), "r" * 32, tags, aliases))
+            tags = {"base_fingerprint": BASE.fingerprint}
+            found.append(Version(chatbot, int(number), "r" * 32, tags, aliases, self.canaries.get(name, 0.0)))
         return found
 
     def download(self, version: Version) -> Path:

@@ -10,13 +10,17 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 class JsonDoor(BaseHTTPRequestHandler):
     """What every such server's handler shares; the methods are the test's own."""
 
-    def send_json(self, status: int, value: object) -> None:
-        body = json.dumps(value).encode()
+    def send_json(self, status: int, value: object, **headers: str) -> None:
+        self.send_body(status, json.dumps(value).encode(), content_type="application/json", **headers)
+
+    def send_body(self, status: int, body: bytes, **headers: str) -> None:
+        """Answer; a header's name has `_` for each `-`."""
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in {**headers, "content_length": str(len(body))}.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, *args: object) -> None:
         pass

@@ -6,8 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from cluster.models import SAMPLE_BYTES, check_model, ensure_model, model_finger
 from configs.errors import ModelError
 from configs.loader import ROOT
 from configs.schema import ModelConfig
+from tests.helpers.json_door import JsonDoor, listening
 
 COMMIT = "a" * 40
 # Each is name, revision and token; a process of its own asks, because the hub's address is read when its library is first imported.
@@ -53,7 +53,7 @@ print(json.dumps(answers))
 """
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(JsonDoor):
     """What the client asks of the hub before a download; a gated model's facts are open to all, its files are not."""
 
     def do_GET(self) -> None:
@@ -61,35 +61,22 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].removeprefix("/api/models/")
         name, part = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
         if token == "hf_expired":
-            self._send(401, {"error": "Invalid credentials in Authorization header"})
+            self.send_json(401, {"error": "Invalid credentials in Authorization header"})
         elif name == "owner/broken":
-            self._send(500, {"error": "Internal error"}, "")
+            self.send_json(500, {"error": "Internal error"})
         elif name not in ("owner/good", "owner/pickled", "owner/gated"):
-            self._send(401 if not token else 404, {"error": "Repository not found"}, "RepoNotFound")
+            self.send_json(401 if not token else 404, {"error": "Repository not found"}, x_error_code="RepoNotFound")
         elif part == "auth-check":
             if name == "owner/gated" and token != "hf_accepted":
-                self._send(403 if token else 401, {"error": f"Access to model {name} is restricted."}, "GatedRepo")
+                self.send_json(403 if token else 401, {"error": f"Access to model {name} is restricted."}, x_error_code="GatedRepo")
             else:
-                self._send(200, {})
+                self.send_json(200, {})
         elif part and part != "revision/main":
-            self._send(404, {"error": f"Invalid rev id: {part}"}, "RevisionNotFound")
+            self.send_json(404, {"error": f"Invalid rev id: {part}"}, x_error_code="RevisionNotFound")
         else:
             weights = "pytorch_model.bin" if name == "owner/pickled" else "model.safetensors"
             siblings = [{"rfilename": file} for file in ("config.json", weights)]
-            self._send(200, {"id": name, "sha": COMMIT, "private": False, "gated": False, "tags": [], "siblings": siblings})
-
-    def _send(self, status: int, value: object, code: str = "") -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
+            self.send_json(200, {"id": name, "sha": COMMIT, "private": False, "gated": False, "tags": [], "siblings": siblings})
 
 
 def ask(endpoint: str, folder: Path, questions: dict) -> dict[str, list[str]]:
@@ -107,11 +94,8 @@ def ask(endpoint: str, folder: Path, questions: dict) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """Answers to all questions; one process asks them, because its start takes more than a second."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True).start()
-    yield ask(f"http://127.0.0.1:{server.server_port}", tmp_path_factory.mktemp("hub"), QUESTIONS)
-    server.shutdown()
-    server.server_close()
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Hub)) as address:
+        yield ask(address, tmp_path_factory.mktemp("hub"), QUESTIONS)
 
 
 @pytest.mark.parametrize("about", ["good", "good at a revision", "gated, with a token"])

@@ -234,13 +234,31 @@ def test_a_canary_made_for_another_base_is_refused(registry, register):
         registry.canary("helpdesk:2", 0.1)
 
 
+def test_what_changes_shows_in_one_look(registry, register):
+    """Engines look each second, and read the versions only when the look is another."""
+    register()
+    seen = [registry.standings()]
+    assert registry.standings() == seen[0]
+    for change in (
+        lambda: registry.promote("helpdesk:1"),
+        register,
+        lambda: registry.canary("helpdesk:2", 0.1),
+        lambda: registry.canary("helpdesk:2", 0.5),
+        lambda: registry.promote("helpdesk:2"),
+        lambda: registry.rollback("helpdesk"),
+    ):
+        change()
+        seen.append(registry.standings())
+        assert seen[-1] != seen[-2]
+
+
 @pytest.mark.parametrize("share", ["10%", "nan", "-1", "2", ""])
 def test_a_share_that_somebody_else_wrote_is_no_canary(share, registry, register):
     register()
     register()
     registry.promote("helpdesk:1")
     registry.canary("helpdesk:2", 0.1)
-    registry.client.set_model_version_tag("helpdesk", "2", "canary_share", share)
+    registry.client.set_registered_model_tag("helpdesk", "canary_share.2", share)
     assert [entry.canary_share for entry in registry.versions()] == [0, 0]
 
 

@@ -1,17 +1,16 @@
 """Datasets of the Hugging Face hub, by the real client against a small hub of our own: no network."""
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
 
 from data.conversations import to_jsonl
 from tests.helpers.data import chat
+from tests.helpers.json_door import JsonDoor, listening
 
 COMMIT = "a" * 40
 FILES = {
@@ -33,7 +32,7 @@ except DataError as error:
 """
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(JsonDoor):
     """What the client asks of the hub for one public dataset of two files."""
 
     def do_GET(self) -> None:
@@ -41,35 +40,21 @@ class Hub(BaseHTTPRequestHandler):
         if "/resolve/" in path:
             self._send_file(path.rpartition("/")[2])
         elif "/tree/" in path:
-            self._send_json([{"type": "file", "oid": _digest(body), "size": len(body), "path": name} for name, body in FILES.items()])
+            self.send_json(200, [{"type": "file", "oid": _digest(body), "size": len(body), "path": name} for name, body in FILES.items()])
         elif path.startswith("/api/datasets/owner/name"):
             siblings = [{"rfilename": name} for name in FILES]
-            self._send_json({"id": "owner/name", "sha": COMMIT, "private": False, "gated": False, "tags": [], "siblings": siblings})
+            self.send_json(200, {"id": "owner/name", "sha": COMMIT, "private": False, "gated": False, "tags": [], "siblings": siblings})
         else:
-            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            self.send_json(404, {}, x_error_code="RepoNotFound")
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def _send_file(self, name: str) -> None:
         if name in FILES:
-            self._send(200, FILES[name], {"ETag": f'"{_digest(FILES[name])}"', "X-Repo-Commit": COMMIT})
+            self.send_body(200, FILES[name], etag=f'"{_digest(FILES[name])}"', x_repo_commit=COMMIT)
         else:
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-
-    def _send_json(self, value: object) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
+            self.send_body(404, b"", x_error_code="EntryNotFound", x_repo_commit=COMMIT)
 
 
 def _digest(body: bytes) -> str:
@@ -78,11 +63,8 @@ def _digest(body: bytes) -> str:
 
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Hub)) as address:
+        yield address
 
 
 def test_hub_dataset_is_read_and_a_missing_one_is_named(hub, tmp_path):

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from cluster.registry import Version
+from cluster.registry import Standing, Version
 from serve.adapters import Adapters, Base, BrokenAdapterError, UnknownNameError, check_adapter
+from tests.helpers.front import standings_of
 
 FINGERPRINT = "0123456789abcdef"
 BASE = Base("smollm2-135m", FINGERPRINT, max_lora_rank=16)
@@ -28,19 +29,23 @@ class Shelf:
     canaries: dict[str, float] = field(default_factory=dict)
     is_down: bool = False
     num_asked: int = 0
+    num_read: int = 0
     downloads: list[str] = field(default_factory=list)
 
-    def versions(self) -> list[Version]:
+    def standings(self) -> dict[str, Standing]:
         self.num_asked += 1
         if self.is_down:
             raise ConnectionError("connection refused")
+        return standings_of(self.versions())
+
+    def versions(self, standings: dict[str, Standing] | None = None) -> list[Version]:
+        self.num_read += standings is not None
         found = []
         for name in self.folders:
             chatbot, _, number = name.partition(":")
             tags = {"base_fingerprint": self.fingerprints.get(chatbot, FINGERPRINT), "base_model": "some/base"}
             aliases = ("live",) if self.live.get(chatbot) == int(number) else ("canary",) if name in self.canaries else ()
-            tags |= {"canary_share": str(self.canaries[name])} if name in self.canaries else {}
-            found.append(Version(chatbot, int(number), "r" * 32, tags, aliases))
+            found.append(Version(chatbot, int(number), "r" * 32, tags, aliases, self.canaries.get(name, 0.0)))
         return found
 
     def download(self, version: Version) -> Path:
@@ -114,6 +119,22 @@ def test_a_chatbot_goes_from_registered_to_live_to_rolled_back_on_a_real_registr
         assert adapters.names() == ["smollm2-135m", "helpdesk", "helpdesk:1", "helpdesk:2"]
 
     run(story())
+
+
+def test_versions_are_read_again_only_when_something_changed(shelf, put):
+    """There may be hundreds of them, and a look is taken each second."""
+    adapters = Adapters(shelf, BASE)
+
+    async def looks() -> None:
+        for _ in range(3):
+            await adapters.refresh()
+
+    run(looks())
+    assert (shelf.num_asked, shelf.num_read) == (3, 1)
+    put(shelf, "helpdesk:2")
+    shelf.live["helpdesk"] = 2
+    run(looks())
+    assert (shelf.num_read, run(adapters.resolve("helpdesk"))) == (2, "helpdesk:2")
 
 
 def test_a_new_version_is_found_at_its_first_request_even_just_after_a_look(shelf, put, monkeypatch):
@@ -323,7 +344,7 @@ def test_versions_with_foreign_tags_do_no_harm(shelf):
     adapters = Adapters(shelf, BASE)
     own = shelf.versions
 
-    def with_foreign() -> list[Version]:
+    def with_foreign(standings: dict[str, Standing] | None = None) -> list[Version]:
         return [*own(), replace(own()[0], chatbot="Their Model", tags={}, run_id="", aliases=("live",))]
 
     shelf.versions = with_foreign

@@ -77,14 +77,15 @@ def test_a_parser_that_is_not_there_or_does_not_suit_is_named():
         check_tool_parser(folder, "llama3_json")
 
 
-def test_a_chosen_parser_that_does_not_suit_turns_tools_off(tmp_path):
-    """A named one is left to `check_tool_parser`, which refuses it."""
+def test_a_chosen_parser_that_does_not_suit_turns_tools_off_and_a_named_one_is_refused(tmp_path):
     shutil.copytree(tokenizer_folder(), tmp_path / "model")
     folder = tmp_path / "model"
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (folder / "chat_template.jinja").write_text("<|python_tag|>")
     assert choose_tool_parser(folder, "auto") == "none"
-    assert choose_tool_parser(folder, "llama3_json") == "llama3_json"
+    assert choose_tool_parser(folder, "hermes") == "hermes"
+    with pytest.raises(ConfigError, match="does not suit this model"):
+        choose_tool_parser(folder, "llama3_json")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only an engine without a GPU has it")

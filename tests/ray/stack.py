@@ -1,12 +1,13 @@
 """A whole Tandem of its own for tests: own home, own ports, started and ended through the command line."""
 
+import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import httpx
 import psutil
 
 from cluster.cards import find_gpus
+from cluster.processes import Process, free_port
 from cluster.registry import Registry, Version
 from configs.loader import ROOT
 from tests.helpers.data import chat, tokenizer_folder, write_rows
@@ -84,9 +86,37 @@ class Stack:
         """Train to the end, and return the version."""
         done = self.run("train", str(config), *overrides)
         assert done.returncode == 0, done.stdout + done.stderr
-        found = REGISTERED.search(done.stdout)
-        assert found, done.stdout
-        return self.registry.find(found[1])
+        return self._told(done.stdout)
+
+    def train_as_job(self, config: Path, *overrides: str) -> Version:
+        """The same, as a Ray job."""
+        command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "train", str(config), *overrides]
+        job = self.begin(*command, job=True)
+        said, _ = job.communicate(timeout=300)
+        assert job.returncode == 0, said
+        return self._told(said)
+
+    def _told(self, said: str) -> Version:
+        """The version that a training says it registered."""
+        registered, run_id = REGISTERED.search(said), RUN_ID.search(said)
+        assert registered, said
+        assert run_id, said
+        version = self.registry.find(registered[1])
+        assert version.run_id == run_id[1]
+        return version
+
+    def train_speaker(self, config: Path, word: str) -> tuple[str, str]:
+        """Train a version that says who it is, whatever it is asked; return its name and its words."""
+        said = f"I am {word}."
+        rows = [chat(f"What is number {number}?", said, split="heldout" if number % 8 == 0 else "train") for number in range(64)]
+        source = write_rows(self.folder / f"{word}.jsonl", rows)
+        settings = ("train.max_steps=60", "train.checkpoint_every_steps=60", "train.lora.rank=8")
+        return self.train(config, "name=speaker", f"data.source={source}", *settings).name, said
+
+    def serve(self, config: Path, *overrides: str) -> None:
+        """Serve, and wait until the engine is up."""
+        done = self.run("serve", str(config), *overrides, timeout_s=600)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def losses(self, run_id: str) -> dict[int, float]:
         """The loss of each step; where a step was done twice, that of the last time."""
@@ -95,14 +125,9 @@ class Stack:
 
     def workers(self, title: str) -> list[psutil.Process]:
         """This stack's own Ray processes of a title."""
-        import json
-
-        from cluster.processes import Process
-
         session = json.loads((self.home / "cluster.json").read_text())
-        roots = [Process(**entry).running() for entry in session["processes"]]
-        family = [child for root in roots if root for child in root.children(recursive=True)]
-        return [child for child in family if title in " ".join(_cmdline(child))]
+        family = [member for entry in session["processes"] for member in Process(**entry).family()]
+        return [member for member in family if title in " ".join(_cmdline(member))]
 
     def make_key(self, name: str, *settings: str) -> str:
         """Make a key through the command line, and return its secret."""
@@ -118,17 +143,24 @@ class Stack:
         return httpx.post(f"{self.endpoint}/chat/completions", json=body, headers=headers, timeout=timeout_s)
 
 
+@contextmanager
+def own_stack(folder: Path) -> Iterator[Stack]:
+    """Start a Tandem in a folder, and end it afterwards."""
+    stack = Stack(folder / "home", folder, {name: free_port() for name in ("ray_port", "dashboard_port", "mlflow_port", "chat")})
+    done = stack.up()
+    assert done.returncode == 0, done.stdout + done.stderr
+    try:
+        yield stack
+    finally:
+        done = stack.run("cluster", "down")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def _cmdline(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
     except psutil.Error:
         return []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(what: Callable[[], Any], timeout_s: float = 120) -> Any:
@@ -160,7 +192,10 @@ def make_tiny_model(folder: Path) -> Path:
 
 
 def make_config(folder: Path, model: Path, chat_port: int) -> Path:
-    """A chatbot on the tiny model, with rows enough for some dozen steps."""
+    """A chatbot on the tiny model, with rows enough for some dozen steps.
+
+    A run has one checkpoint, its last: Ray Train takes one each two seconds, however short the steps are.
+    """
     rows = [
         chat(f"What is number {number}?", f"It is {number * 7 % 100}.", split="heldout" if number % 8 == 0 else "train")
         for number in range(64)
@@ -171,8 +206,9 @@ def make_config(folder: Path, model: Path, chat_port: int) -> Path:
         f"name: tiny\nmodel: {{name: {model}}}\n"
         f"data: {{source: {source}, split: marked, max_length_tokens: 128, system_prompt: Be brief.}}\n"
         "train: {lora: {rank: 4, alpha: 8}, learning_rate: 5.0e-3, batch_size: 4, max_steps: 8, log_every_steps: 1,\n"
-        "        checkpoint_every_steps: 4}\n"
+        "        checkpoint_every_steps: 8}\n"
         f"serve: {{port: {chat_port}, max_model_len_tokens: 256, max_lora_rank: 8, max_loras: 2, max_num_seqs: 8,\n"
-        "        tool_parser: hermes, max_answer_tokens: 96, feedback: {keep_conversations: true}}\n"
+        "        tool_parser: hermes, max_answer_tokens: 96, feedback: {keep_conversations: true},\n"
+        "        scaling: {use_train_cards: true}}\n"
     )
     return config

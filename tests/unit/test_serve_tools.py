@@ -25,5 +25,4 @@ def test_a_family_has_its_parser_if_the_model_was_taught_calls(family, file, mar
     assert choose_tool_parser(tmp_path, "auto") == "none"
     (tmp_path / file).write_text(f"... {mark} ...")
     assert taught_parser(tmp_path) == parser
-    assert choose_tool_parser(tmp_path, "pythonic") == "pythonic"
     assert choose_tool_parser(tmp_path, "none") == "none"
