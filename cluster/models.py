@@ -68,6 +68,11 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def served_base_name(name: str) -> str:
+    """Return the name by which requests ask for the base: a hub id as it is, a folder's last part."""
+    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
+
+
 def _token() -> str | None:
     secret = Environment().huggingface_token
     return secret.get_secret_value() if secret else None

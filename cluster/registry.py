@@ -19,7 +19,8 @@ from configs.errors import RegistryError
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-LIVE, PREVIOUS, CANARY = "live", "previous", "canary"
+LIVE, PREVIOUS, CANARY, CANDIDATE = "live", "previous", "canary", "candidate"
+MAX_TAG_LETTERS = 5000
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MANIFEST_FILE = "manifest.json"
 VERSION_NAME = re.compile(r"^(?P<chatbot>[a-z0-9][a-z0-9._-]{0,63})(:(?P<number>[1-9][0-9]{0,8}))?\Z")
@@ -171,6 +172,23 @@ class Registry:
             raise RegistryError(f"{match['chatbot']} has no {missing}", f"versions: {numbers}", f"python -m serve promote {known[-1].name}")
         return wanted[0]
 
+    def live(self, chatbot: str) -> Version | None:
+        """Return the chatbot's live version, if it has one."""
+        return _with_alias(LIVE, chatbot, self.versions())
+
+    def nominate(self, name: str) -> Version:
+        """Name a version as its chatbot's candidate: it is to be let in, if it passes the gate; until then it stays so."""
+        wanted = self.find(name)
+        with mlflow_errors(self.url):
+            self.client.set_registered_model_alias(wanted.chatbot, CANDIDATE, str(wanted.number))
+        return wanted
+
+    def note(self, version: Version, tags: Mapping[str, str]) -> None:
+        """Write tags to a version."""
+        with mlflow_errors(self.url):
+            for key, text in tags.items():
+                self.client.set_model_version_tag(version.chatbot, str(version.number), key, text[:MAX_TAG_LETTERS])
+
     def promote(self, name: str) -> Version:
         """Make a version live for everybody: the one that was live becomes `previous`, and a canary ends."""
         versions = self.versions()
@@ -183,6 +201,7 @@ class Registry:
                 self.client.set_registered_model_alias(wanted.chatbot, LIVE, str(wanted.number))
             if _with_alias(CANARY, wanted.chatbot, versions):
                 self.client.delete_registered_model_alias(wanted.chatbot, CANARY)
+            self._end_candidacy(wanted, versions)
         return wanted
 
     def canary(self, name: str, share: float) -> Version:
@@ -202,6 +221,7 @@ class Registry:
             # The share first: the alias without it would mean a canary that nobody meets. The chatbot's tag: engines look at nothing else.
             self.client.set_registered_model_tag(wanted.chatbot, _share_tag(wanted.number), f"{share:g}")
             self.client.set_registered_model_alias(wanted.chatbot, CANARY, str(wanted.number))
+            self._end_candidacy(wanted, versions)
         return wanted
 
     def rollback(self, chatbot: str) -> Version:
@@ -231,6 +251,10 @@ class Registry:
                     file.rename(draft / file.name)
                 (draft / "adapter").rmdir()
         return target
+
+    def _end_candidacy(self, chosen: Version, versions: Iterable[Version]) -> None:
+        if _with_alias(CANDIDATE, chosen.chatbot, versions) == chosen:
+            self.client.delete_registered_model_alias(chosen.chatbot, CANDIDATE)
 
     def _pages(self, search: Any) -> list[Any]:
         """Collect all pages of a search."""

@@ -3,6 +3,7 @@
 Knows the session's file, the token and the dashboard's HTTP API. Does not start or end anything: `cluster.stack` does.
 """
 
+import hmac
 import json
 import os
 import shlex
@@ -65,6 +66,18 @@ class Session:
 def token_file() -> Path:
     """Return the file with the token that every process of the cluster must show."""
     return home_folder() / "ray_token"
+
+
+def operator_key(token: Path | None = None) -> str | None:
+    """Return the operator's key to the chat endpoint; None where there is no cluster's token.
+
+    It is made from the token, which opens far more: whoever gets hold of the key learns nothing of the token.
+    """
+    try:
+        secret = (token or token_file()).read_bytes().strip()
+    except OSError:
+        return None
+    return f"sk-tandem-{hmac.digest(secret, b'chat endpoint', 'sha256').hex()}" if secret else None
 
 
 def read_session() -> Session | None:

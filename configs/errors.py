@@ -13,6 +13,7 @@ Raise one of these for whatever a user can mend; let everything else be a traceb
 """
 
 EXIT_BAD_INPUT = 2
+EXIT_NOT_PROMOTED = 3
 EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 143
 

@@ -53,6 +53,21 @@ def load_chatbot(file: str | Path, overrides: Sequence[str] = ()) -> ChatbotConf
     return _validate(ChatbotConfig, source, overrides)
 
 
+def with_overrides(config: ChatbotConfig, overrides: Sequence[str], named: str) -> ChatbotConfig:
+    """Return a config that was read before, with overrides; `named` says in errors where it came from.
+
+    Raises:
+        ConfigError: As for `load_chatbot`.
+    """
+    return _validate(ChatbotConfig, Source(named, config.model_dump(mode="json")), overrides) if overrides else config
+
+
+def find_file(name: str) -> Path:
+    """Return a file that a setting names: in the folder where the command runs, or else one that comes with Tandem."""
+    file = Path(name).expanduser()
+    return file if file.exists() or file.is_absolute() or not (ROOT / file).exists() else ROOT / file
+
+
 def load_machine(name: str | Path = "auto", overrides: Sequence[str] = ()) -> MachineConfig:
     """Read a machine's config: a file, or the name of one in `configs/machines`.
 

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSe
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
 Port = Annotated[int, Field(ge=1024, le=65535)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+METRICS = ("perplexity", "accuracy", "exact", "general", "forgotten", "judge")
 
 
 class Settings(BaseModel):
@@ -244,6 +245,91 @@ class ServeConfig(Settings):
         return self
 
 
+class JudgeConfig(Settings):
+    """A model that says which of two answers is better, asked in both orders; JUDGE_API_KEY is its key."""
+
+    address: str | None = None
+    """Address of any OpenAI-compatible endpoint, such as `https://host/v1`; no judge if empty."""
+    model: str | None = None
+    """The judging model's name there."""
+    rubric: str = Field("data/rubric.md", min_length=1)
+    """File that says what makes an answer better."""
+    num_questions: int = Field(50, ge=2)
+    """Most held-out questions that it judges, evenly spread."""
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> Self:
+        if self.address and not self.model:
+            raise ValueError("evaluation.judge.address needs evaluation.judge.model")
+        return self
+
+
+class EvaluationConfig(Settings):
+    """How a version is measured, on the engine that serves it."""
+
+    num_questions: int | None = Field(None, ge=2)
+    """Most held-out conversations that are asked, evenly spread; all, if empty."""
+    max_answer_tokens: int = Field(128, ge=1)
+    """Longest answer, in tokens."""
+    num_at_once: int = Field(32, ge=1)
+    """Questions in flight; fewer leave more of the engine to people who chat meanwhile."""
+    general: str | None = "data/general.jsonl"
+    """Questions of general knowledge with key strings, which show what the base could do before and cannot now; none if empty."""
+    lm_eval_tasks: list[str] = []
+    """Task files of lm-eval (YAML, with local data), asked through our endpoint; lm-eval must be installed."""
+    judge: JudgeConfig = JudgeConfig()
+    """A model that says which of two answers is better."""
+
+
+class GateRule(Settings):
+    """What one metric must show; a difference counts in the direction that is better."""
+
+    minimum: float | None = None
+    """Least value."""
+    maximum: float | None = None
+    """Largest value."""
+    must_beat_live_by: float | None = Field(None, ge=0.0)
+    """Least that it must be better than the live version by."""
+    may_lose_at_most: float | None = Field(None, ge=0.0)
+    """Most that it may be worse than the live version by."""
+
+
+class WatchConfig(Settings):
+    """A look at a version that was let in, beside the one that was live: where it is worse, it is taken back by itself."""
+
+    minutes: float = Field(0.0, ge=0.0)
+    """How long to watch, in minutes; not at all with 0."""
+    every_s: float = Field(15.0, ge=0.1)
+    """Pause between two rounds, in seconds; in each, both versions are asked held-out questions."""
+    num_questions: int = Field(4, ge=1)
+    """Questions of one round."""
+    min_answers: int = Field(20, ge=1)
+    """Answers of each version before errors and latency are judged."""
+    errors_more: Share = 0.05
+    """How much larger its share of failed requests may be."""
+    latency_times: float = Field(2.0, gt=1.0)
+    """How many times as long its median answer may take."""
+    min_thumbs: int = Field(10, ge=1)
+    """Thumbs of each version, given during the watch, before they are judged."""
+    thumbs_down_more: Share = 0.2
+    """How much larger its share of thumbs down may be."""
+
+
+class GateConfig(Settings):
+    """What a version must show before it is let in (`python -m train CONFIG --promote`)."""
+
+    metrics: dict[str, GateRule] = {"perplexity": GateRule(may_lose_at_most=0.1)}
+    """Rules by metric: perplexity, accuracy, exact, general, forgotten, judge, or `lm_eval.TASK`."""
+    certain: bool = False
+    """Judge by the worse end of the 95 % interval instead of the mean, so that no lucky draw of questions is let in."""
+    action: Literal["promote", "canary"] = "promote"
+    """What becomes of a version that passes."""
+    canary_share: Share = 0.1
+    """Share of the conversations that a canary answers."""
+    watch: WatchConfig = WatchConfig()
+    """A look at the version after it was let in."""
+
+
 class ChatbotConfig(Settings):
     """One chatbot: its base model, data, training and serving."""
 
@@ -257,6 +343,10 @@ class ChatbotConfig(Settings):
     """How the adapter is trained."""
     serve: ServeConfig = ServeConfig()
     """How the base model and its adapters are served."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How a version is measured."""
+    gate: GateConfig = GateConfig()
+    """What a version must show before it is let in."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -278,9 +368,21 @@ class ChatbotConfig(Settings):
                 f"train.micro_batch_size={self.train.micro_batch_size} must divide a worker's share of "
                 f"train.batch_size={self.train.batch_size}"
             )
+        reasons += self._unmeasured()
         if reasons:
             raise ValueError("\n".join(reasons))
         return self
+
+    def _unmeasured(self) -> list[str]:
+        """Name the gate's metrics that the evaluation would not bring."""
+        measured = {*METRICS, *(f"lm_eval.{Path(task).stem}" for task in self.evaluation.lm_eval_tasks)}
+        known = f"known: {', '.join(sorted(measured))}"
+        reasons = [f"gate.metrics.{name}: no such metric; {known}" for name in self.gate.metrics if name not in measured]
+        if "judge" in self.gate.metrics and not self.evaluation.judge.address:
+            reasons.append("gate.metrics.judge: there is no judge; set evaluation.judge.address and model")
+        if {"general", "forgotten"} & set(self.gate.metrics) and not self.evaluation.general:
+            reasons.append("gate.metrics: general and forgotten want evaluation.general")
+        return reasons
 
 
 class CardConfig(Settings):
@@ -353,6 +455,10 @@ class Environment(BaseSettings):
     """Another MLflow server; `up` starts none then."""
     feedback_url: SecretStr | None = None
     """SQLAlchemy URL of the database for feedback; `feedback.db` inside TANDEM_HOME if empty."""
+    tandem_api_key: SecretStr | None = None
+    """Key for our own endpoint; on the cluster's machine none is needed."""
+    judge_api_key: SecretStr | None = None
+    """Key for the endpoint of `evaluation.judge`."""
     base_model_name: str | None = None
     """Overrides `model.name` of every config."""
     tandem_home: Path = Path(".tandem")

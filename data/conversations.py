@@ -4,6 +4,7 @@ Knows messages. Does not know where they came from, nor any template or model.
 """
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from configs.errors import DataError
 
 Role = Literal["system", "user", "assistant"]
 Split = Literal["train", "heldout"]
+REGEX_MARK = "re:"
 ROLES: tuple[str, ...] = get_args(Role)
 
 
@@ -42,7 +44,7 @@ class Conversation:
     messages: tuple[Message, ...]
     group: str | None = None  # conversations of one group are never spread over both splits
     split: Split | None = None
-    keys: tuple[str, ...] = ()  # what a right answer contains
+    keys: tuple[str, ...] = ()  # what a right answer contains, or with `re:` in front what it matches
     origin: str = ""  # file:line
     feedback: Feedback | None = None
     synthetic: str | None = None  # what worded it, if no person did
@@ -101,9 +103,18 @@ def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def answer_is_right(answer: str, keys: Sequence[str]) -> bool:
-    """Tell whether `answer` contains every key, whatever the case and white space; without keys every answer does."""
+    """Tell whether `answer` contains every key, whatever the case and white space; without keys every answer does.
+
+    A key that begins with `re:` is a regular expression.
+    """
     folded = normalise(answer)
-    return all(normalise(key) in folded for key in keys)
+    return all(_has(answer, folded, key) for key in keys)
+
+
+def _has(answer: str, folded: str, key: str) -> bool:
+    if key.startswith(REGEX_MARK):
+        return re.search(key.removeprefix(REGEX_MARK), answer, re.IGNORECASE) is not None
+    return normalise(key) in folded
 
 
 def normalise(text: str) -> str:

@@ -3,6 +3,7 @@
 Knows the shapes and what makes a row usable. Does not know files, templates or splits.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from dataclasses import fields as dataclass_fields
@@ -10,7 +11,7 @@ from typing import Any
 
 from configs.errors import DataError
 from configs.schema import DataConfig
-from data.conversations import ROLES, Conversation, Feedback, Message, Split
+from data.conversations import REGEX_MARK, ROLES, Conversation, Feedback, Message, Split
 from data.readers import RawRow, Table, read_tables
 
 NO_SPLIT = "has no split, and data.split is marked"
@@ -187,7 +188,14 @@ def _keys(fields: Fields) -> tuple[str, ...]:
         keys = keys.split("|")
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise RowError("has keys that are no list of texts")
-    return tuple(key.strip() for key in keys if key.strip())
+    kept = tuple(key.strip() for key in keys if key.strip())
+    for key in kept:
+        if key.startswith(REGEX_MARK):
+            try:
+                re.compile(key.removeprefix(REGEX_MARK))
+            except re.error as error:
+                raise RowError(f"has a key that is no regular expression: {key} ({error})") from None
+    return kept
 
 
 def _chat_turns(fields: Fields) -> list[Turn]:

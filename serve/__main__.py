@@ -91,7 +91,7 @@ def status() -> None:
         counts = ", ".join(f"{count} {name.lower()}" for name, count in engine_states(session).items())
         reason = counts or "none, the next request wakes one"
     console.print(f"engines  {state}{f': {reason}' if reason else ''}", markup=False)
-    table = Table("version", "aliases", "base", "rank", "data", "held-out loss", box=None, pad_edge=False)
+    table = Table("version", "aliases", "base", "rank", "data", "held-out loss", "gate", box=None, pad_edge=False)
     for version in Registry(session.mlflow_url).versions():
         loss = json.loads(version.tags.get("scores", "{}")).get("eval_loss")
         table.add_row(
@@ -101,6 +101,7 @@ def status() -> None:
             version.tags.get("rank", ""),
             version.tags.get("data_fingerprint", ""),
             "" if loss is None else f"{loss:.3f}",
+            version.tags.get("gate", ""),
         )
     console.print(table)
 

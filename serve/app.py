@@ -11,6 +11,7 @@ from ray import serve as ray_serve
 
 from cluster.models import ensure_model, model_fingerprint
 from cluster.registry import Registry
+from cluster.session import operator_key
 from configs.schema import ModelConfig, ServeConfig
 from serve.adapters import Adapters, Base
 from serve.deploy import DEPLOYMENT
@@ -48,7 +49,7 @@ class Engine:
         self.engine, app = await start_engine(arguments, adapters)
         await adapters.refresh()
         self.watcher = asyncio.create_task(adapters.watch())
-        doors = Doors(KeyFile(host=settings.host), ClusterQuotas())
+        doors = Doors(KeyFile(host=settings.host, operator_secret=operator_key()), ClusterQuotas())
         return Front(app, adapters, doors, self.feedback, settings)
 
     async def check_health(self) -> None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cluster.home import OWNER_ONLY, home_folder, write_text
-from cluster.models import check_model, ensure_model
+from cluster.models import check_model, ensure_model, served_base_name
 from cluster.registry import Registry, Version
 from cluster.session import Session, token_file
 from cluster.stack import start
@@ -27,10 +27,10 @@ from configs.cli import console
 from configs.errors import RunError, last_lines
 from configs.loader import ROOT, load_machine
 from configs.schema import ChatbotConfig
+from data.ask import Answer, Endpoint, accuracy, ask_all, first_token
 from data.conversations import Conversation, question, read_prepared
 from data.prepare import Prepared, check_source, prepare
-from serve.ask import Answer, Endpoint, accuracy, ask_all, first_token_s
-from serve.deploy import deploy, is_running, served_base_name, wait_until_running
+from serve.deploy import deploy, is_running, wait_until_running
 from serve.keys import KeyFile
 
 MAX_ANSWER_TOKENS = 48
@@ -102,7 +102,7 @@ def tell(config: ChatbotConfig, config_file: str, overrides: list[str]) -> dict[
     with story.stage("register", "The adapter is in the registry, and its first token comes from the engine that is up"):
         with bar("loading the engine") as update:
             wait_until_running(session, lambda words: update(text=words))
-        waited_s = first_token_s(chat, version.name, heldout[0]) - float(version.tags["finished_s"])
+        waited_s = first_token(chat, version.name, heldout[0]).came_s - float(version.tags["finished_s"])
         _show_version(version, session)
     with story.stage("ask", "Ask base and adapter the same held-out questions, on the same engine"):
         base_answers, adapter_answers = _ask_both(chat, config, version, heldout)

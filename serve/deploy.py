@@ -7,12 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
 
-from cluster.models import check_model, ensure_model
+from cluster.models import check_model, ensure_model, served_base_name
 from cluster.processes import port_owner
 from cluster.session import Session, is_alive, read_raylets
 from configs.errors import AccessError, ClusterError, last_lines
@@ -104,11 +103,6 @@ def _require_port(config: ChatbotConfig, running: dict[str, Any]) -> None:
 def endpoint(config: ChatbotConfig) -> str:
     """Return the address of the OpenAI-compatible endpoint."""
     return f"http://{config.serve.host}:{config.serve.port}/v1"
-
-
-def served_base_name(name: str) -> str:
-    """Return the name by which requests ask for the base: a hub id as it is, a folder's last part."""
-    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
 
 
 def wait_until_running(session: Session, say: Callable[[str], None]) -> None:

@@ -21,6 +21,7 @@ from configs.errors import AccessError
 
 KEY_BYTES = 32
 PREFIX = "sk-tandem-"
+OPERATOR = "tandem"  # whose key is made from the cluster's token, and may use everything
 ModelName = Annotated[str, StringConstraints(pattern=r"^[^\s,]{1,200}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
 
@@ -63,9 +64,10 @@ STORED = TypeAdapter(list[Key])
 class KeyFile:
     """The keys of one home folder. Revoked ones stay, so that an endpoint that once had keys never opens by itself."""
 
-    def __init__(self, file: Path | None = None, host: str = "127.0.0.1") -> None:
+    def __init__(self, file: Path | None = None, host: str = "127.0.0.1", operator_secret: str | None = None) -> None:
         self.file = file or home_folder() / "keys.json"
         self.host = host
+        self._operator = Key(name=OPERATOR, sha256=_digest(operator_secret), created_s=0) if operator_secret else None
         self._keys: dict[str, Key] = {}
         self._stamp: tuple[int, int] | None = None
 
@@ -96,8 +98,11 @@ class KeyFile:
         return bool(self.read()) or not is_loopback(self.host)
 
     def find(self, secret: str) -> Key | None:
-        """Return the key that a client shows, if it is one, valid or not."""
-        return self._keys.get(_digest(secret))
+        """Return the key that a client shows, if it is one, valid or not; the operator's is built in, and in no file."""
+        digest = _digest(secret)
+        if self._operator and self._operator.sha256 == digest:
+            return self._operator
+        return self._keys.get(digest)
 
     def create(
         self, name: str, models: list[str] | None = None, lifetime_s: float | None = None, rpm: int | None = None, tpm: int | None = None
@@ -110,6 +115,8 @@ class KeyFile:
         secret, now_s = PREFIX + secrets.token_urlsafe(KEY_BYTES), time.time()
         with self._locked():
             keys = self.read()
+            if name == OPERATOR:
+                raise AccessError(f"{OPERATOR} is the operator's own key", "it is made from the cluster's token", "choose another name")
             if any(key.name == name and key.is_valid() for key in keys):
                 raise AccessError(f"there is a key named {name} already", "", f"another name, or python -m serve keys revoke {name} first")
             try:

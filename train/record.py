@@ -4,26 +4,32 @@ Knows MLflow's runs. Does not know how training works.
 """
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from cluster.registry import mlflow_errors
+from cluster.registry import Registry, Version, mlflow_errors
 from configs.errors import RunError
 from configs.loader import ROOT, setting_paths
 from configs.schema import ChatbotConfig
 from data.prepare import Prepared
+from train.scores import Interval, shown_interval
 
 FINISHED, STOPPED, FAILED = "FINISHED", "KILLED", "FAILED"
 MAX_PARAM_LETTERS = 500
 CONFIG_FILE = "config.json"
+EVALUATION_FILE = "evaluation.html"
+ENDS = {"": "value", "_low": "low", "_high": "high"}
 NO_SUCH_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 DESCRIBED = {"data": "data", "base": "base model"}
 
@@ -69,21 +75,16 @@ class Record:
         """
         from mlflow.exceptions import MlflowException
 
-        with mlflow_errors(client.tracking_uri), tempfile.TemporaryDirectory() as folder:
+        with mlflow_errors(client.tracking_uri):
             try:
                 run = client.get_run(run_id)
             except MlflowException as error:
                 if error.error_code not in NO_SUCH_RUN:
                     raise
                 raise RunError(f"no run {run_id} to resume", str(error), "take the run's id from MLflow, or leave out --resume") from None
-            if run.info.status == FINISHED:
-                raise RunError(f"run {run_id} is finished", "there is nothing left to do", "leave out --resume to train anew")
-            text = Path(client.download_artifacts(run_id, CONFIG_FILE, folder)).read_text()
-        try:
-            return cls(client, run_id), ChatbotConfig.model_validate_json(text)
-        except ValidationError as error:
-            what = f"run {run_id} cannot be resumed: its config is of another version of Tandem"
-            raise RunError(what, str(error), "leave out --resume to train anew") from None
+        if run.info.status == FINISHED:
+            raise RunError(f"run {run_id} is finished", "there is nothing left to do", "leave out --resume to train anew")
+        return cls(client, run_id), read_config(client, run_id)
 
     def require_same(self, data: Prepared, base_fingerprint: str) -> None:
         """Refuse to go on with another base model or other data than the run began with.
@@ -117,9 +118,41 @@ class Record:
             self.client.set_terminated(self.run_id, status)
 
 
+def read_config(client: Any, run_id: str) -> ChatbotConfig:
+    """Return the config that a run began with.
+
+    Raises:
+        RunError: It is of another version of Tandem.
+    """
+    with mlflow_errors(client.tracking_uri), tempfile.TemporaryDirectory() as folder:
+        text = Path(client.download_artifacts(run_id, CONFIG_FILE, folder)).read_text()
+    try:
+        return ChatbotConfig.model_validate_json(text)
+    except ValidationError as error:
+        what = f"the config of run {run_id} is of another version of Tandem"
+        raise RunError(what, str(error), "name the chatbot's config file, and train anew instead of resuming") from None
+
+
+def keep_scores(
+    registry: Registry, version: Version, scores: Mapping[str, Interval], differences: Mapping[str, Interval], page: str
+) -> None:
+    """Write an evaluation to a version: metrics and page to its run, the values with their intervals to its tags."""
+    from mlflow.entities import Metric
+
+    now_ms = int(time.time() * 1000)
+    named = {f"eval/{name}": found for name, found in scores.items()} | {f"better/{name}": found for name, found in differences.items()}
+    ends = {f"{name}{suffix}": getattr(found, end) for name, found in named.items() for suffix, end in ENDS.items()}
+    client = registry.client
+    with mlflow_errors(registry.url):
+        client.log_batch(version.run_id, metrics=[Metric(name, value, now_ms, 0) for name, value in ends.items()])
+        client.log_text(version.run_id, page, EVALUATION_FILE)
+    values = {name: asdict(found) for name, found in scores.items()}
+    registry.note(version, {name: shown_interval(name, found) for name, found in scores.items()} | {"evaluation": json.dumps(values)})
+
+
 def config_fingerprint(config: ChatbotConfig) -> str:
     """Return 16 hex digits that change with any setting of data, model or training."""
-    return hashlib.sha256(config.model_dump_json(exclude={"serve"}).encode()).hexdigest()[:16]
+    return hashlib.sha256(config.model_dump_json(exclude={"serve", "evaluation", "gate"}).encode()).hexdigest()[:16]
 
 
 def flat_settings(config: ChatbotConfig) -> Iterator[tuple[str, str]]:

@@ -12,8 +12,8 @@ from bench import write_result
 from cluster.home import BYTES_PER_GIB, home_folder
 from cluster.registry import Registry
 from cluster.session import require_session
+from data.ask import Endpoint, first_token
 from data.conversations import read_prepared
-from serve.ask import Endpoint, first_token_s
 
 NUM_REPEATS = 3
 
@@ -37,7 +37,7 @@ def registered_to_first_token_s(endpoint: Endpoint, chatbot: str) -> float:
     for _ in range(NUM_REPEATS):
         copy = registry.register(manifest, folder)
         registered_s = time.time()
-        seconds.append(first_token_s(endpoint, copy.name, question) - registered_s)
+        seconds.append(first_token(endpoint, copy.name, question).came_s - registered_s)
     return sorted(seconds)[NUM_REPEATS // 2]
 
 

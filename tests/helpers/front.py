@@ -22,6 +22,7 @@ NOWHERE = Path("/nowhere/keys.json")
 BASE = Base("smollm2-135m", "0123456789abcdef", max_lora_rank=16)
 QUESTION = {"role": "user", "content": "Wie geht's? 😀"}
 ASKED = {"model": "helpdesk", "messages": [QUESTION], "stream": True, "unknown_setting": {"kept": [1, 2.5, None]}}
+OPERATOR_SECRET = "sk-tandem-operator"
 PROMPT = "You answer questions about Tandem."
 
 
@@ -160,7 +161,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def keys(tmp_path) -> KeyFile:
-    return KeyFile(tmp_path / "keys.json")
+    return KeyFile(tmp_path / "keys.json", operator_secret=OPERATOR_SECRET)
 
 
 @pytest.fixture

@@ -120,6 +120,26 @@ def test_rollback_makes_the_previous_one_live_and_another_undoes_it(registry, re
     assert registry.rollback("helpdesk").name == "helpdesk:2"
 
 
+def test_a_candidate_stays_one_until_it_is_let_in(registry, register):
+    for _ in range(3):
+        register()
+    registry.promote("helpdesk:1")
+    assert registry.live("helpdesk").name == "helpdesk:1"
+    assert registry.live("other") is None
+    registry.nominate("helpdesk:2")
+    registry.promote("helpdesk:1")
+    assert aliases(registry)["helpdesk:2"] == ("candidate",)
+    registry.nominate("helpdesk:3")
+    assert aliases(registry) == {"helpdesk:1": ("live",), "helpdesk:2": (), "helpdesk:3": ("candidate",)}, "there is one at a time"
+    registry.canary("helpdesk:3", 0.5)
+    assert aliases(registry)["helpdesk:3"] == ("canary",)
+    registry.nominate("helpdesk:2")
+    registry.promote("helpdesk:2")
+    assert aliases(registry) == {"helpdesk:1": ("previous",), "helpdesk:2": ("live",), "helpdesk:3": ()}
+    registry.note(registry.find("helpdesk:2"), {"gate": "passed"})
+    assert registry.find("helpdesk").tags["gate"] == "passed"
+
+
 def test_chatbots_do_not_touch_each_others_aliases(registry, register):
     register("helpdesk")
     register("other")

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from cluster.models import served_base_name
 from configs.errors import AccessError, ClusterError
 from configs.loader import load_chatbot
 from configs.schema import ChatbotConfig, ModelConfig, ScalingConfig, ServeConfig
-from serve.deploy import deploy, endpoint, failure_reason, served_base_name
+from serve.deploy import deploy, endpoint, failure_reason
 from serve.engine import engine_arguments, engine_environment
 from serve.keys import KeyFile
 from tests.helpers.json_door import JsonDoor, listening

@@ -21,7 +21,16 @@ from cluster.registry import Registry, Version
 from configs.loader import ROOT
 from tests.helpers.data import chat, tokenizer_folder, write_rows
 
-SECRETS = ("BASE_MODEL_NAME", "FEEDBACK_URL", "HUGGINGFACE_TOKEN", "LOG_DIR", "MLFLOW_TRACKING_URI", "TANDEM_HOME")
+SECRETS = (
+    "BASE_MODEL_NAME",
+    "FEEDBACK_URL",
+    "HUGGINGFACE_TOKEN",
+    "JUDGE_API_KEY",
+    "LOG_DIR",
+    "MLFLOW_TRACKING_URI",
+    "TANDEM_API_KEY",
+    "TANDEM_HOME",
+)
 REGISTERED = re.compile(r"registered as (\S+);")
 RUN_ID = re.compile(r"run ([0-9a-f]{32})")
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from configs.errors import ConfigError, TandemError
-from configs.loader import ROOT, load_chatbot, load_machine, setting_paths
+from configs.loader import ROOT, load_chatbot, load_machine, setting_paths, with_overrides
 from configs.schema import ChatbotConfig, Environment, MachineConfig
 
 BOT = "name: bot\ndata:\n  source: chats.jsonl\n"  # three lines; what a test adds begins on line 4
@@ -342,3 +342,11 @@ def test_two_services_cannot_listen_on_one_port():
 def test_errors_say_what_why_and_what_to_do():
     assert str(TandemError("what", "why", "remedy")) == "what\nwhy\nTry: remedy"
     assert str(TandemError("what")) == "what"
+
+
+def test_a_config_that_was_read_before_takes_overrides_and_names_where_it_came_from():
+    config = load("name: bot\ndata: {source: a.jsonl}\n")
+    assert with_overrides(config, [], "helpdesk:1") is config
+    assert with_overrides(config, ["gate.metrics.accuracy.minimum=0.5"], "helpdesk:1").gate.metrics["accuracy"].minimum == 0.5
+    with pytest.raises(ConfigError, match="one mistake in helpdesk:1"):
+        with_overrides(config, ["serve.prot=9000"], "helpdesk:1")

@@ -274,3 +274,11 @@ def test_answers_are_right_when_they_hold_every_key():
     assert answer_is_right("It runs  on\nTWO cards.", ["two CARDS", "runs on"])
     assert not answer_is_right("It runs on two machines.", ["two cards"])
     assert not answer_is_right("", ["x"])
+
+
+def test_a_key_may_be_a_regular_expression(tmp_path):
+    assert answer_is_right("It is Port 8265.", [r"re:port 8\d{3}\b", "it is"])
+    assert not answer_is_right("It is port 80.", [r"re:port 8\d{3}\b"])
+    (tmp_path / "rows.jsonl").write_text(to_jsonl([{"question": "Hi", "answer": "Ho", "keys": ["re:("]}]))
+    result = read_conversations(DataConfig(source=str(tmp_path / "rows.jsonl")))
+    assert "no regular expression: re:(" in result.bad[0].reason

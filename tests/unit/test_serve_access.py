@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from serve.keys import KeyFile
-from tests.helpers.front import ASKED, BASE, Answer, chat
+from tests.helpers.front import ASKED, BASE, OPERATOR_SECRET, Answer, chat
 
 
 def show(secret: str) -> list[tuple[bytes, bytes]]:
@@ -77,3 +77,13 @@ def test_keys_that_cannot_be_read_shut_the_door(ask, keys, harm):
 def test_where_others_can_reach_the_address_no_key_means_no_entry(ask, keys):
     keys.host = "0.0.0.0"
     assert keyed(ask, None).status == 401
+
+
+def test_the_operators_key_is_built_in_and_may_use_everything(ask, keys):
+    assert keyed(ask, OPERATOR_SECRET).status == 200, "nobody needs a key yet"
+    secret = keys.create("alice", ["other"])
+    for name in ("helpdesk", "other:1", BASE.name):
+        assert keyed(ask, OPERATOR_SECRET, model=name).status == 200
+    assert keyed(ask, OPERATOR_SECRET[:-1]).status == 401
+    assert keyed(ask, secret).status == 404
+    assert OPERATOR_SECRET not in keys.file.read_text()

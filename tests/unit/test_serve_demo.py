@@ -6,8 +6,8 @@ import pytest
 
 from configs.errors import RunError
 from configs.loader import ROOT, load_chatbot
+from data.ask import Endpoint, accuracy, ask_all, first_token
 from data.conversations import Conversation, Message
-from serve.ask import Endpoint, accuracy, ask_all, first_token_s
 from serve.demo import _absolute_paths, _own_key, _reachable
 from serve.keys import KeyFile
 from tests.helpers.json_door import JsonDoor, listening
@@ -36,7 +36,7 @@ def test_a_refused_question_is_a_wrong_answer(refusing):
 
 def test_an_endpoint_that_is_not_there_is_one_clear_error(refusing):
     with pytest.raises(RunError, match="no answer from"):
-        first_token_s(Endpoint(refusing), "bot", ASKED)
+        first_token(Endpoint(refusing), "bot", ASKED)
     with pytest.raises(RunError, match="no answer from"):
         ask_all(Endpoint("http://127.0.0.1:9/v1"), "bot", [ASKED], max_tokens=4)
 

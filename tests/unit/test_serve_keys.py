@@ -6,6 +6,8 @@ import threading
 import pytest
 from typer.testing import CliRunner
 
+from cluster.home import write_text
+from cluster.session import operator_key, token_file
 from configs.errors import AccessError
 from serve.__main__ import app
 from serve.keys import KeyFile, is_loopback
@@ -88,3 +90,16 @@ def test_the_command_line(home):
     assert secret not in listed
     assert run.invoke(app, ["keys", "revoke", "alice"]).exit_code == 0
     assert "revoked" in run.invoke(app, ["keys", "list"]).output
+
+
+def test_the_operators_key_is_made_from_the_token_and_tells_nothing_of_it(home, keys):
+    assert operator_key() is None, "no cluster was ever here"
+    write_text(token_file(), "the cluster's token\n")
+    first = operator_key()
+    assert "token" not in first
+    assert KeyFile(operator_secret=first).find(first).models is None
+    assert KeyFile(operator_secret=first).find("the cluster's token") is None
+    write_text(token_file(), "another token\n")
+    assert operator_key() != first
+    with pytest.raises(AccessError, match="the operator's own key"):
+        keys.create("tandem")
