@@ -28,7 +28,7 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
 
     def __init__(self, metric: str, mode: str, reduction: int, endless: bool) -> None:
         super().__init__()
-        self.metric, self.sign, self.reduction, self.endless = metric, 1.0 if mode == "max" else -1.0, reduction, endless
+        self.compared_by, self.sign, self.reduction, self.endless = metric, 1.0 if mode == "max" else -1.0, reduction, endless
         self.rungs = (reduction**-2, 1 / reduction, 1.0)  # shares of a run
         self.scores: dict[str, list[float]] = {}  # of each trial, at the rungs that it reached; higher is better
         self.goals: dict[str, int] = {}  # the rung that each trial may train to
@@ -80,7 +80,7 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
     def _take(self, trial_id: str, looks: Looks) -> int:
         """Note a trial's score at each rung that it reached; return their number."""
         reached = [next((look for look in looks if look["share"] >= rung - ROUNDING), None) for rung in self.rungs]
-        scores = [self.sign * look[self.metric] for look in reached if look]
+        scores = [self.sign * look[self.compared_by] for look in reached if look]
         self.scores[trial_id] = [-math.inf if math.isnan(score) else score for score in scores]
         return len(self.scores[trial_id])
 

@@ -24,7 +24,7 @@ BELOW = 0.999  # so that rounding never puts a look just below its rung
 def make_search(sweep: SweepConfig, num_cards: int) -> tuple[dict[str, Any], ray_tune.TuneConfig]:
     """Return Tune's space and settings for a checked config."""
     space = {path: _domain(dimension) for path, dimension in sweep.space.items()}
-    settings: dict[str, Any] = {"metric": sweep.metric, "mode": sweep.mode, "reuse_actors": False, "trial_dirname_creator": _folder_name}
+    settings: dict[str, Any] = {"metric": sweep.metric, "mode": sweep.mode, "reuse_actors": True, "trial_dirname_creator": _folder_name}
     points = _points(sweep)
     if points is not None:
         settings |= {"search_alg": BasicVariantGenerator(), "scheduler": _scheduler(sweep, endless=False)}

@@ -33,6 +33,7 @@ SETTINGS = {
     "TUNE_MAX_PENDING_TRIALS_PG": "1",  # what waits for a card is one new trial; else it would stand before those that are to go on
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow is where figures are
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the older of its two ways to report is silent when told to be
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
 }
