@@ -6,6 +6,7 @@ What is known is what the trials' last results say, so a resumed sweep needs not
 """
 
 import math
+from collections.abc import Set
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -87,7 +88,7 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
     def _num_reached(self, looks: Looks) -> int:
         return sum(any(look["share"] >= rung - ROUNDING for look in looks) for rung in self.rungs)
 
-    def _best_waiting(self, waiting: Any) -> str | None:
+    def _best_waiting(self, waiting: Set[str]) -> str | None:
         """Return who is to go on: of the highest rung that has somebody among its best."""
         for rung in reversed(range(len(self.rungs) - 1)):
             there = sorted(
@@ -98,7 +99,7 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
                     return trial_id
         return None
 
-    def _one_to_the_end(self, waiting: Any) -> str | None:
+    def _one_to_the_end(self, waiting: Set[str]) -> str | None:
         """Return the best that wait at the highest rung, where there were too few trials for any to reach the end."""
         if any(len(scores) == len(self.rungs) for scores in self.scores.values()):
             return None

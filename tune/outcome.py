@@ -4,7 +4,7 @@ Knows Ray Tune's results. Does not know where they are written.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,20 @@ from tune.record import trial_number
 class Row:
     """One trial: what was drawn for it, how far it came, its best score, and why it failed if it did."""
 
-    trial_id: str
+    name: str
     settings: dict[str, Any]
     looks: Looks
     score: float | None = None
     reason: str | None = None
     checkpoint: Path | None = None
     """The checkpoint of the best score."""
-    metrics: dict[str, Any] | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
     """What was reported with it."""
 
     @property
     def number(self) -> int:
         """The trial's number, from 1."""
-        return trial_number(self.trial_id)
+        return trial_number(self.name)
 
     @property
     def share(self) -> float:
@@ -52,19 +52,21 @@ class Row:
 
 
 def read_rows(results: Any, sweep: SweepConfig) -> tuple[Row, ...]:
-    """Return a row for each trial, by number."""
-    return tuple(sorted((_row(result, sweep) for result in results), key=lambda row: row.number))
+    """Return a row for each trial that was begun, by number."""
+    trials = results._experiment_analysis.trials  # a result that was never reported has no settings of its own
+    rows = [_row(trial, result, sweep) for trial, result in zip(trials, results, strict=True)]
+    return tuple(sorted((row for row in rows if row.looks or row.reason), key=lambda row: row.number))
 
 
-def _row(result: Any, sweep: SweepConfig) -> Row:
+def _row(trial: Any, result: Any, sweep: SweepConfig) -> Row:
     metrics = result.metrics or {}
     reason = metrics.get(REASON) or (last_lines(str(result.error), 1).strip() if result.error else None)
     kept = [(Path(checkpoint.path), found) for checkpoint, found in result.best_checkpoints or []]
     choose = min if sweep.mode == "min" else max
-    path, found = choose(kept, key=lambda entry: entry[1][sweep.metric], default=(None, None))
+    path, found = choose(kept, key=lambda entry: entry[1][sweep.metric], default=(None, {}))
     looks: Looks = metrics.get("looks") or (max((entry[1]["looks"] for entry in kept), key=len, default=[]))
     score = choose((look[sweep.metric] for look in looks), default=None)
-    return Row(Path(result.path).name, (result.config or {})["settings"], looks, score, reason, path, found)
+    return Row(str(trial), trial.config["settings"], looks, score, reason, path, found)
 
 
 def best_row(rows: Sequence[Row], sweep: SweepConfig) -> Row | None:

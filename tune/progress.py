@@ -77,7 +77,7 @@ def _words(trial: Any, sweep: SweepConfig) -> tuple[str, str, str, str, str]:
         for path, value in trial.config["settings"].items()
     )
     return (
-        str(trial_number(trial.trial_id)),
+        str(trial_number(str(trial))),
         WORDS.get(trial.status, trial.status),
         f"{looks[-1]['share']:.0%}",
         "" if score is None else f"{score:.4f}",

@@ -4,6 +4,7 @@ Knows Ray Tune's searchers and schedulers. Does not know what a trial does.
 """
 
 import random
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
@@ -16,6 +17,7 @@ from configs.errors import RunError
 from configs.schema import Dimension, SweepConfig
 from configs.space import num_combinations
 from tune.asha import Asha
+from tune.record import trial_name
 
 NUM_LOOKS_APART = 2  # PBT lets bad trials copy good ones each so many looks
 BELOW = 0.999  # so that rounding never puts a look just below its rung
@@ -24,7 +26,9 @@ BELOW = 0.999  # so that rounding never puts a look just below its rung
 def make_search(sweep: SweepConfig, num_cards: int) -> tuple[dict[str, Any], ray_tune.TuneConfig]:
     """Return Tune's space and settings for a checked config."""
     space = {path: _domain(dimension) for path, dimension in sweep.space.items()}
-    settings: dict[str, Any] = {"metric": sweep.metric, "mode": sweep.mode, "reuse_actors": True, "trial_dirname_creator": _folder_name}
+    name = partial(_name, first=0 if sweep.scheduler == "optuna" else 1)
+    settings: dict[str, Any] = {"metric": sweep.metric, "mode": sweep.mode, "trial_name_creator": name, "trial_dirname_creator": name}
+    settings["reuse_actors"] = True  # a process that has loaded its libraries serves trial after trial
     points = _points(sweep)
     if points is not None:
         settings |= {"search_alg": BasicVariantGenerator(), "scheduler": _scheduler(sweep, endless=False)}
@@ -100,8 +104,9 @@ def _optuna(sweep: SweepConfig) -> Any:
     return OptunaSearch(seed=sweep.seed)
 
 
-def _folder_name(trial: Any) -> str:
-    return str(trial.trial_id)
+def _name(trial: Any, first: int) -> str:
+    """Name a trial by its number, from 1; searchers count from 1 themselves."""
+    return trial_name(int(trial.experiment_tag.partition("_")[0]) + first)
 
 
 class Budget(ray_tune.Stopper):  # type: ignore[misc]

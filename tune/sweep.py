@@ -187,7 +187,7 @@ def _conclude(
             "no trial came to a score", reasons or "the budget ended before the first look", "mend the reasons, or widen tune.budget"
         )
     manifest = make_manifest(
-        trial_config(config, best.settings, data.num_train), run_ids[best.trial_id], base_fingerprint, data, best.checkpoint, best.metrics
+        trial_config(config, best.settings, data.num_train), run_ids[best.name], base_fingerprint, data, best.checkpoint, best.metrics
     )
     version = registry.nominate(registry.register(manifest, best.checkpoint).name)
     return Outcome(record.run_id, config.tune, rows, best, version, figures, folder)

@@ -49,7 +49,8 @@ class TrialHost:
         from ray import tune as ray_tune
 
         checkpoint = ray_tune.Checkpoint.from_directory(str(folder))
-        ray_tune.report({**metrics, "looks": read_looks(folder)}, checkpoint=checkpoint)
+        looks = read_looks(folder)
+        ray_tune.report({**metrics, "share": looks[-1]["share"], "looks": looks}, checkpoint=checkpoint)
 
     def send(self, progress: Progress) -> str | None:
         """Go on: who stops a trial does it at a look."""
@@ -65,9 +66,9 @@ def run_trial(drawn: dict[str, Any], sweep: Sweep) -> None:
 
     task, tune = sweep.task, sweep.task.config.tune
     _make_room(sweep.num_cards)
-    trial_id = ray_tune.get_context().get_trial_id()
+    name = ray_tune.get_context().get_trial_name()
     try:
-        run_id = trial_run(task.mlflow_url, task.run_id, trial_id, drawn["settings"])
+        run_id = trial_run(task.mlflow_url, task.run_id, name, drawn["settings"])
         config = trial_config(task.config, drawn["settings"], sweep.num_rows)
         sweep.train_trial(replace(task, config=config, run_id=run_id), TrialHost(), ray_tune.get_checkpoint())
     except TandemError as error:
