@@ -31,7 +31,7 @@ def _draw_losses(file: Path, rows: Sequence[Row], sweep: SweepConfig) -> None:
     best = best_row(rows, sweep)
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for row in rows:
-        style: dict[str, Any] = {"color": "tab:red", "linewidth": 2.2, "zorder": 3} if row is best else {"linewidth": 1, "alpha": 0.7}
+        style: dict[str, Any] = {"color": "black", "linewidth": 2.2, "zorder": 3} if row is best else {"linewidth": 1, "alpha": 0.7}
         places = [look["num_tokens"] for look in row.looks]
         axes.plot(places, [look[sweep.metric] for look in row.looks], marker=".", label=_label(row, row is best), **style)
     axes.set(xlabel="tokens trained", ylabel=sweep.metric, title=f"{len(rows)} trials")
@@ -43,6 +43,7 @@ def _draw_losses(file: Path, rows: Sequence[Row], sweep: SweepConfig) -> None:
 def _draw_settings(file: Path, rows: Sequence[Row], sweep: SweepConfig) -> None:
     """Draw one field for each setting; the larger a point, the further its trial came."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, fields = plt.subplots(1, len(sweep.space), figsize=(4 * len(sweep.space), 4), sharey=True, squeeze=False, layout="constrained")
     for axes, (path, dimension) in zip(fields[0], sweep.space.items(), strict=True):
@@ -52,6 +53,7 @@ def _draw_settings(file: Path, rows: Sequence[Row], sweep: SweepConfig) -> None:
         axes.scatter(values if numeric else list(map(str, values)), [row.score for row in rows], s=sizes, alpha=0.7)
         if dimension.log or (numeric and min(values) > 0 and max(values) >= 10 * min(values)):
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())  # else they stand on each other
         axes.set_xlabel(path)
     fields[0][0].set_ylabel(f"best {sweep.metric}")
     figure.savefig(file, dpi=DOTS_PER_INCH)

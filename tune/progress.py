@@ -4,7 +4,7 @@ Knows rich, and what a trial of Tune's says of itself. Does not know who stops o
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from rich.live import Live
 from rich.table import Table
@@ -34,25 +34,23 @@ class Show(Protocol):
 class Lines:
     """Shows a sweep on the console."""
 
+    live: ClassVar[Live | None] = None  # one for the process: Tune keeps this object with a sweep's state, and makes another from it
+
     def __init__(self, config: ChatbotConfig) -> None:
         self.sweep: SweepConfig = config.tune
-        self.live: Live | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "live": None}
 
     def trials(self, trials: Sequence[Any]) -> None:
         """Change the table in place; nothing without a terminal."""
         if not console.is_terminal:
             return
-        if self.live is None:
-            self.live = Live(console=console, auto_refresh=False, transient=True)
-            self.live.start()
+        if Lines.live is None:
+            Lines.live = Live(console=console, auto_refresh=False, transient=True)
+            Lines.live.start()
         made = Table("trial", "", "of a run", self.sweep.metric, "settings", box=None)
         shown = [trial for trial in trials if trial.status != "TERMINATED"][-MAX_LINES:]
         for trial in shown:
             made.add_row(*_words(trial, self.sweep))
-        self.live.update(made, refresh=True)
+        Lines.live.update(made, refresh=True)
 
     def ended(self, trial: Any) -> None:
         """Print a line."""
@@ -63,9 +61,9 @@ class Lines:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self.live:
-            self.live.stop()
-            self.live = None
+        if Lines.live:
+            Lines.live.stop()
+            Lines.live = None
 
 
 def _words(trial: Any, sweep: SweepConfig) -> tuple[str, str, str, str, str]:

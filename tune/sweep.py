@@ -153,8 +153,11 @@ def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Pa
                 verbose=0,
             ),
         )
-    results = tuner.fit()
-    del presence
+    try:
+        results = tuner.fit()
+    finally:
+        show.close()
+        del presence
     return read_rows(results, config.tune)
 
 
