@@ -1,6 +1,7 @@
 """What a sweep draws, spends and concludes, without a cluster."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_the_price_is_told_against_all_trials_to_their_end():
 
 
 def test_the_table_has_a_row_for_each_trial_with_its_reason():
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=160, record=True, file=StringIO())
     console.print(table(ROWS, chatbot().tune))
     lines = console.export_text().splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "4"]
