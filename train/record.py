@@ -152,7 +152,7 @@ def keep_scores(
 
 def config_fingerprint(config: ChatbotConfig) -> str:
     """Return 16 hex digits that change with any setting of data, model or training."""
-    return hashlib.sha256(config.model_dump_json(exclude={"serve", "evaluation", "gate"}).encode()).hexdigest()[:16]
+    return hashlib.sha256(config.model_dump_json(exclude={"serve", "evaluation", "gate", "tune"}).encode()).hexdigest()[:16]
 
 
 def flat_settings(config: ChatbotConfig) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """What runs on a train card: load, train, report; called by Ray Train, or straight by a sweep's trial.
 
-Knows transformers' Trainer. Does not know how its card was found or what becomes of the adapter.
+Knows transformers' Trainer. Does not know how its card was found or what becomes of the adapter: its host does.
 
 transformers' Trainer does the step. TRL's SFTTrainer on top of it was measured at 0.6 of its speed on this work (entropy and accuracy of
 every token), and its switch for loss on the answers alone refuses templates without marks.
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ModelError, TandemError
-from configs.schema import ChatbotConfig
+from configs.schema import ChatbotConfig, TrainConfig
 from train.control import find_control
+from train.host import Host, TrainHost
 
 EVAL_TOKENS = 2048  # an evaluation batch; micro-batches of a few short rows leave a processor idle
 
@@ -33,23 +34,32 @@ class Task:
 
 
 def train_worker(task: Task) -> None:
-    """Train one adapter; report metrics and checkpoints to Ray Train, progress to the driver, curves to MLflow."""
+    """Train one adapter as a worker of Ray Train."""
     import ray
     from ray import train as ray_train
 
     context = ray_train.get_context()
-    if context.get_world_size() == 1:
+    control = find_control(task.run_id)
+    host = TrainHost(control, context.get_world_size(), context.get_world_rank() == 0)
+    try:
+        train_adapter(task, host, ray_train.get_checkpoint())
+    except TandemError as error:
+        # Told, not raised: Ray would begin anew `max_failures` times, to the same end.
+        ray.get(control.refuse.remote(error))
+
+
+def train_adapter(task: Task, host: Host, checkpoint: Any = None) -> None:
+    """Train one adapter, from Ray's checkpoint if there is one; report metrics and checkpoints to the host, curves to MLflow.
+
+    Raises:
+        TandemError: What the user can mend.
+    """
+    if host.num_workers == 1:
         # With these set, accelerate would wrap a lone worker for data-parallel training.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
-    checkpoint = ray_train.get_checkpoint()
     with tempfile.TemporaryDirectory(prefix="tandem-train-") as scratch:
-        try:
-            trainer = _make_trainer(task, Path(scratch), context.get_world_size(), context.get_world_rank() == 0)
-        except TandemError as error:
-            # Told, not raised: Ray would begin anew `max_failures` times, to the same end.
-            ray.get(find_control(task.run_id).refuse.remote(error))
-            return
+        trainer = _make_trainer(task, Path(scratch), host)
         if checkpoint:
             with checkpoint.as_directory() as folder:
                 trainer.train(resume_from_checkpoint=folder)
@@ -57,7 +67,12 @@ def train_worker(task: Task) -> None:
             trainer.train()
 
 
-def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -> Any:
+def count_steps(train: TrainConfig, num_rows: int) -> int:
+    """Return how many steps a run over so many rows has."""
+    return train.max_steps or max(1, math.ceil(math.ceil(num_rows / train.batch_size) * train.num_epochs))
+
+
+def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
     import torch
     from transformers import set_seed
 
@@ -79,8 +94,7 @@ def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -
             "train.packing does not suit this model", "its layers would let packed conversations see each other", "train.packing=false"
         )
     model = add_adapter(base, train.lora, train.gradient_checkpointing, train.label_smoothing)
-    arguments = _arguments(task.config, scratch, num_workers, len(rows), longest_tokens, base.dtype == torch.bfloat16)
-    reporter = ReportCallback(task, find_control(task.run_id), is_first, num_workers)
+    arguments = _arguments(task.config, scratch, host.num_workers, len(rows), longest_tokens, base.dtype == torch.bfloat16)
     return OrderedTrainer(
         RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing),
         model=model,
@@ -88,7 +102,7 @@ def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -
         train_dataset=rows,
         eval_dataset=heldout,
         data_collator=Packer() if train.packing else Padder(tokenizer.pad_token_id or tokenizer.eos_token_id),
-        callbacks=[reporter],
+        callbacks=[ReportCallback(task, host)],
     )
 
 
@@ -101,7 +115,6 @@ def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows:
     on_gpu = torch.cuda.is_available()
     per_worker = train.batch_size // num_workers
     micro_batch = train.micro_batch_size or per_worker
-    num_steps = train.max_steps or max(1, math.ceil(num_rows / train.batch_size) * train.num_epochs)
     return TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=micro_batch,
@@ -110,7 +123,7 @@ def _arguments(config: ChatbotConfig, scratch: Path, num_workers: int, num_rows:
         learning_rate=train.learning_rate,
         # transformers' own "constant" leaves out the warm-up.
         lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
-        warmup_steps=round(num_steps * train.warmup_share),
+        warmup_steps=round(count_steps(train, num_rows) * train.warmup_share),
         num_train_epochs=train.num_epochs,
         max_steps=train.max_steps or -1,
         weight_decay=train.weight_decay,
