@@ -126,6 +126,7 @@ class Bench:
 
     def shared(self, num_adapters: int, profile: bool = False) -> tuple[float, float]:
         """Return the seconds of a step of so many adapters, and the peak of memory in bytes."""
+        gc.collect()  # what went before refers to itself, and would count
         group = Group(self.base, self.rows, self.rows[:8], self.gradient_checkpointing)
         trials = [str(number) for number in range(num_adapters)]
         for number, trial in enumerate(trials):
