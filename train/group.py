@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from train.rows import Row
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
-def why_apart(config: ChatbotConfig) -> str | None:
-    """Tell why this chatbot's adapter cannot share a base, if it cannot."""
+def why_apart(config: ChatbotConfig, base: ChatbotConfig | None = None) -> str | None:
+    """Tell why this chatbot's adapter cannot share a base, or not that of another config, if it cannot."""
     if config.train.lora.dropout:
         return "train.lora.dropout draws random numbers in an order that depends on who else is there"
     if config.train.num_workers > 1:
         return "train.num_workers wants several cards for one adapter"
+    for name in ("model", "data", "train.quantization", "train.double_quantization"):
+        if base and attrgetter(name)(config) != attrgetter(name)(base):
+            return f"{name} differs from the base's"
     return None
 
 
@@ -69,7 +73,7 @@ class Group:
         register_attention()
         base.set_attn_implementation(ATTENTION)
         if gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         self.base, self.rows, self.heldout = base, rows, heldout
         self.gradient_checkpointing, self.max_batch_tokens = gradient_checkpointing, max_batch_tokens
         self.device: torch.device = base.get_input_embeddings().weight.device
@@ -79,14 +83,15 @@ class Group:
         self.num_joined = 0
 
     def join(self, trial_id: str, config: ChatbotConfig, checkpoint: Path | None = None) -> None:
-        """Add an adapter, fresh or from a checkpoint."""
+        """Add an adapter, fresh or from a checkpoint; one of the same trial, whose process died, makes room for it."""
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
         from transformers import set_seed
 
         if reason := why_apart(config):
             raise ModelError("this adapter cannot share a base", reason, "train it alone")
-        assert trial_id not in self.members, f"{trial_id} has joined already"
+        if trial_id in self.members:
+            self.leave(trial_id)
         name = f"adapter{self.num_joined}"
         learner = Learner(config, self.rows, self.heldout, self._is_bf16)
         set_seed(config.train.seed)  # as alone: the first numbers drawn are the adapter's
@@ -152,6 +157,8 @@ class Group:
         for stack in self.mixer.stacks.values():
             stack.down.grad = stack.up.grad = None
         found = torch.stack([losses[member.slot] for member in members]).tolist()
+        for member, loss in zip(members, found, strict=True):
+            member.learner.record(loss)
         return dict(zip(trial_ids, found, strict=True))
 
     def _gradients(self, member: Member) -> Iterator[torch.Tensor]:
@@ -187,8 +194,10 @@ class Group:
             logits = self.base.get_output_embeddings()(states)
             return cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
 
+        if not self.gradient_checkpointing:
+            return loss(states)
         # The logits of all adapters at once are among the largest things in training.
-        found: torch.Tensor = recompute(loss, states, use_reentrant=False) if self.gradient_checkpointing else loss(states)
+        found: torch.Tensor = recompute(loss, states, use_reentrant=False, preserve_rng_state=False)
         return found
 
     def evaluate(self, trial_id: str) -> float:
@@ -200,12 +209,15 @@ class Group:
             for rows in member.learner.heldout_batches():
                 batch = make_batch([(member.slot, row) for row in rows], self.device)
                 total += self._sums(batch, {})[member.slot] / batch.num_targets[0] * len(rows)
-        return float(total / len(self.heldout))
+        loss = float(total / len(self.heldout))
+        member.learner.log(eval_loss=loss)
+        return loss
 
     def save(self, trial_id: str, folder: Path) -> None:
         """Write adapter, optimizer and position as a Trainer does, so that training alone can go on from it; the folder is new or empty."""
         member = self.members[trial_id]
         assert not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty"
+        self.model.active_adapter = member.name  # the one that PEFT means may have left
         with new_folder(folder) as draft:
             self.model.save_pretrained(draft, selected_adapters=[member.name])
             for file in (draft / member.name).iterdir():

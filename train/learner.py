@@ -22,7 +22,7 @@ OPTIMIZER, SCHEDULER, STATE = "optimizer.pt", "scheduler.pt", "trainer_state.jso
 
 
 class Learner:
-    """Steps of one adapter, as transformers' Trainer takes them."""
+    """The steps of one adapter, as transformers' Trainer takes them."""
 
     def __init__(self, config: ChatbotConfig, rows: list[Row], heldout: list[Row], autocast: bool) -> None:
         longest_tokens = max(len(row["input_ids"]) for row in rows + heldout)
@@ -32,9 +32,14 @@ class Learner:
         self.order = RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing)
         self.rows_a_step = self.arguments.per_device_train_batch_size * self.arguments.gradient_accumulation_steps
         self.steps_an_epoch = math.ceil(len(rows) / self.rows_a_step)
-        self.num_steps = train.max_steps or math.ceil(train.num_epochs * self.steps_an_epoch)
-        self.step = 0
-        self.num_tokens = 0
+        num_steps = train.max_steps or math.ceil(train.num_epochs * self.steps_an_epoch)
+        self.state = TrainerState(
+            max_steps=num_steps,
+            num_train_epochs=math.ceil(num_steps / self.steps_an_epoch),
+            train_batch_size=self.arguments.per_device_train_batch_size,
+        )
+        self.state.compute_steps(self.arguments, num_steps)
+        self.losses: list[float] = []  # since the last one that was logged
         self.parameters: list[torch.nn.Parameter] = []
         self._epoch: tuple[int, list[int]] | None = None
 
@@ -51,6 +56,21 @@ class Learner:
             num_warmup_steps=self.arguments.get_warmup_steps(self.num_steps),
             num_training_steps=self.num_steps,
         )
+
+    @property
+    def step(self) -> int:
+        """How many steps are taken."""
+        return int(self.state.global_step)
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps there are."""
+        return int(self.state.max_steps)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens went by."""
+        return int(self.state.num_input_tokens_seen)
 
     @property
     def done(self) -> bool:
@@ -83,32 +103,34 @@ class Learner:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        self.num_tokens += sum(len(row["input_ids"]) for row in self.next_rows())
-        self.step += 1
+        self.state.num_input_tokens_seen += sum(len(row["input_ids"]) for row in self.next_rows())
+        self.state.global_step += 1
+        self.state.epoch = self.step / self.steps_an_epoch
+
+    def record(self, loss: float) -> None:
+        """Note the loss of the step that was taken; every so many of them become one entry of the history."""
+        self.losses.append(loss)
+        if self.step % self.config.train.log_every_steps == 0:
+            self.log(loss=sum(self.losses) / len(self.losses))
+            self.losses.clear()
+
+    def log(self, **found: float) -> None:
+        """Add an entry to the history, which is part of a checkpoint."""
+        self.state.log_history.append({**found, "step": self.step, "epoch": self.state.epoch, "num_input_tokens_seen": self.num_tokens})
 
     def save(self, folder: Path) -> None:
         """Write optimizer, schedule and position beside the adapter."""
         state = self.optimizer.state_dict()
         torch.save({**state, "state": _turned(state["state"])}, folder / OPTIMIZER)
         torch.save(self.scheduler.state_dict(), folder / SCHEDULER)
-        position = TrainerState(
-            global_step=self.step,
-            max_steps=self.num_steps,
-            epoch=self.step / self.steps_an_epoch,
-            num_train_epochs=math.ceil(self.num_steps / self.steps_an_epoch),
-            num_input_tokens_seen=self.num_tokens,
-            train_batch_size=self.arguments.per_device_train_batch_size,
-        )
-        position.compute_steps(self.arguments, self.num_steps)
-        position.save_to_json(str(folder / STATE))
+        self.state.save_to_json(str(folder / STATE))
 
     def restore(self, folder: Path) -> None:
         """Go on where a checkpoint ends."""
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict({**state, "state": _turned(state["state"])})
         self.scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
-        position = TrainerState.load_from_json(str(folder / STATE))
-        self.step, self.num_tokens = position.global_step, position.num_input_tokens_seen
+        self.state = TrainerState.load_from_json(str(folder / STATE))
 
 
 def num_targets(rows: Iterable[Row]) -> int:

@@ -59,14 +59,22 @@ class Batch:
         """Return (tokens, sum of ranks): the scale where the column belongs to the token's adapter, else zero."""
         if layout not in self.masks:
             columns = torch.tensor([slot for slot, rank, _ in layout for _ in range(rank)], device=self.owners.device)
-            scales = torch.tensor([scale for _, rank, scale in layout for _ in range(rank)], device=self.owners.device)
-            self.masks[layout] = ((self.owners[:, None] == columns) * scales).to(dtype)
+            values = [scale for _, rank, scale in layout for _ in range(rank)]
+            scales = torch.tensor(values, dtype=dtype)
+            if scales.tolist() != values:  # bf16 has no 11.3, and would scale all of a token's part by 11.25
+                scales = torch.tensor(values, dtype=torch.promote_types(dtype, torch.float32))
+            self.masks[layout] = (self.owners[:, None] == columns) * scales.to(self.owners.device)
         return self.masks[layout]
 
 
 def make_batch(rows: Sequence[tuple[int, Row]], device: torch.device) -> Batch:
     """Lay rows end to end; each comes with the slot of its adapter, and those of one adapter come together."""
-    tokens, positions, owners, sources, targets, places = [], [], [], [], [], []
+    tokens: list[int] = []
+    positions: list[int] = []
+    owners: list[int] = []
+    sources: list[int] = []
+    targets: list[int] = []
+    places: list[int] = []
     lengths = [len(row["input_ids"]) for _, row in rows]
     num_targets: dict[int, int] = {}
     for number, (slot, row) in enumerate(rows):
@@ -165,6 +173,6 @@ class _Take(torch.autograd.Function):  # type: ignore[misc]
         return values.index_select(0, places)
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (places,) = context.saved_tensors
         return gradient.new_zeros(context.num_values, *gradient.shape[1:]).index_copy_(0, places, gradient), None

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.schema import ChatbotConfig
+from data.template import load_tokenizer
 from train.group import Group
 from train.learner import Learner
+from train.model import load_base
+from train.rows import read_rows
 
 Metrics = dict[str, float]
 
@@ -97,6 +100,20 @@ class SharedBase:
                 self.card.submit(self._step_requested)  # behind whatever else waits for the card
         for trial_id, metrics in answers.items():
             requests[trial_id].answer.set_result(metrics)
+
+
+def share_base(config: ChatbotConfig, model_folder: Path, train_file: Path, heldout_file: Path) -> SharedBase:
+    """Load base and rows as a run of its own would; `train.group.why_apart` tells which other configs may join them.
+
+    Raises:
+        ModelError: The model's layers do not allow it.
+    """
+    tokenizer = load_tokenizer(model_folder)
+    rows, heldout = (read_rows(file, tokenizer, config.data) for file in (train_file, heldout_file))
+    longest_tokens = max(len(row["input_ids"]) for row in rows + heldout)
+    as_packed = config.train.model_copy(update={"packing": True})  # rows lie end to end, whatever each adapter's own batches look like
+    base = load_base(model_folder, config.model, as_packed, longest_tokens)
+    return SharedBase(Group(base, rows, heldout, config.train.gradient_checkpointing))
 
 
 def _metrics(learner: Learner, request: Request) -> Metrics:

@@ -1,7 +1,7 @@
 """One base, many adapters: four that learn together on one card, against one after another by the same step, and by that of `train`.
 
 Random weights in a known shape, made on the card; rows between half of the given length and all of it, loss on their second half.
-`python tests/benchmarks/many_adapters.py [--shapes 8b 135m | tiny] [--bases lora nf4] [--steps N] [--profile]`
+`python tests/benchmarks/many_adapters.py [--shapes 8b 135m | tiny] [--bases lora nf4] [--steps N] [--only 4x128] [--profile]`
 """
 
 import argparse
@@ -171,7 +171,7 @@ def show_profile(step: Any) -> None:
     print(events.table(sort_by="self_cuda_time_total" if ON_GPU else "self_cpu_time_total", row_limit=15, max_name_column_width=70))
 
 
-def measure(shape: str, kind: str, num_steps: int, profile: bool) -> dict[str, float]:
+def measure(shape: str, kind: str, num_steps: int, profile: bool, only: str) -> dict[str, float]:
     """Measure all work of a base, each piece printed at once."""
     base = make_base(shape, kind)
     base_bytes = torch.cuda.memory_allocated() if ON_GPU else 0
@@ -180,6 +180,8 @@ def measure(shape: str, kind: str, num_steps: int, profile: bool) -> dict[str, f
     for work in WORK[shape]:
         batch_size, longest, gradient_checkpointing = work
         name = f"sweep_{kind}_{shape}_{batch_size}x{longest}{'_recomputed' if gradient_checkpointing else ''}"
+        if only not in name:
+            continue
         bench = Bench(base, make_rows(longest), *work, num_steps)
         plain_s = bench.plain()
         alone_s, alone_bytes = bench.shared(1)
@@ -206,12 +208,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=WORK, default=["135m", "8b"] if ON_GPU else ["tiny"])
     parser.add_argument("--bases", nargs="+", choices=["lora", "nf4"], default=["lora", "nf4"])
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--only", default="", help="a part of the names of what is to be measured, such as 4x128")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     for shape in arguments.shapes:
         for kind in arguments.bases if shape != "135m" else ["lora"]:
-            figures |= measure(shape, kind, arguments.steps, arguments.profile)
+            figures |= measure(shape, kind, arguments.steps, arguments.profile, arguments.only)
             gc.collect()
             torch.cuda.empty_cache()
     notes = {"adapters": NUM_ADAPTERS, "rank": RANK, "steps_a_trial": STEPS_A_TRIAL, "rows": "half of the named length to all of it"}

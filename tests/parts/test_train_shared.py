@@ -1,21 +1,25 @@
 """Adapters that share a base learn as each does alone: the same losses as transformers' Trainer gives, on a tiny Llama."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from configs.errors import ModelError
 from configs.schema import ChatbotConfig, ModelConfig, TrainConfig
+from data.prepare import prepare
 from serve.adapters import check_adapter
+from tests.helpers.data import chat, chatbot, write_rows
 from tests.parts.test_train_model import rows, tiny
-from train.group import Group
+from tests.ray.stack import make_tiny_model
+from train.group import Group, why_apart
 from train.model import add_adapter, load_base
 from train.rows import Packer, Padder, RowOrder
-from train.shared import SharedBase
+from train.shared import SharedBase, share_base
 from train.step import OrderedTrainer, training_arguments
 
 ROWS, HELDOUT = rows([6 + place * 5 % 17 for place in range(22)]), rows([5 + place * 3 % 11 for place in range(9)], seed=3)
@@ -103,9 +107,9 @@ def test_losses_are_those_that_each_adapter_has_alone(settings, references):
     for half in (10, 20):
         for trial, found in steps(base, "abcd", 10).items():
             losses[trial] |= found
-            assert base.evaluate(trial) == pytest.approx(references[trial][2][half], **SAME)
+            assert base.evaluate(trial) == pytest.approx(references[trial][2][half], **SAME), trial
     for trial, found in losses.items():
-        assert found == pytest.approx(references[trial][1], **SAME)
+        assert found == pytest.approx(references[trial][1], **SAME), trial
 
 
 def test_adapters_come_and_go_midway(references):
@@ -145,7 +149,7 @@ def test_a_checkpoint_goes_on_shared_or_alone_as_if_unbroken(references, tmp_pat
     assert base.join("b", config("b"), tmp_path / "b") == {"step": 10, "num_steps": NUM_STEPS}
     assert steps(base, "ab", 10)["b"] == pytest.approx(last(references["b"], 10), **SAME)
     for trial in "bd":
-        assert alone(trial, tmp_path / "alone", resume=tmp_path / trial)[0] == pytest.approx(last(references[trial], 10), **SAME)
+        assert alone(trial, tmp_path / "alone", resume=tmp_path / trial)[0] == pytest.approx(references[trial][1], **SAME)
     other = shared()
     assert other.join("d", config("d"), references["d"][0] / "checkpoint-10")["step"] == 10
     assert steps(other, "d", 10)["d"] == pytest.approx(last(references["d"], 10), **SAME)
@@ -156,6 +160,7 @@ def test_what_is_saved_is_what_training_alone_saves(references, tmp_path):
     for trial in "cb":
         base.join(trial, config(trial))
     steps(base, "cb", 10)
+    base.evaluate("b")
     base.save("b", tmp_path / "b")
     check_adapter(tmp_path / "b", max_lora_rank=16)
     theirs = references["b"][0] / "checkpoint-10"
@@ -163,7 +168,18 @@ def test_what_is_saved_is_what_training_alone_saves(references, tmp_path):
     assert {file.name for file in (tmp_path / "b").iterdir()} == wanted
     name = "adapter_model.safetensors"
     torch.testing.assert_close(load_file(tmp_path / "b" / name), load_file(theirs / name), rtol=1e-4, atol=1e-6)
-    assert (tmp_path / "b" / "adapter_config.json").read_text() == (theirs / "adapter_config.json").read_text()
+    ours, reference = (json.loads((folder / "trainer_state.json").read_text()) for folder in (tmp_path / "b", theirs))
+    for name in ("global_step", "max_steps", "epoch", "num_train_epochs", "train_batch_size", "num_input_tokens_seen"):
+        assert ours[name] == reference[name], name
+    for entry, wanted in zip(ours["log_history"], reference["log_history"], strict=True):
+        assert entry == pytest.approx({name: wanted[name] for name in entry}, **SAME)
+    assert adapter_config(tmp_path / "b") == adapter_config(theirs)
+
+
+def adapter_config(folder: Path) -> dict[str, object]:
+    """Read what describes an adapter; PEFT writes sets in any order."""
+    found = json.loads((folder / "adapter_config.json").read_text())
+    return {name: sorted(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def test_each_takes_the_steps_it_asked_for_and_no_more_than_it_has(references):
@@ -199,6 +215,16 @@ def test_an_adapter_that_cannot_share_is_refused(settings):
         shared().join("x", wanted)
 
 
+def test_what_must_be_the_same_to_share_a_base():
+    def wanted(**train):
+        return ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": train})
+
+    other_data = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "y"}})
+    assert why_apart(wanted(learning_rate=0.1, batch_size=2, seed=4, lora={"rank": 64}, packing=True), wanted()) is None
+    assert "train.quantization differs" in why_apart(wanted(quantization="nf4"), wanted())
+    assert "data differs" in why_apart(other_data, wanted())
+
+
 @pytest.mark.parametrize(
     ("setting", "value"), [("logit_scale", 0.5), ("attention_dropout", 0.1), ("layer_types", ["full_attention", "linear_attention"])]
 )
@@ -220,7 +246,8 @@ def test_a_step_that_fails_is_told_to_all_who_wait_for_it():
 
 
 def test_a_base_in_4_bit(tmp_path):
-    tiny().save_pretrained(tmp_path / "model")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).save_pretrained(tmp_path / "model")
     bases = [
         load_base(tmp_path / "model", ModelConfig(precision="fp32"), TrainConfig(quantization="nf4", packing=True), 32) for _ in range(3)
     ]
@@ -230,3 +257,23 @@ def test_a_base_in_4_bit(tmp_path):
     for trial, losses in steps(base, "ab", 5).items():
         reference = alone(trial, tmp_path / trial, base=bases.pop())
         assert losses == pytest.approx({step: loss for step, loss in reference[0].items() if step <= 5}, rel=1e-4)
+
+
+def test_base_and_rows_are_loaded_as_a_run_of_its_own_loads_them(tmp_path, monkeypatch):
+    """In bf16 too, in which the adapters stay fp32."""
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
+    folder = make_tiny_model(tmp_path / "model")
+    source = write_rows(tmp_path / "rows.jsonl", [chat(f"How do I start {number}?", f"Run it {number}.") for number in range(20)])
+    settings = chatbot(tmp_path, source, "data.split=row", "model.precision=bf16", "train.max_steps=6", "train.learning_rate=0.01")
+    data = prepare(settings, folder)
+    base = share_base(settings, folder, data.train_file, data.heldout_file)
+    assert (len(base.group.rows), len(base.group.heldout)) == (data.num_train, data.num_heldout)
+    for trial in "ab":
+        base.join(trial, settings)
+    before = base.evaluate("a")
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda trial: base.advance(trial, 6), "ab"))
+    assert base.evaluate("a") < before
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-3), "the same config, the same losses"
+    base.save("b", tmp_path / "b")
+    assert {weight.dtype for weight in load_file(tmp_path / "b" / "adapter_model.safetensors").values()} == {torch.float32}
