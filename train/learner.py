@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerState, get_scheduler
+from transformers import Trainer, TrainerControl, TrainerState, get_scheduler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from configs.schema import ChatbotConfig
@@ -37,6 +37,7 @@ class Learner:
             max_steps=num_steps,
             num_train_epochs=math.ceil(num_steps / self.steps_an_epoch),
             train_batch_size=self.arguments.per_device_train_batch_size,
+            stateful_callbacks=[TrainerControl()],  # a Trainer that goes on from here looks for it
         )
         self.state.compute_steps(self.arguments, num_steps)
         self.losses: list[float] = []  # since the last one that was logged
