@@ -4,6 +4,7 @@ A chatbot is one `ChatbotConfig`, a machine one `MachineConfig`, secrets and pla
 """
 
 import os
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -150,6 +151,10 @@ class TrainConfig(Settings):
     """Train cards used at once, each with its share of the batch."""
     max_failures: int = Field(2, ge=0)
     """Restarts from the last checkpoint after a worker died."""
+
+    def num_steps(self, num_rows: int) -> int:
+        """Return how many steps a whole run over so many rows has."""
+        return self.max_steps or max(1, ceil(ceil(num_rows / self.batch_size) * self.num_epochs))
 
     @model_validator(mode="after")
     def _stops_by_measure(self) -> Self:

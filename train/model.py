@@ -57,11 +57,11 @@ def load_base(folder: Path, model: ModelConfig, train: TrainConfig, longest_toke
         raise ModelError(f"cannot load the base model from {folder}", str(error), "python -m cluster doctor") from error
     base.config.use_cache = False
     if torch.cuda.is_available():
-        _fuse_kernels(base)
+        fuse_kernels(base)
     return base
 
 
-def _fuse_kernels(base: Any) -> None:
+def fuse_kernels(base: Any) -> None:
     """Put Liger's fused norms, rotations and gates into a model that it knows; the loss stays ours."""
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -72,12 +72,23 @@ def _fuse_kernels(base: Any) -> None:
 
 def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label_smoothing: float = 0.0) -> Any:
     """Put a fresh adapter beside the base's linear layers, and make its forward pass compute only the logits that carry loss."""
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
     if gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
+    model = insert_adapter(base, lora)
+    changes_logits = has_logit_settings(base)
+    if label_smoothing or not changes_logits:
+        # An instance attribute: forward() of this one model, not of its class.
+        base.forward = MethodType(_answer_forward(type(base).forward, changes_logits, label_smoothing), base)
+    return model
+
+
+def insert_adapter(base: Any, lora: LoraConfig, model: Any = None, adapter: str = "default") -> Any:
+    """Put fresh matrices beside the base's linear layers; given PEFT's `model` of that base, beside the adapters it has."""
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer
+
     settings = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -87,12 +98,16 @@ def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label
         use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
     )
-    names = {name for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear)}
+    names = {name for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear | LoraLayer) and ".lora_" not in name}
+    names = {name for name in names if not name.endswith(".base_layer")}
     wanted = [] if isinstance(lora.target_modules, str) else lora.target_modules
     try:
         if unknown := [name for name in wanted if not any(f".{entry}".endswith(f".{name}") for entry in names)]:
             raise ValueError(f"no linear layer is named {', '.join(unknown)}")  # PEFT refuses only where no name fits
-        model = get_peft_model(base, settings)
+        if model is None:
+            model = get_peft_model(base, settings, adapter_name=adapter)
+        else:
+            model.add_adapter(adapter, settings)
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name in names})
         remedy = f"train.lora.target_modules=all-linear, or some of: {', '.join(linear)}"
@@ -101,11 +116,12 @@ def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label
         # PEFT would copy each input to the adapter's fp32; under autocast the product is bf16 anyway.
         if hasattr(layer, "cast_input_dtype_enabled"):
             layer.cast_input_dtype_enabled = base.dtype == torch.float32
-    changes_logits = any(getattr(base.config, name, None) for name in LOGIT_SETTINGS)
-    if label_smoothing or not changes_logits:
-        # An instance attribute: forward() of this one model, not of its class.
-        base.forward = MethodType(_answer_forward(type(base).forward, changes_logits, label_smoothing), base)
     return model
+
+
+def has_logit_settings(base: Any) -> bool:
+    """Whether the model changes its logits after the head."""
+    return any(getattr(base.config, name, None) for name in LOGIT_SETTINGS)
 
 
 def _left_out(base: Any, lora: LoraConfig) -> str | None:

@@ -18,7 +18,7 @@ from configs.loader import with_settings
 from configs.schema import ChatbotConfig
 from train.control import Progress
 from train.host import Host
-from train.worker import Task, count_steps, train_adapter
+from train.worker import Task, train_adapter
 from tune.looks import failure, read_looks
 from tune.record import trial_run
 
@@ -86,7 +86,7 @@ def trial_config(config: ChatbotConfig, settings: dict[str, Any], num_rows: int)
         ConfigError: What was drawn does not fit together.
     """
     drawn = with_settings(config, settings)
-    every = ceil(count_steps(drawn.train, num_rows) / config.tune.num_looks)
+    every = ceil(drawn.train.num_steps(num_rows) / config.tune.num_looks)
     measured = {
         "train.eval_every_steps": every,
         "train.checkpoint_every_steps": every,

@@ -29,6 +29,7 @@ PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "liger-kerne
 SHAPES = {
     # Llama 3 8B with the small tokenizer's vocabulary, and a shape for rehearsals.
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
 }
 VOCABULARY = 49152
@@ -93,15 +94,8 @@ def make_model(shape: str, folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    settings = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=8192, rope_theta=500000.0, **SHAPES[shape], **ids)
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(settings)
-    torch.set_default_dtype(torch.float32)
+    model = random_model(shape)
     model.save_pretrained(folder, max_shard_size="4GB")
     del model
     torch.cuda.empty_cache()
@@ -111,6 +105,22 @@ def make_model(shape: str, folder: Path) -> Path:
         if file.name.startswith(("tokenizer", "chat_template")):
             shutil.copy(file, folder)
     return folder
+
+
+def random_model(shape: str) -> Any:
+    """Make a Llama of a known shape with random weights in bf16, on the GPU if there is one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    settings = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=8192, rope_theta=500000.0, **SHAPES[shape], **ids)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            return LlamaForCausalLM(settings)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def write_rows(file: Path, num_rows: int, num_words: int) -> Path:

@@ -11,8 +11,8 @@ from tests.parts.test_train_model import rows, tiny
 from train.model import add_adapter
 from train.reporting import NUM_WARMUP_STEPS, ReportCallback
 from train.rows import Padder, RowOrder
-from train.step import OrderedTrainer
-from train.worker import Task, _arguments
+from train.step import OrderedTrainer, training_arguments
+from train.worker import Task
 
 ROWS = rows([6 + place * 5 % 17 for place in range(10)])
 BATCHING_S, SLOW_S = 1.0, 100.0
@@ -48,7 +48,7 @@ def reported(registry, make_run, tmp_path, monkeypatch):
     OrderedTrainer(
         RowOrder(ROWS, 4, 0, by_length=True),
         model=add_adapter(tiny(), config.train.lora, False),
-        args=_arguments(config, tmp_path / "scratch", 1, len(ROWS), 32, autocast=False),
+        args=training_arguments(config, tmp_path / "scratch", 1, len(ROWS), 32, autocast=False),
         train_dataset=ROWS,
         eval_dataset=ROWS,
         data_collator=Padder(0),

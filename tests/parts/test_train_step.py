@@ -10,8 +10,7 @@ from configs.schema import ChatbotConfig
 from tests.parts.test_train_model import rows, tiny
 from train.model import add_adapter
 from train.rows import Packer, Padder, RowOrder
-from train.step import OrderedTrainer
-from train.worker import _arguments
+from train.step import OrderedTrainer, training_arguments
 
 ROWS = rows([6 + place * 5 % 17 for place in range(10)])
 STEPS_AN_EPOCH = 3
@@ -36,7 +35,7 @@ def train(folder: Path, packing: bool, resume: str | None = None) -> dict[int, f
     trainer = OrderedTrainer(
         RowOrder(ROWS, config.train.batch_size, config.train.seed, by_length=not packing),
         model=model,
-        args=_arguments(config, folder, 1, len(ROWS), 32, autocast=False),
+        args=training_arguments(config, folder, 1, len(ROWS), 32, autocast=False),
         train_dataset=ROWS,
         eval_dataset=ROWS,
         data_collator=Packer() if packing else Padder(0),
@@ -64,7 +63,7 @@ def test_a_resumed_run_takes_the_steps_of_an_unbroken_one(step, unbroken, tmp_pa
 def test_every_schedule_warms_up(schedule, tmp_path):
     settings = {"schedule": schedule, "warmup_share": 0.5, "max_steps": 10}
     config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": settings})
-    arguments = _arguments(config, tmp_path, 1, 10, 32, autocast=False)
+    arguments = training_arguments(config, tmp_path, 1, 10, 32, autocast=False)
     trainer = OrderedTrainer(RowOrder(ROWS, 4, 0, by_length=True), model=tiny(), args=arguments, train_dataset=ROWS)
     trainer.create_optimizer_and_scheduler(10)
     rates = []
@@ -79,4 +78,4 @@ def test_every_schedule_warms_up(schedule, tmp_path):
 @pytest.mark.parametrize(("longest_tokens", "num_rows"), [(32, 64), (900, 2), (5000, 2)])
 def test_evaluation_fills_its_batches(longest_tokens, num_rows, tmp_path):
     config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": {"micro_batch_size": 2}})
-    assert _arguments(config, tmp_path, 1, 10, longest_tokens, autocast=False).per_device_eval_batch_size == num_rows
+    assert training_arguments(config, tmp_path, 1, 10, longest_tokens, autocast=False).per_device_eval_batch_size == num_rows
