@@ -1,7 +1,7 @@
 """One base, many adapters: four that learn together on one card, against one after another by the same step, and by that of `train`.
 
 Random weights in a known shape, made on the card; rows between half of the given length and all of it, loss on their second half.
-`python tests/benchmarks/many_adapters.py [--shapes 8b 135m | tiny] [--bases lora nf4] [--steps N] [--only 4x128] [--profile]`
+`python tests/benchmarks/shared_base.py [--shapes 8b 135m | tiny] [--bases lora nf4] [--steps N] [--only 4x128] [--profile]`
 """
 
 import argparse
@@ -218,7 +218,7 @@ def main() -> None:
             gc.collect()
             torch.cuda.empty_cache()
     notes = {"adapters": NUM_ADAPTERS, "rank": RANK, "steps_a_trial": STEPS_A_TRIAL, "rows": "half of the named length to all of it"}
-    write_result("many-adapters" if ON_GPU else f"many-adapters-{'-'.join(arguments.shapes)}", figures, notes)
+    write_result("sweep-shared-base" if ON_GPU else f"sweep-shared-base-{'-'.join(arguments.shapes)}", figures, notes)
 
 
 if __name__ == "__main__":
