@@ -19,7 +19,7 @@ from configs.errors import RegistryError
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-LIVE, PREVIOUS, CANARY = "live", "previous", "canary"
+LIVE, PREVIOUS, CANARY, CANDIDATE = "live", "previous", "canary", "candidate"
 SHARE_TAG = "canary_share"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MANIFEST_FILE = "manifest.json"
@@ -153,6 +153,13 @@ class Registry:
             missing = f"version {match['number']}" if match["number"] else "live version"
             raise RegistryError(f"{match['chatbot']} has no {missing}", f"versions: {numbers}", f"python -m serve promote {known[-1].name}")
         return wanted[0]
+
+    def nominate(self, name: str) -> Version:
+        """Name a version as its chatbot's candidate: it is to be let in, if it passes the gate; until then it stays so."""
+        wanted = self.find(name)
+        with mlflow_errors(self.url):
+            self.client.set_registered_model_alias(wanted.chatbot, CANDIDATE, str(wanted.number))
+        return wanted
 
     def promote(self, name: str) -> Version:
         """Make a version live for everybody: the one that was live becomes `previous`, and a canary ends."""

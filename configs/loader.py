@@ -5,7 +5,8 @@ Knows YAML, dotted paths and where each value came from. Does not know what a se
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -46,11 +47,37 @@ def load_chatbot(file: str | Path, overrides: Sequence[str] = ()) -> ChatbotConf
     Raises:
         ConfigError: All mistakes at once, each with file, line, path, what is allowed and the nearest valid name.
     """
+    return _validate(ChatbotConfig, chatbot_source(file, overrides))
+
+
+def chatbot_source(file: str | Path, overrides: Sequence[str] = ()) -> Source:
+    """Read one chatbot's values without checking them: the file's, then the environment's, then the overrides'."""
     source = read_source(Path(file))
     base_model = Environment().base_model_name
     if base_model:
         _set(source, ("model", "name"), base_model, "BASE_MODEL_NAME in the environment")
-    return _validate(ChatbotConfig, source, overrides)
+    for override in overrides:
+        _apply_override(source, override)
+    return source
+
+
+def mistakes_with(source: Source, path: str, value: Any, place: str) -> list[str]:
+    """Return what would be wrong if one setting of a chatbot had this value, said at `place`."""
+    changed = Source(source.file, deepcopy(source.values), dict(source.places))
+    _set(changed, tuple(path.split(".")), value, place)
+    return _check(ChatbotConfig, changed)[1]
+
+
+def with_settings(config: ChatbotConfig, settings: Mapping[str, Any]) -> ChatbotConfig:
+    """Return a chatbot's config with other values, by dotted path.
+
+    Raises:
+        ConfigError: They do not fit each other or the rest.
+    """
+    source = Source("settings", config.model_dump(exclude_unset=True))
+    for path, value in settings.items():
+        _set(source, tuple(path.split(".")), value, f"{path}={value}")
+    return _validate(ChatbotConfig, source)
 
 
 def load_machine(name: str | Path = "auto", overrides: Sequence[str] = ()) -> MachineConfig:
@@ -64,8 +91,11 @@ def load_machine(name: str | Path = "auto", overrides: Sequence[str] = ()) -> Ma
         name = named
     elif not Path(name).is_file():
         known = [path.stem for path in (ROOT / "configs" / "machines").glob("*.yaml")]
-        raise ConfigError(f"no machine named {name!r}", f"known: {', '.join(sorted(known))}", _nearest(str(name), known))
-    return _validate(MachineConfig, read_source(Path(name)), overrides)
+        raise ConfigError(f"no machine named {name!r}", f"known: {', '.join(sorted(known))}", nearest(str(name), known))
+    source = read_source(Path(name))
+    for override in overrides:
+        _apply_override(source, override)
+    return _validate(MachineConfig, source)
 
 
 def read_source(file: Path) -> Source:
@@ -79,7 +109,7 @@ def read_source(file: Path) -> Source:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
         presets = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
-        raise ConfigError(f"no config file {file}", f"presets: {', '.join(presets)}", _nearest(str(file), presets)) from None
+        raise ConfigError(f"no config file {file}", f"presets: {', '.join(presets)}", nearest(str(file), presets)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {file}", str(error), "a readable YAML file in UTF-8") from None
     except yaml.YAMLError as error:
@@ -120,21 +150,29 @@ def _build(node: yaml.Node, path: Dotted, source: Source, within: tuple[yaml.Nod
         return None
 
 
-def _validate(model: type[T], source: Source, overrides: Sequence[str]) -> T:
-    for override in overrides:
-        _apply_override(source, override)
+def _validate(model: type[T], source: Source) -> T:
+    config, mistakes = _check(model, source)
+    if mistakes or config is None:
+        remedy = "`python -m configs schema` lists every setting" if model is ChatbotConfig else "see configs/machines/auto.yaml"
+        raise mistakes_error(source.file, mistakes, remedy)
+    return config
+
+
+def _check(model: type[T], source: Source) -> tuple[T | None, list[str]]:
+    """Return the config, or what is wrong with it; both where only YAML itself had something wrong."""
     bools = dict(_bools_for_numbers(model, source))
     mistakes = [*source.mistakes, *bools.values()]
     try:
-        config = model.model_validate(source.values)
+        return model.model_validate(source.values), mistakes
     except ValidationError as error:
         details = [detail for detail in _deepest(error.errors()) if _path(detail) not in bools]
-        mistakes += [line for detail in details for line in _explain(model, source, detail)]
-    if mistakes:
-        count = "one mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        remedy = "`python -m configs schema` lists every setting" if model is ChatbotConfig else "see configs/machines/auto.yaml"
-        raise ConfigError(f"{count} in {source.file}", "\n".join(f"  {mistake}" for mistake in mistakes), remedy)
-    return config
+        return None, mistakes + [line for detail in details for line in _explain(model, source, detail)]
+
+
+def mistakes_error(file: str, mistakes: Sequence[str], remedy: str) -> ConfigError:
+    """Make one error of all mistakes in a file."""
+    count = "one mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+    return ConfigError(f"{count} in {file}", "\n".join(f"  {mistake}" for mistake in mistakes), remedy)
 
 
 def _apply_override(source: Source, override: str) -> None:
@@ -185,7 +223,7 @@ def _explain(model: type[BaseModel], source: Source, detail: ErrorDetails) -> li
     place, dotted = source.place(path), _dotted(path)
     if detail["type"] == "extra_forbidden":
         known = list(setting_paths(model))
-        hint = _nearest(dotted, known) or _nearest(str(path[-1]), known, by_last=True)
+        hint = nearest(dotted, known) or nearest(str(path[-1]), known, by_last=True)
         return [f"{place}: {dotted}: no such setting{f'; did you mean {hint}?' if hint else ''}"]
     if detail["type"] == "missing":
         setting = dict(setting_paths(model)).get(dotted)
@@ -235,7 +273,7 @@ def _dotted(path: Dotted) -> str:
     return ".".join(map(str, path))
 
 
-def _nearest(name: str, known: Sequence[Any], by_last: bool = False) -> str:
+def nearest(name: str, known: Sequence[Any], by_last: bool = False) -> str:
     """Return the known name most like `name`, or nothing where none is near."""
     names = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in known]
     if by_last:

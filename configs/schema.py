@@ -3,9 +3,10 @@
 A chatbot is one `ChatbotConfig`, a machine one `MachineConfig`, secrets and places one `Environment`.
 """
 
+import math
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -144,6 +145,10 @@ class TrainConfig(Settings):
     max_failures: int = Field(2, ge=0)
     """Restarts from the last checkpoint after a worker died."""
 
+    def count_steps(self, num_rows: int) -> int:
+        """Return how many steps a run over so many rows has."""
+        return self.max_steps or max(1, math.ceil(math.ceil(num_rows / self.batch_size) * self.num_epochs))
+
     @model_validator(mode="after")
     def _stops_by_measure(self) -> Self:
         if self.early_stopping_patience and not self.eval_every_steps:
@@ -151,6 +156,68 @@ class TrainConfig(Settings):
                 f"train.early_stopping_patience={self.early_stopping_patience} counts evaluations; set train.eval_every_steps too"
             )
         return self
+
+
+class Dimension(Settings):
+    """The values of one setting that a sweep tries; exactly one of these."""
+
+    choice: list[Any] | None = Field(None, min_length=1)
+    """One of these values."""
+    uniform: tuple[float, float] | None = None
+    """Any number between these two."""
+    log: tuple[float, float] | None = None
+    """Any number between these two, each tenfold as likely as the next."""
+    integer: tuple[int, int] | None = None
+    """Any whole number from the first to the second."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        kinds = ("choice", "uniform", "log", "integer")
+        given = [name for name in kinds if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of {', '.join(kinds)} is wanted, not {' and '.join(given) or 'none'}")
+        if bounds := self.uniform or self.log or self.integer:
+            if bounds[0] >= bounds[1]:
+                raise ValueError(f"{given[0]} wants the lower end first, not {list(bounds)}")
+            if self.log and bounds[0] <= 0:
+                raise ValueError(f"log wants ends over 0, not {list(bounds)}")
+        return self
+
+
+class BudgetConfig(Settings):
+    """When a sweep ends; the first limit that is reached counts."""
+
+    trials: int | None = Field(None, ge=1)
+    """Most trials begun; where all settings are choices and this is empty, every combination is tried once."""
+    tokens: int | None = Field(None, ge=1)
+    """Tokens trained by all trials together; looked at when a trial is measured."""
+    hours: float | None = Field(None, gt=0.0)
+    """Hours of training, added up over all cards."""
+
+
+class SweepConfig(Settings):
+    """How `python -m tune` searches for better settings of `train`."""
+
+    space: dict[str, Dimension] = {}
+    """Settings to vary, by dotted path: `train.lora.rank: {choice: [8, 16]}`, `train.learning_rate: {log: [1.0e-5, 1.0e-3]}`."""
+    scheduler: Literal["asha", "pbt", "optuna", "grid"] = "asha"
+    """`asha` trains all a little and the best ones on; `pbt` lets bad ones copy good ones and change; `optuna` proposes settings by what
+    it saw, and stops bad ones; `grid` trains every one to its end."""
+    metric: Literal["eval_loss", "loss"] = "eval_loss"
+    """What trials are compared by: the held-out loss, or the loss in training."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a small or a large metric is good."""
+    budget: BudgetConfig = BudgetConfig()
+    """When a sweep ends."""
+    trials_per_card: int | None = Field(None, ge=1)
+    """Trials that train on one card at once, on one base in memory. If empty, one; or several on a GPU, where their steps are small and
+    they differ in nothing that the base has."""
+    num_looks: int = Field(9, ge=1)
+    """Times that a trial is measured and saved over its whole run; a kill costs each trial at most the training between two of them."""
+    reduction: int = Field(3, ge=2)
+    """Of so many trials one goes on (asha, optuna); the first look is at the share 1 / reduction², the next at 1 / reduction of a run."""
+    seed: int = Field(0, ge=0)
+    """Seed of what is drawn from the space."""
 
 
 class ScalingConfig(Settings):
@@ -249,6 +316,8 @@ class ChatbotConfig(Settings):
     """The conversations, and how they become training rows."""
     train: TrainConfig = TrainConfig()
     """How the adapter is trained."""
+    tune: SweepConfig = SweepConfig()
+    """How `python -m tune` searches for better settings of `train`."""
     serve: ServeConfig = ServeConfig()
     """How the base model and its adapters are served."""
 

@@ -72,10 +72,10 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
     if record:
         record.require_same(data, base_fingerprint)
     # Ray, as it connects, takes SIGTERM for itself.
-    with _ray(session), _on_signals(signal.default_int_handler):
-        _require_cards(config.train.num_workers)
+    with connect(session), on_signals(signal.default_int_handler):
+        require_cards(config.train.num_workers)
         if record:
-            _require_at_rest(record.run_id)
+            require_at_rest(record.run_id)
             record.reopen()
         else:
             record = Record.begin(registry.client, config, data, base_fingerprint)
@@ -84,7 +84,7 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
             checkpoint, metrics, stop_reason = _fit(config, session, record.run_id, folder, data, show)
             if not stop_reason:
                 say("registering the adapter")
-                manifest = _manifest(config, record.run_id, base_fingerprint, data, checkpoint, metrics)
+                manifest = make_manifest(config, record.run_id, base_fingerprint, data, checkpoint, metrics)
                 version = registry.register(manifest, checkpoint)
         except KeyboardInterrupt:
             with suppress(RegistryError):
@@ -102,7 +102,7 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
 
 
 @contextmanager
-def _ray(session: Session) -> Iterator[None]:
+def connect(session: Session) -> Iterator[None]:
     """Connect to the cluster, as part of a Ray job or straight."""
     # Ray reads these as it is imported, and talks to no cluster without them.
     os.environ.update({key: value for key, value in session.environment().items() if key.startswith("RAY_AUTH")})
@@ -121,17 +121,22 @@ def _ray(session: Session) -> Iterator[None]:
         ray.shutdown()
 
 
-def _require_cards(num_workers: int) -> None:
-    """Refuse what would wait for ever: more workers than the cluster has train cards."""
+def count_cards() -> int:
+    """Return how many train cards the cluster has, free or not."""
     import ray
 
-    num_cards = sum(node["Alive"] and node["Labels"].get("pool") == "train" for node in ray.nodes())
+    return sum(node["Alive"] and node["Labels"].get("pool") == "train" for node in ray.nodes())
+
+
+def require_cards(num_workers: int) -> None:
+    """Refuse what would wait for ever: more workers than the cluster has train cards."""
+    num_cards = count_cards()
     if num_cards < num_workers:
         why = f"the cluster has {num_cards} of them; a worker would wait for ever"
         raise ClusterError(f"train.num_workers={num_workers} wants as many train cards", why, f"train.num_workers={max(1, num_cards)}")
 
 
-def _require_at_rest(run_id: str) -> None:
+def require_at_rest(run_id: str) -> None:
     """Refuse to go on with a run that another process is training."""
     from train.control import is_going_on
 
@@ -211,7 +216,7 @@ def _failure(error: Exception, run_id: str) -> TandemError:
 
 
 @contextmanager
-def _on_signals(handler: Handler) -> Iterator[None]:
+def on_signals(handler: Handler) -> Iterator[None]:
     """Answer SIGTERM, which `ray job stop` sends, and SIGINT with one handler."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -255,16 +260,17 @@ def _watch(control: Any, show: Callable[["Progress"], None]) -> Iterator[Callabl
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        with _on_signals(ask):
+        with on_signals(ask):
             yield lambda: ASKED if asked.is_set() else None
     finally:
         done.set()
         watcher.join()
 
 
-def _manifest(
+def make_manifest(
     config: ChatbotConfig, run_id: str, base_fingerprint: str, data: Prepared, checkpoint: Path, metrics: dict[str, float]
 ) -> Manifest:
+    """Say what an adapter was made from; `checkpoint` is its folder, `metrics` what was reported with it."""
     import json
 
     modules = json.loads((checkpoint / "adapter_config.json").read_text())["target_modules"]

@@ -119,7 +119,7 @@ class Record:
 
 def config_fingerprint(config: ChatbotConfig) -> str:
     """Return 16 hex digits that change with any setting of data, model or training."""
-    return hashlib.sha256(config.model_dump_json(exclude={"serve"}).encode()).hexdigest()[:16]
+    return hashlib.sha256(config.model_dump_json(exclude={"serve", "tune"}).encode()).hexdigest()[:16]
 
 
 def flat_settings(config: ChatbotConfig) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: progress to its driver, curves to MLflow, checkpoints to Ray Train.
+"""What a run tells while it runs: curves to MLflow, progress and checkpoints to its host.
 
 Knows transformers' callbacks. Does not know how the loss is made.
 """
@@ -8,31 +8,31 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
 import torch
 from transformers import TrainerCallback
 
 from cluster.home import BYTES_PER_GIB
 from train.control import Progress
+from train.step import take_rate
 
 if TYPE_CHECKING:
+    from train.host import Host
     from train.worker import Task
-
 
 KIB = 1024
 NUM_WARMUP_STEPS = 2  # kernels are compiled and memory is first taken in them
 
 
 class ReportCallback(TrainerCallback):  # type: ignore[misc]
-    """Reports after each step, and stops the run when its driver asks for it.
+    """Reports after each step, and stops the run when its host asks for it.
 
     Speed is tokens over the time from step to step, with batching and reporting; evaluation and saving are left out.
     """
 
-    def __init__(self, task: "Task", control: Any, is_first: bool, num_workers: int) -> None:
+    def __init__(self, task: "Task", host: "Host") -> None:
         from mlflow.tracking import MlflowClient
 
-        self.task, self.control, self.is_first, self.num_workers = task, control, is_first, num_workers
+        self.task, self.host = task, host
         self.mlflow = MlflowClient(task.mlflow_url)
         self.num_steps_here = 0
         self.step_began_s = 0.0  # where the step before it ended, later by what is left out
@@ -43,8 +43,9 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.newest: dict[str, float] = {}
         self.evaluated_step: int | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count speed from here, not from what an earlier process did before a resume."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any) -> None:
+        """Count speed from here, not from what an earlier process did before a resume; take the rate that the config names now."""
+        take_rate(args.learning_rate, optimizer, lr_scheduler)
         self.tokens_before = self.tokens_at_step_begin = state.num_input_tokens_seen
         self._send(state)
         self.step_began_s = time.perf_counter()
@@ -74,7 +75,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.newest.update(found)
         if "eval_loss" in found:
             self.evaluated_step = state.global_step
-        if self.is_first:
+        if self.host.is_first:
             from mlflow.entities import Metric
 
             now_ms = int(time.time() * 1000)
@@ -95,9 +96,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Hand the checkpoint to Ray Train, which keeps it where a restarted worker finds it."""
-        from ray import train as ray_train
-
+        """Hand the checkpoint to the host."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         # transformers pickles its own arguments here; nothing of ours reads them.
         (folder / "training_args.bin").unlink(missing_ok=True)
@@ -112,8 +111,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         }
         if self.evaluated_step != state.global_step:  # an older adapter's; Ray ranks a checkpoint without it last
             metrics.pop("eval_loss", None)
-        # The first worker's folder has everything, another's the state of its random numbers; Ray puts them together.
-        ray_train.report(metrics, checkpoint=ray_train.Checkpoint.from_directory(str(folder)))
+        self.host.report(metrics, folder)
         self._leave_out()
 
     def _leave_out(self) -> None:
@@ -129,13 +127,12 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         progress = Progress(
             state.global_step, state.max_steps, self.newest.get("loss"), self._tokens_per_s(state) or None, self.newest.get("eval_loss")
         )
-        reason: str | None = ray.get(self.control.report.remote(progress))
-        return reason
+        return self.host.send(progress)
 
     def _asked_to_stop(self, state: Any) -> bool:
         """Ask the driver; with several workers the first one asks for all, since all must leave after the same step."""
-        asked = bool(self._send(state)) if self.is_first else False
-        if self.num_workers == 1:
+        asked = bool(self._send(state)) if self.host.is_first else False
+        if self.host.num_workers == 1:
             return asked
         flag = torch.tensor([int(asked)], device="cuda" if torch.cuda.is_available() else "cpu")
         torch.distributed.broadcast(flag, src=0)

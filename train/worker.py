@@ -1,6 +1,6 @@
 """What runs on a train card: load, train, report; called by Ray Train, or straight by a sweep's trial.
 
-Knows transformers' Trainer. Does not know how its card was found or what becomes of the adapter.
+Knows transformers' Trainer. Does not know how its card was found or what becomes of the adapter: its host does.
 
 transformers' Trainer does the step. TRL's SFTTrainer on top of it was measured at 0.6 of its speed on this work (entropy and accuracy of
 every token), and its switch for loss on the answers alone refuses templates without marks.
@@ -15,6 +15,7 @@ from typing import Any
 from configs.errors import ModelError, TandemError
 from configs.schema import ChatbotConfig
 from train.control import find_control
+from train.host import Host, TrainHost
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,32 @@ class Task:
 
 
 def train_worker(task: Task) -> None:
-    """Train one adapter; report metrics and checkpoints to Ray Train, progress to the driver, curves to MLflow."""
+    """Train one adapter as a worker of Ray Train."""
     import ray
     from ray import train as ray_train
 
     context = ray_train.get_context()
-    if context.get_world_size() == 1:
+    control = find_control(task.run_id)
+    host = TrainHost(control, context.get_world_size(), context.get_world_rank() == 0)
+    try:
+        train_adapter(task, host, ray_train.get_checkpoint())
+    except TandemError as error:
+        # Told, not raised: Ray would begin anew `max_failures` times, to the same end.
+        ray.get(control.refuse.remote(error))
+
+
+def train_adapter(task: Task, host: Host, checkpoint: Any = None) -> None:
+    """Train one adapter, from Ray's checkpoint if there is one; report metrics and checkpoints to the host, curves to MLflow.
+
+    Raises:
+        TandemError: What the user can mend.
+    """
+    if host.num_workers == 1:
         # With these set, accelerate would wrap a lone worker for data-parallel training.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
-    checkpoint = ray_train.get_checkpoint()
     with tempfile.TemporaryDirectory(prefix="tandem-train-") as scratch:
-        try:
-            trainer = _make_trainer(task, Path(scratch), context.get_world_size(), context.get_world_rank() == 0)
-        except TandemError as error:
-            # Told, not raised: Ray would begin anew `max_failures` times, to the same end.
-            ray.get(find_control(task.run_id).refuse.remote(error))
-            return
+        trainer = _make_trainer(task, Path(scratch), host)
         if checkpoint:
             with checkpoint.as_directory() as folder:
                 trainer.train(resume_from_checkpoint=folder)
@@ -54,7 +64,7 @@ def train_worker(task: Task) -> None:
             trainer.train()
 
 
-def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -> Any:
+def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
     import torch
     from transformers import set_seed
 
@@ -76,8 +86,7 @@ def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -
             "train.packing does not suit this model", "its layers would let packed conversations see each other", "train.packing=false"
         )
     model = add_adapter(base, train.lora, train.gradient_checkpointing, train.label_smoothing)
-    arguments = training_arguments(task.config, scratch, num_workers, len(rows), longest_tokens, base.dtype == torch.bfloat16)
-    reporter = ReportCallback(task, find_control(task.run_id), is_first, num_workers)
+    arguments = training_arguments(task.config, scratch, host.num_workers, len(rows), longest_tokens, base.dtype == torch.bfloat16)
     return OrderedTrainer(
         RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing),
         model=model,
@@ -85,5 +94,5 @@ def _make_trainer(task: Task, scratch: Path, num_workers: int, is_first: bool) -
         train_dataset=rows,
         eval_dataset=heldout,
         data_collator=Packer() if train.packing else Padder(tokenizer.pad_token_id or tokenizer.eos_token_id),
-        callbacks=[reporter],
+        callbacks=[ReportCallback(task, host)],
     )

@@ -10,7 +10,7 @@ import ray
 from ray.train import WorkerGroupError
 
 from configs.errors import ModelError
-from train.job import _failure, _on_signals, _watch
+from train.job import _failure, _watch, on_signals
 
 RUN = "0" * 32
 TRACE = "Traceback:\n" + "\n\n".join(f"  frame {number}" for number in range(40)) + "\nValueError: the loss is not a number"
@@ -101,5 +101,5 @@ def test_a_cluster_that_is_gone_ends_the_watch_without_noise(control, capfd):
 
 
 def test_sigterm_may_be_taken_for_ctrl_c():
-    with pytest.raises(KeyboardInterrupt), _on_signals(signal.default_int_handler):
+    with pytest.raises(KeyboardInterrupt), on_signals(signal.default_int_handler):
         be_sent(signal.SIGTERM)

@@ -4,9 +4,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import ray
 import torch
-from ray import train as ray_train
 
 from configs.schema import ChatbotConfig
 from tests.parts.test_train_model import rows, tiny
@@ -38,17 +36,15 @@ class Timed(ReportCallback):
 
 @pytest.fixture
 def reported(registry, make_run, tmp_path, monkeypatch):
-    """Train six steps, evaluate each second and save each; return the callback and what Ray Train would be told."""
-    monkeypatch.setattr(ray, "get", lambda value: value)
+    """Train six steps, evaluate each second and save each; return the callback and what its host was told."""
     monkeypatch.setattr("train.reporting.time", SimpleNamespace(perf_counter=lambda: Timed.now_s, time=time.time))
-    monkeypatch.setattr(ray_train, "report", lambda metrics, checkpoint: found.append(metrics))
     found: list[dict[str, float]] = []
     torch.manual_seed(0)
     settings = {"batch_size": 4, "max_steps": 6, "log_every_steps": 1, "checkpoint_every_steps": 1, "eval_every_steps": 2}
     config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": settings})
     task = Task(config, make_run().manifest.run_id, "", "", "", registry.url)
-    control = SimpleNamespace(report=SimpleNamespace(remote=lambda progress: None))
-    callback = Timed(task, control, is_first=True, num_workers=1)
+    host = SimpleNamespace(num_workers=1, is_first=True, report=lambda metrics, folder: found.append(metrics), send=lambda progress: None)
+    callback = Timed(task, host)
     OrderedTrainer(
         RowOrder(ROWS, 4, 0, by_length=True),
         model=add_adapter(tiny(), config.train.lora, False),

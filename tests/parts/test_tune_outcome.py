@@ -1,0 +1,104 @@
+"""What a sweep draws, spends and concludes, without a cluster."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from configs.schema import ChatbotConfig
+from tune.looks import read_looks
+from tune.outcome import Row, best_row, summary, table
+from tune.plots import draw
+from tune.schedule import Budget, make_search
+from tune.trial import trial_config
+
+PNG = b"\x89PNG"
+
+
+def chatbot(**tune) -> ChatbotConfig:
+    space = {"train.lora.rank": {"choice": [4, 8]}, "train.learning_rate": {"choice": [1e-3, 1e-2]}}
+    return ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "tune": {"space": space, **tune}})
+
+
+def row(number: int, *losses: float, reason: str | None = None, num_looks: int = 4) -> Row:
+    looks = [
+        {"step": place * 10, "share": place / num_looks, "num_tokens": place * 100, "loss": loss + 1, "eval_loss": loss}
+        for place, loss in enumerate(losses, 1)
+    ]
+    settings = {"train.lora.rank": 4 + number, "train.learning_rate": 10.0**-number}
+    return Row(f"trial_{number:05d}", settings, looks, min(losses, default=None), reason, Path("checkpoint"), {})
+
+
+ROWS = (row(1, 5.0, 4.0, 3.0, 3.5), row(2, 6.0), row(3, 5.5, 1.0, reason="out of memory: 3 GiB more"), row(4, reason="it cannot be"))
+
+
+def test_the_best_is_a_trial_with_a_score_that_did_not_fail():
+    assert best_row(ROWS, chatbot().tune) == ROWS[0]
+    assert best_row(ROWS, chatbot(mode="max").tune) == ROWS[1]
+    assert best_row(ROWS[2:], chatbot().tune) is None
+
+
+def test_the_price_is_told_against_all_trials_to_their_end():
+    figures = summary(ROWS)
+    assert figures["num_tokens"] == 400 + 100 + 200
+    assert figures["num_tokens_full_grid"] == 3 * 400
+    assert [figures[f"num_{state}"] for state in ("finished", "stopped", "failed")] == [1, 1, 2]
+
+
+def test_the_table_has_a_row_for_each_trial_with_its_reason():
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(ROWS, chatbot().tune))
+    lines = console.export_text().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "4"]
+    assert "out of memory: 3 GiB more" in lines[3]
+    assert "it cannot be" in lines[4]
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[3:]])
+def test_the_plots_are_pictures_as_far_as_there_is_something_to_draw(tmp_path, rows):
+    draw(tmp_path / "summary", rows, chatbot().tune)
+    files = sorted((tmp_path / "summary").iterdir())
+    assert [file.name for file in files] == (["loss.png", "settings.png"] if rows is ROWS else [])
+    assert all(file.read_bytes().startswith(PNG) for file in files)
+
+
+def test_a_trial_is_measured_and_saved_so_many_times():
+    config = chatbot(num_looks=9)
+    trial = trial_config(config, {"train.lora.rank": 8, "train.batch_size": 8}, num_rows=500)
+    assert (trial.train.lora.rank, trial.train.count_steps(500)) == (8, 189)
+    assert trial.train.eval_every_steps == trial.train.checkpoint_every_steps == 21
+    assert trial_config(config, {"train.max_steps": 5}, 500).train.eval_every_steps == 1
+
+
+def test_a_sweep_ends_when_its_tokens_or_hours_are_used_up():
+    tokens, hours, endless = Budget(1000, None), Budget(None, 1.0), Budget(None, None)
+    for budget in (tokens, hours, endless):
+        assert not budget("a", {"num_tokens": 600, "time_total_s": 3000})
+        assert not budget.stop_all()
+        budget("b", {"num_tokens": 300, "time_total_s": 500})
+        assert not budget.stop_all()
+        budget("b", {"num_tokens": 400, "time_total_s": 700})
+    assert (tokens.stop_all(), hours.stop_all(), endless.stop_all()) == (True, True, False)
+
+
+def test_combinations_of_choices_are_each_tried_once():
+    space, _ = make_search(chatbot().tune, num_cards=1)
+    points = [tuple(point.values()) for point in space["settings"]["grid_search"]]
+    assert sorted(points) == [(4, 1e-3), (4, 1e-2), (8, 1e-3), (8, 1e-2)]
+    fewer, _ = make_search(chatbot(budget={"trials": 3}).tune, num_cards=1)
+    assert [tuple(point.values()) for point in fewer["settings"]["grid_search"]] == points[:3]
+
+
+def test_looks_are_read_from_a_checkpoint(tmp_path):
+    log = [
+        {"step": 5, "loss": 3.0, "num_input_tokens_seen": 50},
+        {"step": 10, "eval_loss": 2.5, "num_input_tokens_seen": 100},
+        {"step": 15, "loss": 2.0, "num_input_tokens_seen": 150},
+        {"step": 20, "eval_loss": 1.5, "num_input_tokens_seen": 200},
+    ]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"max_steps": 40, "log_history": log}))
+    assert read_looks(tmp_path) == [
+        {"step": 10, "share": 0.25, "num_tokens": 100, "loss": 3.0, "eval_loss": 2.5},
+        {"step": 20, "share": 0.5, "num_tokens": 200, "loss": 2.0, "eval_loss": 1.5},
+    ]

@@ -1,0 +1,134 @@
+"""Sweeps on a real cluster: who goes on, a driver and a worker killed, trials that cannot be; all on a tiny model."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from tests.ray.stack import Stack, wait_for
+from tests.ray.test_2_training import read_until
+from tune.record import find_runs
+
+SWEEP_ID = re.compile(r"sweep ([0-9a-f]{32})")
+CANDIDATE = re.compile(r"is (\S+), the candidate")
+
+
+def trial_runs(stack: Stack, sweep_id: str):
+    """The MLflow run of each trial, by the trial's number."""
+    client = stack.registry.client
+    runs = find_runs(client, client.get_run(sweep_id))
+    return [client.get_run(run_id) for _, run_id in sorted(runs.items())]
+
+
+def steps_of(stack: Stack, run) -> Counter[int]:
+    """How often each step of a trial was done."""
+    return Counter(metric.step for metric in stack.registry.client.get_metric_history(run.info.run_id, "loss"))
+
+
+def num_looks(stack: Stack, sweep_id: str) -> int:
+    history = stack.registry.client.get_metric_history
+    return sum(len(history(run.info.run_id, "eval_loss")) for run in trial_runs(stack, sweep_id))
+
+
+def test_a_sweep_as_a_job_trains_the_best_on_and_registers_it_as_candidate(stack: Stack, config):
+    """Two of its six trials cannot be trained: the model has no nine blocks."""
+    space = "tune.space={train.lora.num_layers: {choice: [1, 2, 9]}, train.learning_rate: {choice: [0.01, 0.0001]}}"
+    settings = ["train.max_steps=18", "tune.num_looks=4", "tune.reduction=2"]
+    job = stack.begin("ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "tune", str(config), space, *settings, job=True)
+    text, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, text
+    sweep_id, version = SWEEP_ID.search(text)[1], stack.registry.find(CANDIDATE.search(text)[1])
+    assert "candidate" in version.aliases
+    assert "live" not in version.aliases
+    client = stack.registry.client
+    sweep, trials = client.get_run(sweep_id), trial_runs(stack, sweep_id)
+    assert sweep.info.status == "FINISHED"
+    assert len(trials) == 6
+    failed = [run for run in trials if run.info.status == "FAILED"]
+    assert {run.data.params["train.lora.num_layers"] for run in failed} == {"9"}
+    assert all("this model has 2 blocks" in run.data.tags["reason"] for run in failed)
+    assert text.count("this model has 2 blocks") == 4, "each told as it fails, and in the table"
+    finished = [run for run in trials if run.info.status == "FINISHED"]
+    assert [run.info.run_id for run in finished] == [version.run_id], "one gets to the end: two of four go on, and one of them"
+    scores = {run.info.run_id: run.data.metrics["score"] for run in trials if run not in failed}
+    assert min(scores, key=scores.get) == version.run_id
+    assert json.loads(version.tags["scores"])["eval_loss"] == pytest.approx(scores[version.run_id])
+    spent = sum(run.data.metrics.get("num_tokens", 0) for run in trials)
+    assert sweep.data.metrics["num_tokens"] == spent
+    assert sweep.data.metrics["share_of_full_grid"] == pytest.approx(9 / 16, abs=0.1)
+    kept = {file.path for file in client.list_artifacts(sweep_id, "summary")}
+    assert kept == {"summary/loss.png", "summary/settings.png", "summary/trials.json"}
+    served = json.loads((stack.registry.download(version) / "adapter_config.json").read_text())
+    assert served["r"] == 4
+
+
+def test_a_sweep_goes_on_when_its_driver_and_later_a_worker_are_killed(stack: Stack, config):
+    """Each kill costs a trial at most the training between two looks, 50 steps."""
+    space = "tune.space={train.lora.rank: {choice: [1, 2]}, train.learning_rate: {choice: [0.01, 0.001]}}"
+    settings = ["train.max_steps=400", "tune.num_looks=8", "tune.reduction=2"]
+    driver = stack.begin("tune", str(config), space, *settings)
+    found, _ = read_until(driver, SWEEP_ID)
+    sweep_id = found[1]
+    wait_for(lambda: num_looks(stack, sweep_id) >= 3)
+    driver.kill()
+    driver.wait(30)
+    wait_for(lambda: not stack.workers("ImplicitFunc"))
+    before = [steps_of(stack, run) for run in trial_runs(stack, sweep_id)]
+    assert sum(map(len, before)) < 900
+
+    driver = stack.begin("tune", str(config), "--resume", sweep_id)
+    read_until(driver, SWEEP_ID)
+    looks_before = num_looks(stack, sweep_id)
+    wait_for(lambda: num_looks(stack, sweep_id) > looks_before)
+    stack.workers("ImplicitFunc")[0].kill()
+    text, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, text
+    assert CANDIDATE.search(text)
+    trials = trial_runs(stack, sweep_id)
+    assert len(trials) == 4
+    assert [run.info.status for run in trials].count("FINISHED") == 1
+    again = [sum(count - 1 for count in steps_of(stack, run).values()) for run in trials]
+    assert max(again) <= 2 * 50
+    for run in trials:
+        steps = steps_of(stack, run)
+        assert sorted(steps) == list(range(1, max(steps) + 1)), "none was left out"
+
+
+def test_a_sweep_that_is_asked_to_stop_says_how_to_go_on(stack: Stack, config):
+    space = "tune.space={train.lora.rank: {choice: [1, 2]}}"
+    driver = stack.begin("tune", str(config), space, "train.max_steps=4000")
+    found, _ = read_until(driver, SWEEP_ID)
+    wait_for(lambda: trial_runs(stack, found[1]))
+    driver.terminate()
+    text, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 143, text
+    assert f"--resume {found[1]}" in text
+    assert stack.registry.client.get_run(found[1]).info.status == "KILLED"
+
+
+def test_what_is_no_sweep_is_not_resumed_as_one(stack: Stack, config):
+    done = stack.run("train", str(config), "train.lora.target_modules=[nothing]")
+    run_id = re.search(r"run ([0-9a-f]{32})", done.stdout)[1]
+    done = stack.run("tune", str(config), "--resume", run_id)
+    assert done.returncode == 2
+    assert "is no sweep" in done.stderr
+
+
+def test_trials_that_share_a_base_are_as_those_that_do_not(stack: Stack, config):
+    """The same sweep, with two trials at once on one base, and one after another."""
+    space = "tune.space={train.lora.rank: {choice: [2, 4]}, train.learning_rate: {choice: [0.01, 0.001]}}"
+    settings = ["train.max_steps=8", "tune.num_looks=2", "tune.reduction=2", "tune.scheduler=grid", "model.precision=fp32"]
+    scores = []
+    for trials_per_card in (2, 1):
+        done = stack.run("tune", str(config), space, *settings, f"tune.trials_per_card={trials_per_card}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        runs = trial_runs(stack, SWEEP_ID.search(done.stdout)[1])
+        assert [run.info.status for run in runs] == ["FINISHED"] * 4
+        scores.append({tuple(sorted(run.data.params.items())): run.data.metrics["score"] for run in runs})
+        version = stack.registry.find(CANDIDATE.search(done.stdout)[1])
+        assert (stack.registry.download(version) / "adapter_model.safetensors").is_file()
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+    done = stack.run("tune", str(config), space.replace("learning_rate", "lora.dropout"), "tune.trials_per_card=2")
+    assert done.returncode == 2
+    assert "train.lora.dropout" in done.stderr

@@ -1,0 +1,103 @@
+"""What became of a sweep's trials, as rows of plain values: a table, the best one, and the price.
+
+Knows Ray Tune's results. Does not know where they are written.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from configs.errors import last_lines
+from configs.schema import SweepConfig
+from tune.looks import REASON, Looks
+from tune.record import trial_number
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial: what was drawn for it, how far it came, its best score, and why it failed if it did."""
+
+    name: str
+    settings: dict[str, Any]
+    looks: Looks
+    score: float | None = None
+    reason: str | None = None
+    checkpoint: Path | None = None
+    """The checkpoint of the best score."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """What was reported with it."""
+
+    @property
+    def number(self) -> int:
+        """The trial's number, from 1."""
+        return trial_number(self.name)
+
+    @property
+    def share(self) -> float:
+        """How far the trial came, as a share of its run."""
+        return self.looks[-1]["share"] if self.looks else 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it trained."""
+        return int(self.looks[-1]["num_tokens"]) if self.looks else 0
+
+    @property
+    def state(self) -> str:
+        """Its fate in a word."""
+        return "failed" if self.reason else "finished" if self.share >= 1 else "stopped"
+
+
+def read_rows(results: Any, sweep: SweepConfig) -> tuple[Row, ...]:
+    """Return a row for each trial that was begun, by number."""
+    trials = results._experiment_analysis.trials  # a result that was never reported has no settings of its own
+    rows = [_row(trial, result, sweep) for trial, result in zip(trials, results, strict=True)]
+    return tuple(sorted((row for row in rows if row.looks or row.reason), key=lambda row: row.number))
+
+
+def _row(trial: Any, result: Any, sweep: SweepConfig) -> Row:
+    metrics = result.metrics or {}
+    reason = metrics.get(REASON) or (last_lines(str(result.error), 1).strip() if result.error else None)
+    kept = [(Path(checkpoint.path), found) for checkpoint, found in result.best_checkpoints or []]
+    choose = min if sweep.mode == "min" else max
+    path, found = choose(kept, key=lambda entry: entry[1][sweep.metric], default=(None, {}))
+    looks: Looks = metrics.get("looks") or (max((entry[1]["looks"] for entry in kept), key=len, default=[]))
+    score = choose((look[sweep.metric] for look in looks), default=None)
+    return Row(str(trial), trial.config["settings"], looks, score, reason, path, found)
+
+
+def best_row(rows: Sequence[Row], sweep: SweepConfig) -> Row | None:
+    """Return the trial with the best score that was not called failed; None where none has a score."""
+    scored = [row for row in rows if row.score is not None and row.checkpoint and not row.reason]
+    choose = min if sweep.mode == "min" else max
+    return choose(scored, key=lambda row: row.score or 0.0, default=None)
+
+
+def summary(rows: Sequence[Row]) -> dict[str, float]:
+    """Return what the sweep cost, and what the same trials would have cost, each trained to its end."""
+    spent = sum(row.num_tokens for row in rows)
+    full = sum(row.num_tokens / row.share for row in rows if row.looks)
+    fates = [row.state for row in rows]
+    return {
+        "num_trials": len(rows),
+        "num_finished": fates.count("finished"),
+        "num_stopped": fates.count("stopped"),
+        "num_failed": fates.count("failed"),
+        "num_tokens": spent,
+        "num_tokens_full_grid": round(full),
+        "share_of_full_grid": spent / full if full else 0.0,
+    }
+
+
+def table(rows: Sequence[Row], sweep: SweepConfig) -> Table:
+    """Return the trials as a table, the best first and the failed last."""
+    sign = 1 if sweep.mode == "min" else -1
+    made = Table("trial", *(path.removeprefix("train.") for path in sweep.space), sweep.metric, "of a run", "tokens", "", box=None)
+    for row in sorted(rows, key=lambda row: (bool(row.reason), row.score is None, sign * (row.score or 0))):
+        score = "" if row.score is None else f"{row.score:.4f}"
+        settings = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.settings.values())
+        made.add_row(str(row.number), *settings, score, f"{row.share:.0%}", f"{row.num_tokens:,}", row.reason or row.state)
+    return made

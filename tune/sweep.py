@@ -1,0 +1,210 @@
+"""One sweep from config to candidate: check, prepare once, try on the train cards, compare, register the best.
+
+Knows Ray Tune's driver and the order of things. Does not know how a trial is trained, or who is stopped when.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.home import home_folder, require_disk
+from cluster.models import check_model, ensure_model, model_fingerprint
+from cluster.registry import Registry, Version
+from cluster.session import Session, require_session
+from configs.errors import RegistryError, RunError
+from configs.schema import ChatbotConfig, MachineConfig, SweepConfig
+from data.prepare import Prepared, check_source, prepare
+from train.job import ASKED, Say, connect, count_cards, make_manifest, on_signals, require_at_rest, require_cards
+from train.record import FAILED, FINISHED, STOPPED, Record
+from tune.outcome import Row, best_row, read_rows, summary
+
+if TYPE_CHECKING:
+    from tune.progress import Show
+
+NUM_KEPT, NUM_KEPT_PBT = 1, 4  # checkpoints of a trial beside its newest; PBT lets others copy from them
+# Tune reads these as it is imported.
+SETTINGS = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # and after each trial's checkpoint, so that a killed driver forgets nothing
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",  # what waits for a card is one new trial; else it would stand before those that are to go on
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow is where figures are
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the older of its two ways to report is silent when told to be
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep ended: its trials and the best one's version, or the reason why it stopped before its end."""
+
+    sweep_id: str
+    sweep: SweepConfig
+    rows: tuple[Row, ...] = ()
+    best: Row | None = None
+    version: Version | None = None
+    figures: Mapping[str, float] | None = None
+    folder: Path | None = None
+    stop_reason: str | None = None
+
+
+def sweep(config: ChatbotConfig, say: Say, show: "Callable[[ChatbotConfig], Show]", resume: str | None = None) -> Outcome:
+    """Try settings from the config's space, and register the best trial as the chatbot's candidate.
+
+    Args:
+        config: The chatbot, checked by `configs.space`; with `resume` the sweep's own config takes its place.
+        say: Told of each stage, in words.
+        show: Makes what is told of each trial's looks.
+        resume: Id of a sweep to go on with.
+
+    Raises:
+        TandemError: What the user can mend; nothing was registered.
+    """
+    session = require_session()
+    require_disk(session.machine.get("min_disk_free_gib", MachineConfig().min_disk_free_gib))
+    registry = Registry(session.mlflow_url)
+    record: Record | None = None
+    if resume:
+        record, config = Record.find(registry.client, resume)
+        if not config.tune.space:
+            raise RunError(f"run {resume} is no sweep", "it is a single run", f"python -m train CONFIG --resume {resume}")
+        say(f"going on with sweep {resume}")
+    check_source(config.data)
+    check_model(config.model)
+    folder = ensure_model(config.model)
+    data = prepare(config, folder)
+    say(f"data {data.fingerprint}: {data.num_train} conversations to train on, {data.num_heldout} held out{data.left_out}")
+    base_fingerprint = model_fingerprint(folder)
+    if record:
+        record.require_same(data, base_fingerprint)
+    os.environ.update(SETTINGS)
+    with connect(session), on_signals(signal.default_int_handler):
+        require_cards(1)
+        if record:
+            require_at_rest(record.run_id)
+            record.reopen()
+        else:
+            record = Record.begin(registry.client, config, data, base_fingerprint)
+        say(f"sweep {record.run_id}, on {count_cards()} train cards" if count_cards() > 1 else f"sweep {record.run_id}")
+        try:
+            rows = _try_all(config, session, record, folder, data, show(config))
+            say("comparing the trials")
+            outcome = _conclude(config, registry, record, rows, data, base_fingerprint)
+        except KeyboardInterrupt:
+            with suppress(RegistryError):
+                record.end(STOPPED, ASKED)
+            return Outcome(record.run_id, config.tune, stop_reason=ASKED)
+        except BaseException as error:
+            with suppress(RegistryError):
+                record.end(FAILED, str(error))
+            raise
+    record.end(FINISHED)
+    return outcome
+
+
+def sweeps_folder() -> Path:
+    """Return where sweeps are kept, each by its id."""
+    return home_folder() / "sweeps"
+
+
+def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Path, data: Prepared, show: "Show") -> tuple[Row, ...]:
+    """Run the trials, from where an earlier driver of this sweep left them; return what became of each."""
+    from ray import tune as ray_tune
+
+    from train.control import make_control
+    from train.worker import Task
+    from tune.beside import count_beside, start_bases
+    from tune.callback import ProgressCallback
+    from tune.schedule import Budget, make_search
+    from tune.trial import Sweep, run_trial
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it says is in the table
+    presence = make_control(record.run_id)  # while it is there, nobody else goes on with this sweep
+    num_cards = count_cards()
+    task = Task(config, record.run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url)
+    on_gpu = any("gpu-share" in card for card in session.cards if card["pool"] == "train")
+    num_beside = count_beside(config, data, on_gpu)
+    shared = {"train_trial": start_bases(task, num_cards, num_beside, on_gpu)} if num_beside > 1 else {}
+    trainable = ray_tune.with_resources(
+        ray_tune.with_parameters(run_trial, sweep=Sweep(task, data.num_train, num_cards, **shared)),
+        _part_of_a_card(num_beside) if shared else _one_card(on_gpu),
+    )
+    place = sweeps_folder() / record.run_id
+    if ray_tune.Tuner.can_restore(str(place)):
+        tuner = ray_tune.Tuner.restore(str(place), trainable)
+    else:
+        space, search = make_search(config.tune, num_cards * num_beside)
+        tune = config.tune
+        tuner = ray_tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=search,
+            run_config=ray_tune.RunConfig(
+                name=record.run_id,
+                storage_path=str(place.parent),
+                stop=Budget(tune.budget.tokens, tune.budget.hours),
+                checkpoint_config=ray_tune.CheckpointConfig(
+                    num_to_keep=NUM_KEPT_PBT if tune.scheduler == "pbt" else NUM_KEPT,
+                    checkpoint_score_attribute=tune.metric,
+                    checkpoint_score_order=tune.mode,
+                ),
+                failure_config=ray_tune.FailureConfig(max_failures=config.train.max_failures),
+                callbacks=[ProgressCallback(show)],
+                verbose=0,
+            ),
+        )
+    try:
+        results = tuner.fit()
+    finally:
+        show.close()
+        del presence
+    return read_rows(results, config.tune)
+
+
+def _one_card(on_gpu: bool) -> Any:
+    """What a trial asks for: one train card, and nothing that the driver or another trial could hold while it waits for it."""
+    from ray import tune as ray_tune
+
+    bundle = {"card": 1, "CPU": 1, **({"GPU": 1} if on_gpu else {})}
+    return ray_tune.PlacementGroupFactory([bundle], bundle_label_selector=[{"pool": "train"}])
+
+
+def _part_of_a_card(num_trials: int) -> Any:
+    """What a trial beside a base asks for: its part of what the base leaves of a card."""
+    from ray import tune as ray_tune
+
+    from tune.beside import BASES_SHARE
+
+    share = int((1 - BASES_SHARE) / num_trials * 10_000) / 10_000  # Ray counts in ten thousandths
+    return ray_tune.PlacementGroupFactory([{"card": share}], bundle_label_selector=[{"pool": "train"}])
+
+
+def _conclude(
+    config: ChatbotConfig, registry: Registry, record: Record, rows: tuple[Row, ...], data: Prepared, base_fingerprint: str
+) -> Outcome:
+    """Draw, write down and register what the trials gave."""
+    from tune.plots import draw
+    from tune.record import close_trials, write_summary
+    from tune.trial import trial_config
+
+    figures = summary(rows)
+    folder = sweeps_folder() / record.run_id / "summary"
+    best = best_row(rows, config.tune)
+    draw(folder, rows, config.tune)
+    write_summary(registry.client, record.run_id, folder, rows, figures)
+    run_ids = close_trials(registry.client, record.run_id, rows)
+    if best is None or best.checkpoint is None:
+        reasons = "\n".join(f"  trial {row.number}: {row.reason}" for row in rows if row.reason)
+        raise RunError(
+            "no trial came to a score", reasons or "the budget ended before the first look", "mend the reasons, or widen tune.budget"
+        )
+    manifest = make_manifest(
+        trial_config(config, best.settings, data.num_train), run_ids[best.name], base_fingerprint, data, best.checkpoint, best.metrics
+    )
+    version = registry.nominate(registry.register(manifest, best.checkpoint).name)
+    return Outcome(record.run_id, config.tune, rows, best, version, figures, folder)

@@ -1,0 +1,109 @@
+"""One trial on its card: the training function of `python -m train`, with Ray Tune as its host.
+
+Knows what a trial is given and what it reports. Does not know which trials there are, or how they are compared.
+"""
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from configs.errors import TandemError
+from configs.loader import with_settings
+from configs.schema import ChatbotConfig
+from train.control import Progress
+from train.host import Host
+from train.worker import Task, train_adapter
+from tune.looks import failure, read_looks
+from tune.record import trial_run
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+TrainTrial = Callable[[Task, Host, Any], None]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all trials of a sweep share; plain values, so that Ray can send it."""
+
+    task: Task
+    """The task of a run with the config's own settings; its run is the sweep's, and each trial's is nested in it."""
+    num_rows: int
+    num_cards: int
+    train_trial: TrainTrial = train_adapter
+    """Trains one trial on its card alone. Trials that share a base would have another one here."""
+
+
+class TrialHost:
+    """A trial of Ray Tune, on one card."""
+
+    num_workers = 1
+    is_first = True
+
+    def report(self, metrics: dict[str, float], folder: Path) -> None:
+        """Report a look with its checkpoint; here Tune ends or pauses a trial."""
+        from ray import tune as ray_tune
+
+        checkpoint = ray_tune.Checkpoint.from_directory(str(folder))
+        looks = read_looks(folder)
+        ray_tune.report({**metrics, "share": looks[-1]["share"], "looks": looks}, checkpoint=checkpoint)
+
+    def send(self, progress: Progress) -> str | None:
+        """Go on: who stops a trial does it at a look."""
+        return None
+
+
+def run_trial(drawn: dict[str, Any], sweep: Sweep) -> None:
+    """Train one trial, from its checkpoint if it has one.
+
+    What cannot be mended by trying again ends as a result with its reason; a worker that dies is Tune's to start again.
+    """
+    from ray import tune as ray_tune
+
+    task, tune = sweep.task, sweep.task.config.tune
+    _make_room(sweep.num_cards)
+    name = ray_tune.get_context().get_trial_name()
+    try:
+        run_id = trial_run(task.mlflow_url, task.run_id, name, drawn["settings"])
+        config = trial_config(task.config, drawn["settings"], sweep.num_rows)
+        sweep.train_trial(replace(task, config=config, run_id=run_id), TrialHost(), ray_tune.get_checkpoint())
+    except TandemError as error:
+        ray_tune.report(failure(f"{error.what}: {error.why}", tune.metric, tune.mode))
+    except RuntimeError as error:
+        if not any(words in str(error) for words in NO_MEMORY):
+            raise
+        ray_tune.report(failure(f"out of memory: {str(error).partition(chr(10))[0]}", tune.metric, tune.mode))
+
+
+def trial_config(config: ChatbotConfig, settings: dict[str, Any], num_rows: int) -> ChatbotConfig:
+    """Return a trial's config: what was drawn for it, and looks at which it is measured and saved.
+
+    Raises:
+        ConfigError: What was drawn does not fit together.
+    """
+    drawn = with_settings(config, settings)
+    every = ceil(drawn.train.count_steps(num_rows) / config.tune.num_looks)
+    measured = {
+        "train.eval_every_steps": every,
+        "train.checkpoint_every_steps": every,
+        "train.log_every_steps": min(every, config.train.log_every_steps),
+        "train.early_stopping_patience": None,
+    }
+    return with_settings(drawn, measured)
+
+
+def _make_room(num_cards: int) -> None:
+    """Take this trial's share of the cores, and give back what an earlier trial in this process held."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    else:
+        num_threads = max(1, (psutil.cpu_count() or 1) // num_cards)
+        torch.set_num_threads(num_threads)
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
