@@ -3,8 +3,8 @@
 A chatbot is one `ChatbotConfig`, a machine one `MachineConfig`, secrets and places one `Environment`.
 """
 
+import math
 import os
-from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -152,9 +152,9 @@ class TrainConfig(Settings):
     max_failures: int = Field(2, ge=0)
     """Restarts from the last checkpoint after a worker died."""
 
-    def num_steps(self, num_rows: int) -> int:
-        """Return how many steps a whole run over so many rows has."""
-        return self.max_steps or max(1, ceil(ceil(num_rows / self.batch_size) * self.num_epochs))
+    def count_steps(self, num_rows: int) -> int:
+        """Return how many steps a run over so many rows has."""
+        return self.max_steps or max(1, math.ceil(math.ceil(num_rows / self.batch_size) * self.num_epochs))
 
     @model_validator(mode="after")
     def _stops_by_measure(self) -> Self:
@@ -216,6 +216,9 @@ class SweepConfig(Settings):
     """Whether a small or a large metric is good."""
     budget: BudgetConfig = BudgetConfig()
     """When a sweep ends."""
+    trials_per_card: int | None = Field(None, ge=1)
+    """Trials that train on one card at once, on one base in memory. If empty, one; or several on a GPU, where their steps are small and
+    they differ in nothing that the base has."""
     num_looks: int = Field(9, ge=1)
     """Times that a trial is measured and saved over its whole run; a kill costs each trial at most the training between two of them."""
     reduction: int = Field(3, ge=2)

@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from configs.schema import ChatbotConfig
 from data.template import NO_LOSS
 from train.rows import Row, RowOrder
-from train.step import training_arguments
+from train.step import take_rate, training_arguments
 
 OPTIMIZER, SCHEDULER, STATE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 
@@ -32,7 +32,7 @@ class Learner:
         self.order = RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing)
         self.rows_a_step = self.arguments.per_device_train_batch_size * self.arguments.gradient_accumulation_steps
         self.steps_an_epoch = math.ceil(len(rows) / self.rows_a_step)
-        num_steps = train.num_steps(len(rows))
+        num_steps = train.count_steps(len(rows))
         self.state = TrainerState(
             max_steps=num_steps,
             num_train_epochs=math.ceil(num_steps / self.steps_an_epoch),
@@ -132,6 +132,7 @@ class Learner:
         self.optimizer.load_state_dict({**state, "state": _turned(state["state"])})
         self.scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
         self.state = TrainerState.load_from_json(str(folder / STATE))
+        take_rate(self.config.train.learning_rate, self.optimizer, self.scheduler)
 
 
 def num_targets(rows: Iterable[Row]) -> int:

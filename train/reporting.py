@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from cluster.home import BYTES_PER_GIB
 from train.control import Progress
+from train.step import take_rate
 
 if TYPE_CHECKING:
     from train.host import Host
@@ -44,7 +45,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any) -> None:
         """Count speed from here, not from what an earlier process did before a resume; take the rate that the config names now."""
-        _take_rate(args.learning_rate, optimizer, lr_scheduler)
+        take_rate(args.learning_rate, optimizer, lr_scheduler)
         self.tokens_before = self.tokens_at_step_begin = state.num_input_tokens_seen
         self._send(state)
         self.step_began_s = time.perf_counter()
@@ -136,16 +137,6 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         flag = torch.tensor([int(asked)], device="cuda" if torch.cuda.is_available() else "cpu")
         torch.distributed.broadcast(flag, src=0)
         return bool(flag.item())
-
-
-def _take_rate(learning_rate: float, optimizer: Any, lr_scheduler: Any) -> None:
-    """Put a learning rate in the place of a checkpoint's, which differs where a sweep changed it in the midst of a run."""
-    if lr_scheduler is None or set(lr_scheduler.base_lrs) == {learning_rate}:
-        return
-    for group, before in zip(optimizer.param_groups, lr_scheduler.base_lrs, strict=True):
-        group["initial_lr"] = learning_rate
-        group["lr"] *= learning_rate / before
-    lr_scheduler.base_lrs = [learning_rate] * len(lr_scheduler.base_lrs)
 
 
 def peak_memory_gib() -> float:

@@ -51,7 +51,7 @@ def training_arguments(config: ChatbotConfig, scratch: Path, num_workers: int, n
         learning_rate=train.learning_rate,
         # transformers' own "constant" leaves out the warm-up.
         lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
-        warmup_steps=round(train.num_steps(num_rows) * train.warmup_share),
+        warmup_steps=round(train.count_steps(num_rows) * train.warmup_share),
         num_train_epochs=train.num_epochs,
         max_steps=train.max_steps or -1,
         weight_decay=train.weight_decay,
@@ -75,3 +75,13 @@ def training_arguments(config: ChatbotConfig, scratch: Path, num_workers: int, n
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
     )
+
+
+def take_rate(learning_rate: float, optimizer: Any, lr_scheduler: Any) -> None:
+    """Put a learning rate in the place of a checkpoint's, which differs where a sweep changed it in the midst of a run."""
+    if lr_scheduler is None or set(lr_scheduler.base_lrs) == {learning_rate}:
+        return
+    for group, before in zip(optimizer.param_groups, lr_scheduler.base_lrs, strict=True):
+        group["initial_lr"] = learning_rate
+        group["lr"] *= learning_rate / before
+    lr_scheduler.base_lrs = [learning_rate] * len(lr_scheduler.base_lrs)

@@ -23,7 +23,7 @@ NUM_LOOKS_APART = 2  # PBT lets bad trials copy good ones each so many looks
 BELOW = 0.999  # so that rounding never puts a look just below its rung
 
 
-def make_search(sweep: SweepConfig, num_cards: int) -> tuple[dict[str, Any], ray_tune.TuneConfig]:
+def make_search(sweep: SweepConfig, num_at_once: int) -> tuple[dict[str, Any], ray_tune.TuneConfig]:
     """Return Tune's space and settings for a checked config."""
     space = {path: _domain(dimension) for path, dimension in sweep.space.items()}
     name = partial(_name, first=0 if sweep.scheduler == "optuna" else 1)
@@ -36,7 +36,7 @@ def make_search(sweep: SweepConfig, num_cards: int) -> tuple[dict[str, Any], ray
     settings["num_samples"] = sweep.budget.trials or -1
     settings["scheduler"] = _scheduler(sweep, endless=sweep.budget.trials is None)
     if sweep.scheduler == "optuna":
-        settings |= {"search_alg": _optuna(sweep), "max_concurrent_trials": num_cards}
+        settings |= {"search_alg": _optuna(sweep), "max_concurrent_trials": num_at_once}
     else:
         settings["search_alg"] = BasicVariantGenerator(random_state=sweep.seed)
     return {"settings": space}, ray_tune.TuneConfig(**settings)

@@ -118,6 +118,7 @@ def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Pa
 
     from train.control import make_control
     from train.worker import Task
+    from tune.beside import count_beside, start_bases
     from tune.callback import ProgressCallback
     from tune.schedule import Budget, make_search
     from tune.trial import Sweep, run_trial
@@ -126,14 +127,18 @@ def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Pa
     presence = make_control(record.run_id)  # while it is there, nobody else goes on with this sweep
     num_cards = count_cards()
     task = Task(config, record.run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url)
+    on_gpu = any("gpu-share" in card for card in session.cards if card["pool"] == "train")
+    num_beside = count_beside(config, data, on_gpu)
+    shared = {"train_trial": start_bases(task, num_cards, num_beside, on_gpu)} if num_beside > 1 else {}
     trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(run_trial, sweep=Sweep(task, data.num_train, num_cards)), _one_card(session)
+        ray_tune.with_parameters(run_trial, sweep=Sweep(task, data.num_train, num_cards, **shared)),
+        _part_of_a_card(num_beside) if shared else _one_card(on_gpu),
     )
     place = sweeps_folder() / record.run_id
     if ray_tune.Tuner.can_restore(str(place)):
         tuner = ray_tune.Tuner.restore(str(place), trainable)
     else:
-        space, search = make_search(config.tune, num_cards)
+        space, search = make_search(config.tune, num_cards * num_beside)
         tune = config.tune
         tuner = ray_tune.Tuner(
             trainable,
@@ -161,13 +166,22 @@ def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Pa
     return read_rows(results, config.tune)
 
 
-def _one_card(session: Session) -> Any:
+def _one_card(on_gpu: bool) -> Any:
     """What a trial asks for: one train card, and nothing that the driver or another trial could hold while it waits for it."""
     from ray import tune as ray_tune
 
-    on_gpu = any("gpu-share" in card for card in session.cards if card["pool"] == "train")
     bundle = {"card": 1, "CPU": 1, **({"GPU": 1} if on_gpu else {})}
     return ray_tune.PlacementGroupFactory([bundle], bundle_label_selector=[{"pool": "train"}])
+
+
+def _part_of_a_card(num_trials: int) -> Any:
+    """What a trial beside a base asks for: its part of what the base leaves of a card."""
+    from ray import tune as ray_tune
+
+    from tune.beside import BASES_SHARE
+
+    share = int((1 - BASES_SHARE) / num_trials * 10_000) / 10_000  # Ray counts in ten thousandths
+    return ray_tune.PlacementGroupFactory([{"card": share}], bundle_label_selector=[{"pool": "train"}])
 
 
 def _conclude(

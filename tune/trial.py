@@ -86,7 +86,7 @@ def trial_config(config: ChatbotConfig, settings: dict[str, Any], num_rows: int)
         ConfigError: What was drawn does not fit together.
     """
     drawn = with_settings(config, settings)
-    every = ceil(drawn.train.num_steps(num_rows) / config.tune.num_looks)
+    every = ceil(drawn.train.count_steps(num_rows) / config.tune.num_looks)
     measured = {
         "train.eval_every_steps": every,
         "train.checkpoint_every_steps": every,

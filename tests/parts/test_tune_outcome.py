@@ -67,7 +67,7 @@ def test_the_plots_are_pictures_as_far_as_there_is_something_to_draw(tmp_path, r
 def test_a_trial_is_measured_and_saved_so_many_times():
     config = chatbot(num_looks=9)
     trial = trial_config(config, {"train.lora.rank": 8, "train.batch_size": 8}, num_rows=500)
-    assert (trial.train.lora.rank, trial.train.num_steps(500)) == (8, 189)
+    assert (trial.train.lora.rank, trial.train.count_steps(500)) == (8, 189)
     assert trial.train.eval_every_steps == trial.train.checkpoint_every_steps == 21
     assert trial_config(config, {"train.max_steps": 5}, 500).train.eval_every_steps == 1
 

@@ -113,3 +113,22 @@ def test_what_is_no_sweep_is_not_resumed_as_one(stack: Stack, config):
     done = stack.run("tune", str(config), "--resume", run_id)
     assert done.returncode == 2
     assert "is no sweep" in done.stderr
+
+
+def test_trials_that_share_a_base_are_as_those_that_do_not(stack: Stack, config):
+    """The same sweep, with two trials at once on one base, and one after another."""
+    space = "tune.space={train.lora.rank: {choice: [2, 4]}, train.learning_rate: {choice: [0.01, 0.001]}}"
+    settings = ["train.max_steps=8", "tune.num_looks=2", "tune.reduction=2", "tune.scheduler=grid", "model.precision=fp32"]
+    scores = []
+    for trials_per_card in (2, 1):
+        done = stack.run("tune", str(config), space, *settings, f"tune.trials_per_card={trials_per_card}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        runs = trial_runs(stack, SWEEP_ID.search(done.stdout)[1])
+        assert [run.info.status for run in runs] == ["FINISHED"] * 4
+        scores.append({tuple(sorted(run.data.params.items())): run.data.metrics["score"] for run in runs})
+        version = stack.registry.find(CANDIDATE.search(done.stdout)[1])
+        assert (stack.registry.download(version) / "adapter_model.safetensors").is_file()
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+    done = stack.run("tune", str(config), space.replace("learning_rate", "lora.dropout"), "tune.trials_per_card=2")
+    assert done.returncode == 2
+    assert "train.lora.dropout" in done.stderr
