@@ -1,6 +1,7 @@
 """Texts with personal data planted in them, and texts without: what `data.scrub` is measured on.
 
-Written before the recognisers were tuned, and not used for tuning. All persons, addresses and numbers are made up.
+By the same author as the recognisers, so that strangers' texts may do worse: of the second set of names and sentences ("Since {} left")
+86 % were found when it was first tried, and the dictionary was added for it. All persons, addresses and numbers are made up.
 """
 
 import random
