@@ -68,6 +68,8 @@ def evaluate(config: ChatbotConfig, registry: Registry, version: Version, agains
     own, other = contender_of(registry, version), contender_of(registry, against) if against else base
     heldout, notes = heldout_of(config, version)
     notes += _serving_notes(config, version)
+    if against and against.tags.get("data_fingerprint") != version.tags.get("data_fingerprint"):
+        notes.append(f"{against.name} was trained on other data, and may have seen some of the questions")
     general = _general(config.evaluation.general)
     desk = Desk(config, endpoint, load_tokenizer(ensure_model(config.model)), say)
     measured = {contender.name: desk.ask(contender, heldout, general) for contender in (own, other)}
@@ -80,7 +82,7 @@ def evaluate(config: ChatbotConfig, registry: Registry, version: Version, agains
     if verdicts:
         measured[own.name] = with_sample(measured[own.name], Sample.of_shares(JUDGE, [verdict.points for verdict in verdicts]))
         if num_unclear := sum(verdict.unclear for verdict in verdicts):
-            notes.append(f"of {num_unclear} of {len(verdicts)} judged questions the judge gave no clear verdict; they count as ties")
+            notes.append(f"the judge gave no clear verdict on {num_unclear} of {len(verdicts)} questions; they count as ties")
     for name in (own.name, other.name):
         tasks = run_tasks(config.evaluation.lm_eval_tasks, endpoint, name, ensure_model(config.model), say)
         measured[name] = replace(measured[name], scores={**measured[name].scores, **tasks})

@@ -67,7 +67,7 @@ def _checks(
         ("may_lose_at_most", rule.may_lose_at_most, -(rule.may_lose_at_most or 0.0)),
     ):
         if bound is not None and differences is None:
-            yield Check(metric, name, bound, None, True, "nothing is live yet")
+            yield Check(metric, name, bound, None, True, "nothing to compare with is live")
         elif bound is not None and differences is not None and least is not None:
             yield _check(metric, name, bound, least, _least(differences.get(metric), certain))
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from configs.errors import TandemError
 from configs.schema import WatchConfig
 from data.ask import Endpoint, Probe, probe_all
 from data.conversations import Conversation
@@ -85,7 +86,7 @@ def watch(config: WatchConfig, pair: Watched, say: Say) -> Outcome:
         asked = draw.sample(list(pair.conversations), min(config.num_questions, len(pair.conversations)))
         for name in draw.sample([pair.new, pair.old], 2):  # neither is always the first, which finds a cold cache
             probes[name] += probe_all(pair.endpoint, name, asked, ANSWER_TOKENS)
-        new, old = (Health(tuple(probes[name]), tuple(pair.read_thumbs(name, began_s))) for name in (pair.new, pair.old))
+        new, old = (Health(tuple(probes[name]), _thumbs(pair, name, began_s, say)) for name in (pair.new, pair.old))
         is_over = time.monotonic() + config.every_s > ends
         reasons = worse(config, new, old)
         if reasons or is_over:
@@ -105,6 +106,15 @@ def worse(config: WatchConfig, new: Health, old: Health) -> list[str]:
     if min(len(new.thumbs), len(old.thumbs)) >= config.min_thumbs and new.down_share - old.down_share > config.thumbs_down_more:
         reasons.append(f"{new.down_share:.0%} of its thumbs point down, and {old.down_share:.0%} of the other's")
     return reasons
+
+
+def _thumbs(pair: Watched, version: str, since_s: float, say: Say) -> tuple[str, ...]:
+    """Return a version's thumbs; none where the database is away, which is no reason to leave a version unwatched."""
+    try:
+        return tuple(pair.read_thumbs(version, since_s))
+    except TandemError as error:
+        say(f"watching without thumbs: {error.what}")
+        return ()
 
 
 def thumbs_of(version: str, since_s: float) -> list[str]:

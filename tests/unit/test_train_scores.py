@@ -89,7 +89,7 @@ def test_what_is_relative_to_the_live_version_holds_where_nothing_is_live():
     decision = decide(GateConfig(metrics=rules), SCORES, None)
     assert [check.passed for check in decision.checks] == [False, True]
     assert str(decision.checks[0]) == "accuracy minimum=0.9: 80.0%"
-    assert str(decision.checks[1]) == "accuracy must_beat_live_by=0.5: nothing is live yet"
+    assert str(decision.checks[1]) == "accuracy must_beat_live_by=0.5: nothing to compare with is live"
 
 
 @pytest.mark.parametrize(
