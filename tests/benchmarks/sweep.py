@@ -1,6 +1,6 @@
 """ASHA against the full grid: the same nine trials of the helpdesk bot, each trained to its end, and then by `tune.scheduler=asha`.
 
-Wants a cluster that is up. `PYTHONPATH=. python tests/benchmarks/sweep.py [--model FOLDER] [--steps N]`
+Wants a cluster that is up. `PYTHONPATH=. python tests/benchmarks/sweep.py [--model FOLDER] [--steps N] [key=value ...]`
 """
 
 import argparse
@@ -43,9 +43,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="another base model than the config's")
     parser.add_argument("--steps", type=int, help="of a whole trial; the config's epochs if left out")
+    parser.add_argument("overrides", nargs="*", help="other settings, by dotted path")
     arguments = parser.parse_args()
     settings = [f"model.name={arguments.model}"] if arguments.model else []
     settings += [f"train.max_steps={arguments.steps}"] if arguments.steps else []
+    settings += arguments.overrides
     (grid, grid_s), (asha, asha_s) = run_sweep("grid", settings), run_sweep("asha", settings)
     figures = {
         "grid_best_heldout_loss": best(grid),
