@@ -86,7 +86,12 @@ def with_overrides(config: ChatbotConfig, overrides: Sequence[str], named: str) 
     Raises:
         ConfigError: As for `load_chatbot`.
     """
-    return _validate(ChatbotConfig, Source(named, config.model_dump(mode="json")), overrides) if overrides else config
+    if not overrides:
+        return config
+    source = Source(named, config.model_dump(mode="json"))
+    for override in overrides:
+        _apply_override(source, override)
+    return _validate(ChatbotConfig, source)
 
 
 def find_file(name: str) -> Path:

@@ -161,7 +161,8 @@ def _is_english_word(name: str) -> bool:
 def _is_english_text(tokens: Any) -> bool:
     """Tell English from what else is written in Latin letters: in German, each noun would be a name that no dictionary has."""
     words = [token for token in tokens if token.is_alpha and token.is_lower]
-    return sum(token.is_stop or _is_english_word(token.lower_) for token in words) >= MIN_ENGLISH * len(words)
+    num_english = sum(bool(token.is_stop) or _is_english_word(token.lower_) for token in words)
+    return num_english >= MIN_ENGLISH * len(words)
 
 
 @lru_cache(maxsize=1)

@@ -78,15 +78,18 @@ class RemoteBase:
 
     def join(self, trial_id: str, config: ChatbotConfig, checkpoint: Path | None = None) -> dict[str, float]:
         """Add an adapter; return its position."""
-        return self._ask("join", trial_id, config, checkpoint)
+        found: dict[str, float] = self._ask("join", trial_id, config, checkpoint)
+        return found
 
     def advance(self, trial_id: str, num_steps: int) -> dict[str, float]:
         """Take steps."""
-        return self._ask("advance", trial_id, num_steps)
+        found: dict[str, float] = self._ask("advance", trial_id, num_steps)
+        return found
 
     def evaluate(self, trial_id: str) -> float:
         """Return the held-out loss."""
-        return self._ask("evaluate", trial_id)
+        found: float = self._ask("evaluate", trial_id)
+        return found
 
     def save(self, trial_id: str, folder: Path) -> None:
         """Write a checkpoint."""
