@@ -123,6 +123,8 @@ def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Pa
     from tune.schedule import Budget, make_search
     from tune.trial import Sweep, run_trial
 
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        os.chdir(home_folder())  # a job's own folder may be unpacked anew for another card, and Tune asks where it is
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it says is in the table
     presence = make_control(record.run_id)  # while it is there, nobody else goes on with this sweep
     num_cards = count_cards()

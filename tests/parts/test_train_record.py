@@ -17,7 +17,7 @@ from data.prepare import Prepared, prepare
 from tests.helpers.data import chat, tokenizer_folder, write_rows
 from train.record import FAILED, FINISHED, STOPPED, Record, config_fingerprint, flat_settings, git_commit
 
-GROUPS = {"model", "data", "train", "train.lora", "serve", "serve.scaling", "serve.feedback"}
+GROUPS = {"model", "data", "train", "train.lora", "tune", "tune.budget", "serve", "serve.scaling", "serve.feedback"}
 GROUPS |= {"evaluation", "evaluation.judge", "gate", "gate.watch"}
 LEAVES = [path for path, _ in setting_paths(ChatbotConfig) if path not in GROUPS]
 
@@ -55,7 +55,7 @@ def changed(config: Any, path: str) -> Any:
 @pytest.mark.parametrize("path", LEAVES)
 def test_the_fingerprint_changes_with_every_setting_that_training_knows(path, config):
     same = config_fingerprint(config) == config_fingerprint(changed(config, path))
-    assert same == path.startswith(("serve.", "evaluation.", "gate."))
+    assert same == path.startswith(("serve.", "tune.", "evaluation.", "gate."))
 
 
 def test_the_fingerprint_is_that_of_what_was_meant_not_of_how_it_was_written(config, tmp_path):

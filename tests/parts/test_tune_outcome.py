@@ -84,10 +84,10 @@ def test_a_sweep_ends_when_its_tokens_or_hours_are_used_up():
 
 
 def test_combinations_of_choices_are_each_tried_once():
-    space, _ = make_search(chatbot().tune, num_cards=1)
+    space, _ = make_search(chatbot().tune, num_at_once=1)
     points = [tuple(point.values()) for point in space["settings"]["grid_search"]]
     assert sorted(points) == [(4, 1e-3), (4, 1e-2), (8, 1e-3), (8, 1e-2)]
-    fewer, _ = make_search(chatbot(budget={"trials": 3}).tune, num_cards=1)
+    fewer, _ = make_search(chatbot(budget={"trials": 3}).tune, num_at_once=1)
     assert [tuple(point.values()) for point in fewer["settings"]["grid_search"]] == points[:3]
 
 
