@@ -65,7 +65,7 @@ def synthesize(config: ChatbotConfig, options: Options) -> Tally:
     for group, seeds in _progress(_facts(sides.train), options):
         rows += _multiply(group, seeds, heldout, reword, options.num_per_fact, tally)
     rows += [conversation.to_row() for conversation in sides.heldout]
-    write_text(options.out, to_jsonl({name: value for name, value in row.items() if name not in ("origin", "feedback")} for row in rows))
+    write_text(options.out, to_jsonl(_told(row) for row in rows))
     _say(tally, options, len(rows))
     return tally
 
@@ -93,6 +93,11 @@ class _Reworder:
 
     def _fall_back(self, reason: str) -> None:
         console.print(f"[yellow]notice[/]  {self.endpoint} {reason}: from here on, fixed English templates reword the questions")
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a row a file of conversations holds; `synthetic` marks those that no person wrote."""
+    return {name: value for name, value in row.items() if name not in ("origin", "feedback") and (name, value) != ("synthetic", None)}
 
 
 def _facts(train: list[Conversation]) -> dict[str, list[Conversation]]:
