@@ -107,11 +107,11 @@ class Soak:
             self.fail(f"{answer.status_code} {answer.text}")
         time.sleep(0.5)
 
-    def meaning(self) -> str:
-        """The version that is live to the replica."""
+    def meaning(self) -> str | None:
+        """The version that is live to the replica, if it knows of one."""
         headers = {"Authorization": f"Bearer {self.secret}"}
         listed = httpx.get(f"{self.stack.endpoint}/models", headers=headers, timeout=60).json()["data"]
-        return next(model["root"] for model in listed if model["id"] == "speaker")
+        return next((model["root"] for model in listed if model["id"] == "speaker"), None)
 
     def promote(self) -> None:
         """Make another version live, and see when the replica knows."""
