@@ -1,11 +1,12 @@
 """Minutes of everything at once on one engine: more adapters than it holds, promotions, killed replicas, quotas that run out.
 
 `PYTHONPATH=. python tests/benchmarks/soak.py [--minutes 15]`. It starts a Tandem of its own with a tiny model, whose versions have each
-learnt to say one word: an answer with another's word is a wrong one. Ends with status 1 if there was any,
+learnt to say one word: an answer in other words than the version has alone is a wrong one. Ends with status 1 if there was any,
 or a failure that no kill explains.
 """
 
 import argparse
+import contextlib
 import random
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from statistics import mean, median
 
 import httpx
 import openai
+import psutil
 from bench import write_result
 
 from cluster.home import BYTES_PER_GIB
@@ -32,6 +34,7 @@ NUM_ASKING = 6
 CHANGE_EVERY_S = 10.0
 KILLS_AT = (0.2, 0.45)  # shares of the time; the second half is for memory alone
 QUESTION = "What is number 3?"
+TITLES = ("ServeReplica", "EngineCore", "VLLM::Worker", "mlflow", "haproxy")
 
 
 @dataclass
@@ -46,7 +49,8 @@ class Soak:
     failed: list[str] = field(default_factory=list)
     known_s: list[float] = field(default_factory=list)
     back_s: list[float] = field(default_factory=list)
-    memory_gib: list[tuple[float, float]] = field(default_factory=list)
+    memory_gib: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    """When, and how much each kind of process had."""
     killed: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -116,6 +120,7 @@ class Soak:
     def promote(self) -> None:
         """Make another version live, and see when the replica knows."""
         wanted = random.choice(list(self.words))
+        num_killed, undisturbed = len(self.back_s), not self.killed.is_set()
         self.stack.registry.promote(wanted)
         began_s = time.monotonic()
         try:
@@ -123,7 +128,7 @@ class Soak:
         except (httpx.HTTPError, KeyError, ValueError) as error:
             self.fail(f"promotion: {error!r}")
         else:
-            if not self.killed.is_set():
+            if undisturbed and not self.killed.is_set() and len(self.back_s) == num_killed:
                 self.known_s.append(time.monotonic() - began_s)
         self.counts["promotions"] += 1
         time.sleep(CHANGE_EVERY_S)
@@ -146,10 +151,13 @@ class Soak:
             return False
 
     def weigh(self) -> None:
-        """Note the memory of all of the stack's processes; shared pages are counted once."""
-        self.memory_gib.append(
-            (time.monotonic(), sum(process.memory_full_info().pss for process in self.stack.workers("")) / BYTES_PER_GIB)
-        )
+        """Note the memory of all of the stack's processes, by title; shared pages are counted once."""
+        found: Counter[str] = Counter()
+        for process in self.stack.workers(""):
+            with contextlib.suppress(psutil.Error):
+                title = next((known for known in TITLES if known in " ".join(process.cmdline())), "others")
+                found[title] += process.memory_full_info().pss / BYTES_PER_GIB
+        self.memory_gib.append((time.monotonic(), dict(found)))
         time.sleep(5)
 
 
@@ -193,7 +201,12 @@ def run(soak: Soak, few: str, length_s: float) -> None:
 def figures_of(soak: Soak, length_s: float) -> dict[str, float]:
     """Return the result's figures; memory is that of the third and the last quarter, in which nothing was killed."""
     end_s = soak.memory_gib[-1][0]
-    quarters = [[gib for at_s, gib in soak.memory_gib if low <= (end_s - at_s) / length_s < low + 0.25] for low in (0.25, 0.0)]
+    quarters = [[found for at_s, found in soak.memory_gib if low <= (end_s - at_s) / length_s < low + 0.25] for low in (0.25, 0.0)]
+    memory = {
+        f"{title}_{quarter}_quarter_gib": mean(found.get(title, 0.0) for found in samples)
+        for title in (*TITLES, "others")
+        for quarter, samples in zip(("third", "last"), quarters, strict=True)
+    }
     names = ("answers", "streams", "promotions", "quota_hits", "while_killed", "failed")
     return {
         "minutes": length_s / 60,
@@ -202,8 +215,9 @@ def figures_of(soak: Soak, length_s: float) -> dict[str, float]:
         "change_known_median_s": median(soak.known_s),
         "change_known_max_s": max(soak.known_s),
         "killed_to_answer_max_s": max(soak.back_s),
-        "memory_third_quarter_gib": mean(quarters[0]),
-        "memory_last_quarter_gib": mean(quarters[1]),
+        "memory_third_quarter_gib": mean(sum(found.values()) for found in quarters[0]),
+        "memory_last_quarter_gib": mean(sum(found.values()) for found in quarters[1]),
+        **{f"memory_{name}": gib for name, gib in memory.items()},
     }
 
 
@@ -213,10 +227,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=15.0)
     length_s = parser.parse_args().minutes * 60
     with served() as (stack, config):
-        soak = Soak(stack, stack.make_key("soak"), dict(stack.train_speaker(config, word) for word in WORDS))
+        versions = [stack.train_speaker(config, word)[0] for word in WORDS]
+        secret = stack.make_key("soak")
+        # What each says alone: not all learn their word to the letter.
+        words = {name: stack.ask(name, QUESTION, secret, max_tokens=16).json()["choices"][0]["message"]["content"] for name in versions}
+        if len(set(words.values())) < len(words):
+            raise SystemExit(f"two versions say the same: {words}")
+        soak = Soak(stack, secret, words)
         stack.registry.promote(next(iter(soak.words)))
         wait_for(lambda: soak.meaning() in soak.words)
-        run(soak, stack.make_key("few", "--rpm", "20"), length_s)
+        run(soak, stack.make_key("few", "--rpm", "3"), length_s)
     for line in [*soak.wrong[:10], *soak.failed[:10]]:
         console.print(line, markup=False)
     write_result("soak", figures_of(soak, length_s), {"adapters": len(WORDS), **HELD, "clients": NUM_ASKING + 2})
