@@ -49,6 +49,28 @@ class GroupedLora(PunicaWrapperCPU):  # type: ignore[misc]
                     part.index_add_(0, rows, delta, alpha=scale)
                 begin += width
 
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,  # (rows, vocabulary), changed in place
+        x: torch.Tensor,  # (rows, width)
+        lora_a_stacked: torch.Tensor,  # (slots, 1, rank, width)
+        lora_b_stacked: torch.Tensor,  # (slots, 1, vocabulary, rank)
+        scale: float,
+        **_: Any,
+    ) -> None:
+        """Add the share of adapters of the output layer, which few have; vLLM's own multiplies by zeros, and dies of `prompt_logprobs`.
+
+        For those, vLLM asks for the logits of one prompt without saying whose it is: they are left without that share.
+        """
+        slots = self.sampler_indices
+        if len(slots) != len(x):
+            return
+        for slot in slots.unique().tolist():
+            if slot >= 0 and lora_a_stacked[slot].any():
+                rows = (slots == slot).nonzero().flatten()
+                delta = (x[rows] @ lora_a_stacked[slot, 0].T) @ lora_b_stacked[slot, 0].T
+                y.index_add_(0, rows, delta.to(y.dtype), alpha=scale)
+
 
 class GroupedLoraWorker(CPUWorker):  # type: ignore[misc]
     """vLLM's CPU worker with `GroupedLora`."""

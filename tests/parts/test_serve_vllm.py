@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.errors import ConfigError
 from serve.bounds import CLOSED
@@ -85,3 +86,23 @@ def test_a_chosen_parser_that_does_not_suit_turns_tools_off_and_a_named_one_is_r
     assert choose_tool_parser(folder, "hermes") == "hermes"
     with pytest.raises(ConfigError, match="does not suit this model"):
         choose_tool_parser(folder, "llama3_json")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only an engine without a GPU has it")
+def test_an_adapter_of_the_output_layer_changes_its_own_rows_alone():
+    """vLLM's own way dies where it is asked for the logits of a prompt, of which there are more than sampled rows."""
+    from serve.cpu_lora import GroupedLora
+
+    torch.manual_seed(0)
+    wrapper = GroupedLora(16, max_batches=4, device="cpu")
+    wrapper._sampler_indices[:3] = torch.tensor([1, -1, 0])
+    wrapper.indices_len[1] = 3
+    a, b = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 32, 4)
+    a[0] = 0  # the first adapter leaves the output layer alone
+    rows = torch.randn(3, 8)
+    sampled, prompt = torch.zeros(3, 32), torch.zeros(5, 32)
+    wrapper.add_lora_logits(sampled, rows, a, b, 0.5)
+    torch.testing.assert_close(sampled[0], 0.5 * (b[1, 0] @ (a[1, 0] @ rows[0])))
+    assert not sampled[1:].any()
+    wrapper.add_lora_logits(prompt, torch.randn(5, 8), a, b, 0.5)
+    assert not prompt.any()
