@@ -152,6 +152,17 @@ class Shelf(BaseRetriever):
         return [Document(max(self.notes, key=lambda note: len(words & set(note.lower().split()))))]
 
 
+def test_log_probabilities_of_a_prompt_come_from_adapter_and_base(stack: Stack, client, secret, live_guide, tiny_model):
+    """On a CPU vLLM's own way ended the engine, for everybody."""
+    for name in (live_guide, tiny_model.name):
+        answer = stack.ask(name, secret=secret, prompt_logprobs=1)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["prompt_logprobs"]) == answer.json()["usage"]["prompt_tokens"]
+        echoed = client.completions.create(model=name, prompt="What is number 3?", max_tokens=2, echo=True, logprobs=1)
+        assert echoed.choices[0].text.startswith("What is number 3?")
+        assert len(echoed.choices[0].logprobs.token_logprobs) == echoed.usage.total_tokens
+
+
 def test_langchain_answers_from_notes(stack: Stack, secret, live_guide):
     notes = Shelf(notes=["Number 3 is 21.", "The cluster starts with python -m cluster up.", "Adapters lie in the registry."])
     prompt = ChatPromptTemplate.from_template("Notes: {notes}\nQuestion: {question}")
