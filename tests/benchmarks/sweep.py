@@ -6,24 +6,32 @@ Wants a cluster that is up. `PYTHONPATH=. python tests/benchmarks/sweep.py [--mo
 import argparse
 import json
 import re
+import subprocess
+import sys
 import time
 from typing import Any
 
-from bench import run_cli, write_result
+from bench import write_result
 
 from cluster.home import home_folder
+from configs.loader import ROOT
 
 CONFIG = "configs/helpdesk.yaml"
-TIMEOUT_S = 4 * 3600
 
 
 def run_sweep(scheduler: str, settings: list[str]) -> tuple[dict[str, Any], float]:
-    """Run one sweep as its user does; return what it wrote down, and its seconds."""
+    """Run one sweep as its user does, showing what it says; return what it wrote down, and its seconds."""
     started_s = time.monotonic()
-    said = run_cli("tune", CONFIG, f"tune.scheduler={scheduler}", *settings, timeout_s=TIMEOUT_S)
+    words = [sys.executable, "-m", "tune", CONFIG, f"tune.scheduler={scheduler}", *settings]
+    said = ""
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said += line
     found = re.search(r"sweep ([0-9a-f]{32})", said)
     assert found, said
-    print(said)
+    assert process.returncode == 0, said[-2000:]
     written = json.loads((home_folder() / "sweeps" / found[1] / "summary" / "trials.json").read_text())
     return written, time.monotonic() - started_s
 
@@ -59,13 +67,8 @@ def main() -> None:
         "grid_s": grid_s,
         "asha_s": asha_s,
     }
-    trials = {
-        name: [
-            {"settings": trial["settings"], "score": trial["score"], "share": trial["looks"][-1]["share"]} for trial in written["trials"]
-        ]
-        for name, written in (("grid", grid), ("asha", asha))
-    }
-    write_result("sweep", figures, {"model": arguments.model or "smollm2-135m", "steps": arguments.steps or "the config's", **trials})
+    trials = {name: [outline(trial) for trial in written["trials"]] for name, written in (("grid", grid), ("asha", asha))}
+    write_result("sweep", figures, {"model": arguments.model or "smollm2-135m", "settings": settings, **trials})
 
 
 if __name__ == "__main__":
