@@ -20,7 +20,7 @@ from configs.errors import RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig, SweepConfig
 from data.prepare import Prepared, check_source, prepare
 from train.job import ASKED, Say, connect, count_cards, make_manifest, on_signals, require_at_rest, require_cards
-from train.record import FAILED, FINISHED, STOPPED, Record
+from train.record import CONFIG_FILE, FAILED, FINISHED, STOPPED, Record
 from tune.outcome import Row, best_row, read_rows, summary
 
 if TYPE_CHECKING:
@@ -205,8 +205,8 @@ def _conclude(
         raise RunError(
             "no trial came to a score", reasons or "the budget ended before the first look", "mend the reasons, or widen tune.budget"
         )
-    manifest = make_manifest(
-        trial_config(config, best.settings, data.num_train), run_ids[best.name], base_fingerprint, data, best.checkpoint, best.metrics
-    )
+    settings, run_id = trial_config(config, best.settings, data.num_train), run_ids[best.name]
+    Record(registry.client, run_id).attach(CONFIG_FILE, settings.model_dump_json(indent=2))
+    manifest = make_manifest(settings, run_id, base_fingerprint, data, best.checkpoint, best.metrics)
     version = registry.nominate(registry.register(manifest, best.checkpoint).name)
     return Outcome(record.run_id, config.tune, rows, best, version, figures, folder)

@@ -5,6 +5,7 @@ Wants a cluster that is up. `PYTHONPATH=. python tests/benchmarks/sweep.py [--mo
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def main() -> None:
         "grid_best_heldout_loss": best(grid),
         "asha_best_heldout_loss": best(asha),
         "asha_over_grid_loss": best(asha) / best(grid),
+        "asha_over_grid_perplexity": math.exp(best(asha) - best(grid)),
         "grid_tokens": grid["figures"]["num_tokens"],
         "asha_tokens": asha["figures"]["num_tokens"],
         "asha_over_grid_tokens": asha["figures"]["num_tokens"] / grid["figures"]["num_tokens"],

@@ -77,7 +77,7 @@ def test_a_version_that_passes_goes_live_in_the_same_job(stack: Stack, good: Ver
 
 
 def test_a_version_that_fails_stays_the_candidate_and_the_status_says_so(stack: Stack, gated: Path, good: Version):
-    done = stack.run("train", str(gated), "train.max_steps=1", "--promote")
+    done = stack.run("train", str(gated), "train.max_steps=1", "train.learning_rate=1.0e-6", "--promote")
     assert done.returncode == 3, done.stdout + done.stderr
     assert "gate fails: accuracy minimum=0.9" in done.stdout
     bad = stack.registry.find(REGISTERED_AT_GATE.search(done.stdout)[1])

@@ -8,6 +8,7 @@ import pytest
 
 from tests.ray.stack import Stack, wait_for
 from tests.ray.test_2_training import read_until
+from train.record import read_config
 from tune.record import find_runs
 
 SWEEP_ID = re.compile(r"sweep ([0-9a-f]{32})")
@@ -61,6 +62,8 @@ def test_a_sweep_as_a_job_trains_the_best_on_and_registers_it_as_candidate(stack
     assert kept == {"summary/loss.png", "summary/settings.png", "summary/trials.json"}
     served = json.loads((stack.registry.download(version) / "adapter_config.json").read_text())
     assert served["r"] == 4
+    kept_config = read_config(client, version.run_id)
+    assert kept_config.train.lora.num_layers in (1, 2), "with which `python -m train evaluate` asks it"
 
 
 def test_a_sweep_goes_on_when_its_driver_and_later_a_worker_are_killed(stack: Stack, config):
