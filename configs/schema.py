@@ -381,6 +381,14 @@ class WatchConfig(Settings):
     thumbs_down_more: Share = 0.2
     """How much larger its share of thumbs down may be."""
 
+    @model_validator(mode="after")
+    def _sees_enough(self) -> Self:
+        most = (int(self.minutes * 60 / self.every_s) + 1) * self.num_questions
+        if self.minutes and most < self.min_answers:
+            why = f"in {self.minutes:g} minutes it sees {most} answers at most, and judges from min_answers={self.min_answers} on"
+            raise ValueError(f"gate.watch.minutes={self.minutes:g} is too short: {why}")
+        return self
+
 
 class GateConfig(Settings):
     """What a version must show before it is let in (`python -m train CONFIG --promote`)."""
@@ -449,6 +457,9 @@ class ChatbotConfig(Settings):
         reasons = [f"gate.metrics.{name}: no such metric; {known}" for name in self.gate.metrics if name not in measured]
         if "judge" in self.gate.metrics and not self.evaluation.judge.address:
             reasons.append("gate.metrics.judge: there is no judge; set evaluation.judge.address and model")
+        judged = self.gate.metrics.get("judge", GateRule())
+        if judged.must_beat_live_by is not None or judged.may_lose_at_most is not None:
+            reasons.append("gate.metrics.judge: it compares with the live version already, and 0.5 is a draw; set minimum")
         if {"general", "forgotten"} & set(self.gate.metrics) and not self.evaluation.general:
             reasons.append("gate.metrics: general and forgotten want evaluation.general")
         return reasons

@@ -70,14 +70,14 @@ def own_endpoint(config: ServeConfig, num_at_once: int = NUM_AT_ONCE) -> Endpoin
     return Endpoint(f"http://{host}:{config.port}/v1", secret.get_secret_value() if secret else operator_key(), num_at_once)
 
 
-def model_names(endpoint: Endpoint) -> list[str]:
-    """Return the names that may be asked for.
+def served_models(endpoint: Endpoint) -> dict[str, dict[str, Any]]:
+    """Return the names that may be asked for, each with what the endpoint says of it beyond OpenAI's fields.
 
     Raises:
         RunError: The endpoint does not answer, or refuses us.
     """
     try:
-        return [model.id for model in OpenAI(**endpoint.settings()).models.list()]
+        return {model.id: model.model_extra or {} for model in OpenAI(**endpoint.settings()).models.list()}
     except OpenAIError as error:
         raise _unanswered(endpoint, error) from error
 

@@ -187,6 +187,18 @@ def all_feedback() -> list[Row]:
         return read_feedback(url)
 
 
+def read_ratings(version: str, since_s: float) -> list[str]:
+    """Return the thumbs that people gave to a version's answers since a time of day.
+
+    Raises:
+        ClusterError: The database cannot be opened or read.
+    """
+    url = feedback_url()
+    wanted = select(FEEDBACK.c.rating).where(FEEDBACK.c.version == version, FEEDBACK.c.created_s >= since_s)
+    with _named(url, "read from"), _opened(url) as database, database.connect() as connection:
+        return list(connection.execute(wanted).scalars())
+
+
 def read_feedback(url: URL | str) -> list[Row]:
     """Return all feedback, the oldest first, each with its conversation where that was kept (else its columns are None)."""
     joined = FEEDBACK.outerjoin(CONVERSATIONS, FEEDBACK.c.completion_id == CONVERSATIONS.c.completion_id)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from configs.schema import FeedbackConfig
 from data.feedback_store import MAX_ID_LETTERS, FeedbackStore, Row, StoreError, feedback_url
 from serve.completion_ids import CompletionIds
-from serve.keys import Key
+from serve.keys import Key, is_operator
 from serve.protocols import Protocol
 from serve.refusal import UNAVAILABLE, RefusedError, Send, send_json
 from serve.transcript import Transcript
@@ -75,7 +75,7 @@ class FeedbackDesk:
     def listening(self, send: Send, request: dict[str, Any], key: Key | None, protocol: Protocol) -> Iterator[Send]:
         """Give a `send` for a request's answer; where conversations are kept, the chat is handed to the store at the end."""
         messages, version = protocol.turns_of(request), request["model"]
-        if not self.config.keep_conversations or not protocol.is_kept or not messages:
+        if not self.config.keep_conversations or not protocol.is_kept or not messages or is_operator(key):
             yield send
             return
         transcript = Transcript(messages)

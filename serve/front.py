@@ -18,7 +18,7 @@ from serve.adapters import Adapters, BrokenAdapterError, UnknownNameError
 from serve.body import dump, read_json, replay
 from serve.bounds import check_bounds
 from serve.feedback import FeedbackDesk
-from serve.keys import Key, KeyFile
+from serve.keys import Key, KeyFile, is_operator
 from serve.meter import Meter
 from serve.openapi import describe
 from serve.page import FILES, send_page
@@ -113,20 +113,21 @@ class Front:
             raise RefusedError(404, f"no such route: {method} {path}")
 
     def _authorize(self, scope: Scope) -> Key | None:
-        """Return the key that the request shows; None where none is asked for.
+        """Return the key that the request shows; None where none is asked for, and it is not the operator who asks.
 
         The file is looked at for each request, which takes microseconds: a revoked key is out at once, on every replica.
         """
+        kind, _, secret = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
         try:
-            if not self.doors.keys.are_asked_for():
-                return None
+            is_asked_for = self.doors.keys.are_asked_for()
         except AccessError as error:
             log.error("%s", error)
             raise RefusedError(503, "keys cannot be checked now", kind=UNAVAILABLE).after(RETRY_S) from None
-        kind, _, secret = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
+        key = self.doors.keys.find(secret.strip())
+        if not is_asked_for:
+            return key if is_operator(key) else None
         if kind.lower() != "bearer" or not secret:
             raise RefusedError(401, "this endpoint asks for a key: Authorization: Bearer KEY", code="invalid_api_key")
-        key = self.doors.keys.find(secret.strip())
         if key is None or not key.is_valid():
             reason = "is unknown" if key is None else "was revoked" if key.revoked else "has expired"
             raise RefusedError(401, f"the key {reason}", code="invalid_api_key")
@@ -160,9 +161,9 @@ class Front:
                     await self._hand_on_counted(key, request, scope, receive, send_named)
 
     def _model_card(self, name: str) -> dict[str, Any]:
-        """Say what OpenAI says of a model, and in `root`, as vLLM does, what answers by its name now."""
+        """Say what OpenAI says of a model; in `root`, as vLLM does, what answers by its name now, and on which precision of the base."""
         card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tandem"}
-        return card | {"root": self.adapters.meaning(name)}
+        return card | {"root": self.adapters.meaning(name), "quantization": self.config.quantization}
 
     async def _hand_on_counted(self, key: Key, request: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
         # A key without a quota of tokens pays no guess, and its request is not written out for one.

@@ -160,6 +160,11 @@ class KeyFile:
             yield
 
 
+def is_operator(key: Key | None) -> bool:
+    """Whether a key is the operator's own, which the cluster's own jobs show: what they ask is nobody's conversation."""
+    return key is not None and key.name == OPERATOR
+
+
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 

@@ -74,9 +74,9 @@ class Desk:
         judged = [answer for answer in of_heldout if answer.conversation.keys]
         samples = [
             self._perplexity(contender, asked),
-            Sample.of_shares(ACCURACY, [answer.right for answer in judged]),
-            Sample.of_shares(EXACT, [is_exact(answer) for answer in of_heldout]),
-            Sample.of_shares(GENERAL, [answer.right for answer in of_general]),
+            Sample.of_shares(ACCURACY, [answer.right for answer in judged], groups_of(judged)),
+            Sample.of_shares(EXACT, [is_exact(answer) for answer in of_heldout], groups_of(of_heldout)),
+            Sample.of_shares(GENERAL, [answer.right for answer in of_general], groups_of(of_general)),
         ]
         by_name = {sample.metric: sample for sample in samples}
         return Measured(contender, of_heldout, of_general, by_name, measure_all(by_name))
@@ -99,10 +99,15 @@ class Desk:
         found = token_logprobs(self.endpoint, contender.name, rows)
         if not any(found):
             return Sample(PERPLEXITY, (), ())
-        tops = tuple(surprise(places, row) if places else 0.0 for places, row in zip(found, rows, strict=True))
-        return Sample(
-            PERPLEXITY, tops, tuple(float(row.num_loss_tokens) if places else 0.0 for places, row in zip(found, rows, strict=True))
-        )
+        asked_and_found = list(zip(found, rows, strict=True))
+        tops = tuple(surprise(places, row) if places else 0.0 for places, row in asked_and_found)
+        bottoms = tuple(float(row.num_loss_tokens) if places else 0.0 for places, row in asked_and_found)
+        return Sample(PERPLEXITY, tops, bottoms, tuple(conversation.group for conversation in asked))
+
+
+def groups_of(answers: Sequence[Answer]) -> list[str | None]:
+    """Return the group of each answer's conversation."""
+    return [answer.conversation.group for answer in answers]
 
 
 def surprise(places: list[dict[int, float]], row: TokenRow) -> float:

@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from cluster.home import home_folder
 from cluster.models import ensure_model, served_base_name
@@ -14,7 +15,7 @@ from cluster.registry import MANIFEST_FILE, Registry, Version
 from configs.errors import DataError, RunError
 from configs.loader import find_file
 from configs.schema import ChatbotConfig, DataConfig
-from data.ask import Endpoint, model_names, own_endpoint
+from data.ask import Endpoint, own_endpoint, served_models
 from data.conversations import Conversation, read_prepared
 from data.formats import read_conversations
 from data.prepare import bad_rows_error, prepare
@@ -80,9 +81,12 @@ def evaluate(config: ChatbotConfig, registry: Registry, version: Version, agains
             measured[name] = with_forgotten(measured[name], measured[base.name])
     verdicts = desk.judge(measured[own.name], measured[other.name])
     if verdicts:
-        measured[own.name] = with_sample(measured[own.name], Sample.of_shares(JUDGE, [verdict.points for verdict in verdicts]))
-        if num_unclear := sum(verdict.unclear for verdict in verdicts):
-            notes.append(f"the judge gave no clear verdict on {num_unclear} of {len(verdicts)} questions; they count as ties")
+        clear = [verdict.points for verdict in verdicts if not verdict.unclear]
+        measured[own.name] = with_sample(measured[own.name], Sample.of_shares(JUDGE, clear))
+        if len(clear) < len(verdicts):
+            notes.append(
+                f"the judge gave no clear verdict on {len(verdicts) - len(clear)} of {len(verdicts)} questions, which are left out"
+            )
     for name in (own.name, other.name):
         tasks = run_tasks(config.evaluation.lm_eval_tasks, endpoint, name, ensure_model(config.model), say)
         measured[name] = replace(measured[name], scores={**measured[name].scores, **tasks})
@@ -97,12 +101,25 @@ def require_endpoint(config: ChatbotConfig) -> Endpoint:
     Raises:
         RunError: It does not answer, refuses our key, or serves another base model.
     """
+    return _served_base(config)[0]
+
+
+def served_quantization(config: ChatbotConfig) -> str:
+    """Return the format of the base that answers now, which may be another than the config's.
+
+    Raises:
+        RunError: As for `require_endpoint`.
+    """
+    return str(_served_base(config)[1].get("quantization", config.serve.quantization))
+
+
+def _served_base(config: ChatbotConfig) -> tuple[Endpoint, dict[str, Any]]:
     endpoint = own_endpoint(config.serve, config.evaluation.num_at_once)
-    names, base = model_names(endpoint), served_base_name(config.model.name)
-    if base not in names:
-        why = f"it serves {', '.join(names[:5]) or 'nothing that this key opens'}"
+    models, base = served_models(endpoint), served_base_name(config.model.name)
+    if base not in models:
+        why = f"it serves {', '.join(list(models)[:5]) or 'nothing that this key opens'}"
         raise RunError(f"{endpoint.address} does not serve {base}", why, "python -m serve CONFIG, with this chatbot's config")
-    return endpoint
+    return endpoint, models[base]
 
 
 def _task_differences(own: dict[str, Interval], other: dict[str, Interval]) -> dict[str, Interval]:
@@ -144,7 +161,7 @@ def heldout_of(config: ChatbotConfig, version: Version) -> tuple[list[Conversati
 def _serving_notes(config: ChatbotConfig, version: Version) -> list[str]:
     """Say where an adapter is served on its base in another precision than it was trained on, or is not measured whole."""
     notes = []
-    trained, served = version.tags.get("quantization", "none"), config.serve.quantization
+    trained, served = version.tags.get("quantization", "none"), served_quantization(config)
     if SAME_BASE.get(trained, trained) != served:
         what = f"trained on {TRAINED_ON.get(trained, trained)}, served on {SERVED_AS[served]}"
         notes.append(f"{what}: python -m train parity {version.name} measures it")

@@ -11,6 +11,8 @@ from configs.schema import GateConfig, GateRule
 from train.scores import Interval, shown
 
 RELATIVE = ("must_beat_live_by", "may_lose_at_most")
+NOTHING_LIVE = "nothing to compare with is live"
+OTHER_BASE = "what is live was made for another base model, and cannot be compared"
 
 
 @dataclass(frozen=True)
@@ -42,34 +44,43 @@ class Decision:
         return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
 
 
-def decide(gate: GateConfig, scores: Mapping[str, Interval], differences: Mapping[str, Interval] | None) -> Decision:
+def decide(gate: GateConfig, scores: Mapping[str, Interval], differences: Mapping[str, Interval] | str) -> Decision:
     """Hold scores against the rules.
 
     Args:
         gate: The rules; with `certain` the worse end of each interval is judged, else the value.
         scores: The version's own.
-        differences: By how much it is better than the live version; None where nothing is live, and what is relative then holds.
+        differences: By how much it is better than the live version; or NOTHING_LIVE, where what is relative holds, or OTHER_BASE, where
+            nobody knows whether it beats what is live.
     """
-    checks = tuple(check for metric, rule in gate.metrics.items() for check in _checks(metric, rule, gate.certain, scores, differences))
+    checks = tuple(
+        check
+        for metric, rule in gate.metrics.items()
+        for check in (*_absolute(metric, rule, gate.certain, scores.get(metric)), *_relative(metric, rule, gate.certain, differences))
+    )
     return Decision(all(check.passed for check in checks), checks)
 
 
-def _checks(
-    metric: str, rule: GateRule, certain: bool, scores: Mapping[str, Interval], differences: Mapping[str, Interval] | None
-) -> Iterator[Check]:
-    score = scores.get(metric)
+def _absolute(metric: str, rule: GateRule, certain: bool, score: Interval | None) -> Iterator[Check]:
     if rule.minimum is not None:
-        yield _check(metric, "minimum", rule.minimum, rule.minimum, _least(score, certain))
+        found = _least(score, certain)
+        yield _check(metric, "minimum", rule.minimum, found, found is not None and found >= rule.minimum)
     if rule.maximum is not None:
-        yield _check(metric, "maximum", rule.maximum, -rule.maximum, _most(score, certain), sign=-1)
-    for name, bound, least in (
-        ("must_beat_live_by", rule.must_beat_live_by, rule.must_beat_live_by),
-        ("may_lose_at_most", rule.may_lose_at_most, -(rule.may_lose_at_most or 0.0)),
-    ):
-        if bound is not None and differences is None:
-            yield Check(metric, name, bound, None, True, "nothing to compare with is live")
-        elif bound is not None and differences is not None and least is not None:
-            yield _check(metric, name, bound, least, _least(differences.get(metric), certain))
+        found = _most(score, certain)
+        yield _check(metric, "maximum", rule.maximum, found, found is not None and found <= rule.maximum)
+
+
+def _relative(metric: str, rule: GateRule, certain: bool, differences: Mapping[str, Interval] | str) -> Iterator[Check]:
+    bounds = {"must_beat_live_by": rule.must_beat_live_by, "may_lose_at_most": rule.may_lose_at_most}
+    for name, bound in bounds.items():
+        if bound is None:
+            continue
+        if isinstance(differences, str):
+            yield Check(metric, name, bound, None, name == "may_lose_at_most" or differences == NOTHING_LIVE, differences)
+            continue
+        found = _least(differences.get(metric), certain)
+        least = bound if name == "must_beat_live_by" else -bound
+        yield _check(metric, name, bound, found, found is not None and found >= least)
 
 
 def _least(found: Interval | None, certain: bool) -> float | None:
@@ -80,7 +91,5 @@ def _most(found: Interval | None, certain: bool) -> float | None:
     return None if found is None else found.high if certain else found.value
 
 
-def _check(metric: str, rule: str, bound: float, least: float, found: float | None, sign: int = 1) -> Check:
-    if found is None:
-        return Check(metric, rule, bound, None, False, "not measured")
-    return Check(metric, rule, bound, found, sign * found >= least)
+def _check(metric: str, rule: str, bound: float, found: float | None, passed: bool) -> Check:
+    return Check(metric, rule, bound, found, passed, "not measured" if found is None else "")

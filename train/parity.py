@@ -16,7 +16,7 @@ from configs.schema import ChatbotConfig
 from data.ask import token_logprobs
 from data.template import NO_LOSS, TokenRow, load_tokenizer, tokenize
 from train.contenders import as_asked, spread
-from train.evaluate import SAME_BASE, contender_of, heldout_of, require_endpoint
+from train.evaluate import SAME_BASE, contender_of, heldout_of, require_endpoint, served_quantization
 
 NUM_ROWS = 12
 NUM_LIKELIEST = 5
@@ -74,7 +74,7 @@ def compare_engines(config: ChatbotConfig, registry: Registry, version: Version)
     kept = [(row, places) for row, places in zip(rows, served, strict=True) if places]
     trained_on = version.tags.get("quantization", "none")
     trained = trained_logprobs(_as_trained(config, trained_on), folder, registry.download(version), [row for row, _ in kept])
-    return _compare(trained_on, config.serve.quantization, trained, [places for _, places in kept])
+    return _compare(trained_on, served_quantization(config), trained, [places for _, places in kept])
 
 
 def trained_logprobs(config: ChatbotConfig, folder: Path, adapter: Path, rows: Sequence[TokenRow]) -> list[Any]:

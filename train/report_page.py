@@ -77,7 +77,7 @@ def _group(title: str, names: list[str], said: Sequence[Sequence[Answer]], judge
                 "question": "\n\n".join(turn.content for turn in turns[:-1]),
                 "wanted": turns[-1].content,
                 "answers": [{"text": answer.text, "mark": _mark(answer)} for answer in answers],
-                "judged": f"{verdict.points:g}" if verdict else "",
+                "judged": f"{verdict.points:g}" if verdict and not verdict.unclear else "",
             }
         )
     return {"title": title, "names": names, "rows": rows, "judged": bool(judged)}

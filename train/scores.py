@@ -4,7 +4,7 @@ Knows numbers, question by question. Does not know how an answer was come by.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,16 +36,27 @@ class Sample:
     metric: str
     tops: tuple[float, ...]
     bottoms: tuple[float, ...]
+    groups: tuple[str | None, ...] = ()
+    """What each question is a wording of, if of anything; empty where no two belong together."""
 
     @classmethod
-    def of_shares(cls, metric: str, values: Sequence[float]) -> "Sample":
+    def of_shares(cls, metric: str, values: Sequence[float], groups: Sequence[str | None] = ()) -> "Sample":
         """Return the sample of a mean."""
-        return cls(metric, tuple(map(float, values)), (1.0,) * len(values))
+        return cls(metric, tuple(map(float, values)), (1.0,) * len(values), tuple(groups))
+
+    def drawn(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return tops and bottoms of what is drawn as one: wordings of one question succeed or fail together, and are less news."""
+        names = [group or number for number, group in enumerate(self.groups)] or list(range(len(self.tops)))
+        sums: dict[str | int, tuple[float, float]] = {}
+        for name, top, bottom in zip(names, self.tops, self.bottoms, strict=True):
+            known_top, known_bottom = sums.get(name, (0.0, 0.0))
+            sums[name] = known_top + top, known_bottom + bottom
+        return tuple(top for top, _ in sums.values()), tuple(bottom for _, bottom in sums.values())
 
 
 def measure(sample: Sample) -> Interval:
-    """Return a metric's value with its interval; questions are drawn again with replacement."""
-    return _bootstrap((sample.tops, sample.bottoms), lambda tops, bottoms: _value(sample.metric, tops, bottoms))
+    """Return a metric's value with its interval; questions, or groups of them, are drawn again with replacement."""
+    return _bootstrap(sample.drawn(), lambda tops, bottoms: _value(sample.metric, tops, bottoms), len(sample.tops))
 
 
 def compare(new: Sample, old: Sample) -> Interval:
@@ -57,7 +68,7 @@ def compare(new: Sample, old: Sample) -> Interval:
     def better_by(new_tops: Any, new_bottoms: Any, old_tops: Any, old_bottoms: Any) -> Any:
         return sign * (_value(new.metric, new_tops, new_bottoms) - _value(new.metric, old_tops, old_bottoms))
 
-    return _bootstrap((new.tops, new.bottoms, old.tops, old.bottoms), better_by)
+    return _bootstrap((*new.drawn(), *replace(old, groups=new.groups).drawn()), better_by, len(new.tops))
 
 
 def measure_all(samples: Mapping[str, Sample]) -> dict[str, Interval]:
@@ -91,12 +102,12 @@ def _value(metric: str, tops: Any, bottoms: Any) -> Any:
     return np.exp(np.minimum(share, MAX_LOGARITHM)) if metric == PERPLEXITY else share
 
 
-def _bootstrap(parts: Sequence[Sequence[float]], statistic: Any) -> Interval:
+def _bootstrap(parts: Sequence[Sequence[float]], statistic: Any, num_questions: int) -> Interval:
     from scipy.stats import bootstrap
 
     data = tuple(np.asarray(part, dtype=float) for part in parts)
-    value, num_questions = float(statistic(*data)), len(data[0])
-    if num_questions < 2:
+    value = float(statistic(*data))
+    if len(data[0]) < 2:
         return Interval(value, value, value, num_questions)
     found = bootstrap(
         data,

@@ -7,15 +7,15 @@ everybody's. Thumbs are those that people gave to either version meanwhile. Know
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from configs.errors import TandemError
 from configs.schema import WatchConfig
 from data.ask import Endpoint, Probe, probe_all
 from data.conversations import Conversation
-from data.feedback_store import all_feedback
+from data.feedback_store import read_ratings
 from train.contenders import Say
 
 DOWN = "down"
@@ -60,6 +60,8 @@ class Outcome:
     new: Health
     old: Health
     duration_s: float
+    is_enough: bool
+    """Whether there were answers enough to judge errors and latency by."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -74,7 +76,6 @@ class Watched:
     new: str
     old: str
     conversations: Sequence[Conversation]
-    read_thumbs: Callable[[str, float], list[str]] = field(default=lambda version, since_s: thumbs_of(version, since_s))
 
 
 def watch(config: WatchConfig, pair: Watched, say: Say) -> Outcome:
@@ -86,11 +87,11 @@ def watch(config: WatchConfig, pair: Watched, say: Say) -> Outcome:
         asked = draw.sample(list(pair.conversations), min(config.num_questions, len(pair.conversations)))
         for name in draw.sample([pair.new, pair.old], 2):  # neither is always the first, which finds a cold cache
             probes[name] += probe_all(pair.endpoint, name, asked, ANSWER_TOKENS)
-        new, old = (Health(tuple(probes[name]), _thumbs(pair, name, began_s, say)) for name in (pair.new, pair.old))
+        new, old = (Health(tuple(probes[name]), _thumbs(name, began_s, say)) for name in (pair.new, pair.old))
         is_over = time.monotonic() + config.every_s > ends
         reasons = worse(config, new, old)
         if reasons or is_over:
-            return Outcome(tuple(reasons), new, old, time.monotonic() - started)
+            return Outcome(tuple(reasons), new, old, time.monotonic() - started, _num_answers(new, old) >= config.min_answers)
         say(f"watching {pair.new}: {len(new.probes)} answers, {new.error_share:.0%} failed, {len(new.thumbs)} thumbs")
         time.sleep(config.every_s)
 
@@ -98,7 +99,7 @@ def watch(config: WatchConfig, pair: Watched, say: Say) -> Outcome:
 def worse(config: WatchConfig, new: Health, old: Health) -> list[str]:
     """Return in which ways the new version does worse than the old one, as far as enough is known."""
     reasons = []
-    if min(len(new.probes), len(old.probes)) >= config.min_answers:
+    if _num_answers(new, old) >= config.min_answers:
         if new.error_share - old.error_share > config.errors_more:
             reasons.append(f"{new.error_share:.0%} of its requests fail, and {old.error_share:.0%} of the other's")
         if new.latency_s and old.latency_s and new.latency_s > config.latency_times * old.latency_s:
@@ -108,15 +109,14 @@ def worse(config: WatchConfig, new: Health, old: Health) -> list[str]:
     return reasons
 
 
-def _thumbs(pair: Watched, version: str, since_s: float, say: Say) -> tuple[str, ...]:
+def _num_answers(new: Health, old: Health) -> int:
+    return min(len(new.probes), len(old.probes))
+
+
+def _thumbs(version: str, since_s: float, say: Say) -> tuple[str, ...]:
     """Return a version's thumbs; none where the database is away, which is no reason to leave a version unwatched."""
     try:
-        return tuple(pair.read_thumbs(version, since_s))
+        return tuple(read_ratings(version, since_s))
     except TandemError as error:
         say(f"watching without thumbs: {error.what}")
         return ()
-
-
-def thumbs_of(version: str, since_s: float) -> list[str]:
-    """Return the thumbs that people gave to a version's answers since a time of day."""
-    return [row["rating"] for row in all_feedback() if row["version"] == version and row["created_s"] >= since_s]

@@ -10,7 +10,7 @@ import pytest
 from configs.schema import FeedbackConfig
 from data.feedback_store import read_feedback
 from serve.keys import KeyFile
-from tests.helpers.front import ASKED, NOWHERE, PROMPT, QUESTION, Answer, chat, make_front, refused
+from tests.helpers.front import ASKED, NOWHERE, OPERATOR_SECRET, PROMPT, QUESTION, Answer, chat, make_front, refused
 
 KEEPS = FeedbackConfig(keep_conversations=True)
 
@@ -150,6 +150,17 @@ def test_a_conversation_is_kept_where_the_operator_wants_it(stream, pieces, ask,
     say(ask, engine.completion_id)
     (row,) = rows()
     assert (row["messages"], row["answer"], row["finish_reason"]) == ([QUESTION], "Forty-two.", "stop"), "as the client asked"
+
+
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_what_an_evaluation_asks_is_nobodys_conversation(with_keys, ask, engine, keys, rows):
+    if with_keys:
+        keys.create("ada")
+    engine.pieces = WHOLE
+    shown = [(b"authorization", f"Bearer {OPERATOR_SECRET}".encode())]
+    ask("POST", "/v1/chat/completions", ASKED, shown, feedback=KEEPS)
+    assert say(ask, engine.completion_id, OPERATOR_SECRET).status == 200
+    assert [row["messages"] for row in rows()] == [None]
 
 
 def test_an_answer_that_was_stopped_is_kept_as_far_as_it_came(ask, engine, rows):

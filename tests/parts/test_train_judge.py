@@ -52,14 +52,20 @@ def test_each_pair_is_judged_in_both_orders_and_a_change_of_mind_is_a_tie(asked_
     monkeypatch.setenv("JUDGE_API_KEY", "sk-judge")
     (tmp_path / "rubric.md").write_text("Longer is {better}.")
     config = JudgeConfig(address=address, model="m", rubric=str(tmp_path / "rubric.md"))
-    ours = [answer("a long answer"), answer("no"), answer("same"), answer("mumble")]
-    theirs = [answer("short"), answer("a long answer"), answer("size"), answer("x")]
+    ours = [answer("a long answer"), answer("no"), answer("same"), answer("mumble"), answer("longest")]
+    theirs = [answer("short"), answer("a long answer"), answer("size"), answer("x"), answer("long")]
     verdicts = judge(config, ours, theirs)
-    assert [(verdict.points, verdict.unclear) for verdict in verdicts] == [(1, False), (0, False), (0.5, False), (0.5, True)]
-    assert len(requests) == 8
+    assert [(verdict.points, verdict.unclear) for verdict in verdicts] == [(1, False), (0, False), (0.5, False), (0.5, True), (1, False)]
+    assert len(requests) == 10
     assert {key for key, _ in requests} == {"Bearer sk-judge"}
     assert "Longer is {better}." in requests[0][1]["messages"][0]["content"]
     assert "<reference_answer>\nHere.\n" in requests[0][1]["messages"][0]["content"]
+
+
+def test_a_judge_that_mostly_gives_no_verdict_is_no_judge(asked_of_judge):
+    config = JudgeConfig(address=asked_of_judge[0], model="m")
+    with pytest.raises(RunError, match=r"gave no verdict on 1 of 2 questions(.|\n)*I cannot say"):
+        judge(config, [answer("mumble"), answer("a long answer")], [answer("x"), answer("short")])
 
 
 def test_a_judge_that_is_away_or_has_no_rubric_is_one_clear_error(asked_of_judge):
@@ -78,6 +84,8 @@ def test_a_judge_that_is_away_or_has_no_rubric_is_one_clear_error(asked_of_judge
         ("Verdict: A? No.\nVerdict: B", 0),
         ("A", 1),
         ("A fine one", None),
+        ("Verdict: a tie.", 0.5),
+        ("Verdict: A\nB is far off", 1),
         ("", None),
     ],
 )

@@ -13,7 +13,7 @@ from cluster.registry import Version
 from data.feedback_store import FeedbackStore
 from tests.helpers.data import chat, write_rows
 from tests.helpers.json_door import JsonDoor, listening
-from tests.ray.stack import Stack
+from tests.ray.stack import Stack, wait_for
 
 WORDS = ("start", "run", "train", "serve")
 ANSWER = "Run it with python."
@@ -98,14 +98,21 @@ def test_a_version_that_fails_stays_the_candidate_and_the_status_says_so(stack: 
 
 
 def test_a_canary_that_people_dislike_is_taken_back_by_itself(stack: Stack, good: Version):
-    """Thumbs are written as the endpoint writes them; the probes of the watch go to the engine."""
+    """The job that watches is killed, and another goes on. Thumbs are written as the endpoint writes them; the watch asks the engine."""
     candidate = max((entry for entry in stack.registry.versions() if entry.chatbot == "gated"), key=lambda entry: entry.number)
+    settings = ["gate.metrics={exact: {minimum: 0}}", "gate.action=canary"]
+    settings += [f"gate.watch.{setting}" for setting in ("minutes=1", "every_s=5", "min_thumbs=2")]
+    job = stack.begin("train", "evaluate", candidate.name, "--promote", *settings)
+    wait_for(lambda: good.name in stack.registry.find(candidate.name).tags.get("watch", ""))
+    job.kill()
+    job.wait(30)
+    assert "canary" in stack.registry.find(candidate.name).aliases
+
     store = FeedbackStore(f"sqlite:///{stack.home / 'feedback.db'}")
     for number, (version, rating) in enumerate([(candidate.name, "down"), (good.name, "up")] * 2):
         row = {"completion_id": f"thumb-{number}", "version": version, "key_name": None, "created_s": time.time() + 600, "rating": rating}
         asyncio.run(store.save({**row, "comment": None, "better_answer": None}))
     store.close()
-    settings = ["gate.metrics={exact: {minimum: 0}}", "gate.action=canary", "gate.watch.minutes=1", "gate.watch.min_thumbs=2"]
     done = stack.run("train", "evaluate", candidate.name, "--promote", *settings)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "taken back: 100% of its thumbs point down" in done.stdout

@@ -226,6 +226,7 @@ def test_models_lists_every_name(ask, engine):
     assert (answer.status, answer.json["object"]) == (200, "list")
     assert [card["id"] for card in answer.json["data"]] == ["smollm2-135m", "helpdesk", "helpdesk:1", "helpdesk:2", "other:1"]
     assert {card["object"] for card in answer.json["data"]} == {"model"}
+    assert {card["quantization"] for card in answer.json["data"]} == {"none"}
     assert engine.scopes == []
 
 

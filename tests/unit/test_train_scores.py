@@ -8,7 +8,7 @@ from configs.errors import ConfigError, RunError
 from configs.loader import load_chatbot
 from configs.schema import GateConfig, GateRule, WatchConfig
 from data.ask import Probe
-from train.gate import decide
+from train.gate import NOTHING_LIVE, OTHER_BASE, decide
 from train.lm_tasks import main_score
 from train.scores import Interval, Sample, compare, compare_all, measure, shown_interval
 from train.watch import Health, worse
@@ -25,6 +25,19 @@ def test_a_share_has_an_interval_that_narrows_with_more_questions():
     # The normal approximation of a share of 0.75 over 400 questions.
     assert many.low == pytest.approx(0.75 - 1.96 * math.sqrt(0.75 * 0.25 / 400), abs=0.01)
     assert measure(shares(*[1, 1, 1, 0] * 5)) == few, "the same answers have the same interval"
+
+
+def test_wordings_of_one_question_are_drawn_as_one():
+    right = [1, 1, 1, 0] * 15
+    alone, grouped = (
+        measure(shares(*right)),
+        measure(Sample.of_shares("accuracy", [r for r in right for _ in "ab"], [str(n) for n in range(60) for _ in "ab"])),
+    )
+    assert (grouped.value, grouped.low, grouped.high) == (alone.value, alone.low, alone.high), "the second wording brings no news here"
+    assert grouped.num_questions == 120
+    loose = measure(Sample.of_shares("accuracy", [1, 0], [None, None]))
+    assert loose.low == 0.0
+    assert loose.high == 1.0
 
 
 def test_perplexity_weighs_each_token_alike():
@@ -86,10 +99,20 @@ def test_the_gate_holds_each_rule_against_value_or_interval(metric, rule, certai
 
 def test_what_is_relative_to_the_live_version_holds_where_nothing_is_live():
     rules = {"accuracy": GateRule(minimum=0.9, must_beat_live_by=0.5)}
-    decision = decide(GateConfig(metrics=rules), SCORES, None)
+    decision = decide(GateConfig(metrics=rules), SCORES, NOTHING_LIVE)
     assert [check.passed for check in decision.checks] == [False, True]
     assert str(decision.checks[0]) == "accuracy minimum=0.9: 80.0%"
     assert str(decision.checks[1]) == "accuracy must_beat_live_by=0.5: nothing to compare with is live"
+
+
+def test_a_version_for_another_base_than_the_live_one_beats_nothing():
+    rules = {"accuracy": GateRule(minimum=0.5, may_lose_at_most=0.1, must_beat_live_by=0.0)}
+    decision = decide(GateConfig(metrics=rules), SCORES, OTHER_BASE)
+    assert {check.rule: check.passed for check in decision.checks} == {
+        "minimum": True,
+        "must_beat_live_by": False,
+        "may_lose_at_most": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -98,6 +121,7 @@ def test_what_is_relative_to_the_live_version_holds_where_nothing_is_live():
         ("gate.metrics.acuracy.minimum=0.5", "gate.metrics.acuracy: no such metric"),
         ("gate.metrics.judge.minimum=0.5", "there is no judge"),
         ("gate.metrics.accuracy.least=0.5", "no such setting"),
+        ("gate.watch.minutes=0.5", "in 0.5 minutes it sees 12 answers at most, and judges from min_answers=20 on"),
         ("evaluation.judge.address=http://127.0.0.1/v1", "needs evaluation.judge.model"),
     ],
 )
