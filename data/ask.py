@@ -19,6 +19,8 @@ from data.template import NO_LOSS, TokenRow
 
 NUM_AT_ONCE = 32
 TIMEOUT_S = 300
+KNOWN_TIMEOUT_S = 30.0  # in which every engine knows of a promotion
+ASK_AGAIN_S = 0.1
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 (addresses that one listens on, and cannot ask)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -201,6 +203,21 @@ def first_token(endpoint: Endpoint, model: str, conversation: Conversation) -> F
     except OpenAIError as error:
         raise _unanswered(endpoint, error) from error
     return first or last
+
+
+def first_token_of(endpoint: Endpoint, model: str, version: str, conversation: Conversation) -> FirstToken:
+    """Ask by a chatbot's name until this version answers, and return its first token.
+
+    Raises:
+        RunError: The endpoint does not answer, or another version goes on answering.
+    """
+    deadline = time.monotonic() + KNOWN_TIMEOUT_S
+    while (first := first_token(endpoint, model, conversation)).version != version:
+        if time.monotonic() > deadline:
+            why = f"{model} is still answered by {first.version}, {KNOWN_TIMEOUT_S:.0f} s after the promotion"
+            raise RunError(f"{version} is live in the registry, and not on the engine", why, "python -m serve status")
+        time.sleep(ASK_AGAIN_S)
+    return first
 
 
 async def _answer(client: AsyncOpenAI, model: str, messages: list[dict[str, str]], max_tokens: int) -> str:

@@ -27,7 +27,7 @@ from configs.cli import console
 from configs.errors import RunError, last_lines
 from configs.loader import ROOT, load_machine
 from configs.schema import ChatbotConfig
-from data.ask import Answer, Endpoint, accuracy, ask_all, first_token
+from data.ask import Answer, Endpoint, accuracy, ask_all, first_token, first_token_of
 from data.conversations import Conversation, question, read_prepared
 from data.prepare import Prepared, check_source, prepare
 from serve.deploy import deploy, is_running, wait_until_running
@@ -108,6 +108,8 @@ def tell(config: ChatbotConfig, config_file: str, overrides: list[str]) -> dict[
         base_answers, adapter_answers = _ask_both(chat, config, version, heldout)
     with story.stage("live", f"Make {version.name} live"):
         Registry(session.mlflow_url).promote(version.name)
+        live = first_token_of(chat, config.name, version.name, heldout[0])
+        live_s = live.came_s - float(version.tags["finished_s"]) - story.stages_s["ask"]
         console.print(f"   requests for [bold]{config.name}[/] now go to [bold]{version.name}[/]; the engine did not restart")
     figures = {
         "model": config.name,
@@ -118,6 +120,7 @@ def tell(config: ChatbotConfig, config_file: str, overrides: list[str]) -> dict[
         "adapter_accuracy": round(accuracy(adapter_answers), 4),
         "train_tokens_per_s": round(json.loads(version.tags["scores"])["tokens_per_s"], 1),
         "finished_to_first_token_s": round(waited_s, 2),
+        "finished_to_live_s": round(live_s, 2),
         "stages_s": story.stages_s,
         "total_s": round(time.monotonic() - started_s, 1),
     }
@@ -259,6 +262,7 @@ def _summarise(figures: dict[str, Any], session: Session, heldout: list[Conversa
     table.add_row("held-out answers right, base", f"{figures['base_accuracy']:.0%}")
     table.add_row("held-out answers right, adapter", f"{figures['adapter_accuracy']:.0%}")
     table.add_row("training finished to first token served", f"{figures['finished_to_first_token_s']:.1f} s")
+    table.add_row("the same, of the live version by its name, without the questions before", f"{figures['finished_to_live_s']:.1f} s")
     console.print(table)
     request = {"model": figures["model"], "messages": [question(heldout[0])[-1]]}
     body = json.dumps(request).replace("'", "'\\''")

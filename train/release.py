@@ -4,14 +4,13 @@ Knows the order of things and the registry. Does not know how an answer is measu
 """
 
 import json
-import time
 from dataclasses import dataclass
 
 from cluster.home import OWNER_ONLY, home_folder, write_text
 from cluster.registry import CANARY, LIVE, Registry, Version
 from configs.errors import RegistryError, RunError
 from configs.schema import ChatbotConfig
-from data.ask import first_token, own_endpoint
+from data.ask import first_token_of, own_endpoint
 from train.contenders import Say
 from train.evaluate import Evaluation, evaluate
 from train.gate import NOTHING_LIVE, OTHER_BASE, Decision, decide
@@ -19,8 +18,6 @@ from train.record import keep_scores
 from train.report_page import page
 from train.watch import Outcome, Watched, watch
 
-LIVE_TIMEOUT_S = 30.0
-RETRY_S = 0.1
 PASSED, FAILED, TAKEN_BACK = "passed", "failed", "taken back"
 WATCHED_BESIDE = "watched_beside"
 
@@ -143,23 +140,11 @@ def _let_in(config: ChatbotConfig, registry: Registry, version: Version, live: V
         return None
     registry.promote(version.name)
     try:
-        return _first_token_s(config, version, found)
+        return first_token_of(own_endpoint(config.serve), version.chatbot, version.name, found.own.answers[0].conversation).came_s
     except RunError:
         if live:
             _take_back(registry, version, live)
         raise
-
-
-def _first_token_s(config: ChatbotConfig, version: Version, found: Evaluation) -> float:
-    """Ask by the chatbot's name until this version answers; return the time of day of its first token."""
-    endpoint, asked = own_endpoint(config.serve), found.own.answers[0].conversation
-    deadline = time.monotonic() + LIVE_TIMEOUT_S
-    while (first := first_token(endpoint, version.chatbot, asked)).version != version.name:
-        if time.monotonic() > deadline:
-            why = f"{version.chatbot} is still answered by {first.version}, {LIVE_TIMEOUT_S:.0f} s after the promotion"
-            raise RunError(f"{version.name} is live in the registry, and not on the engine", why, "python -m serve status")
-        time.sleep(RETRY_S)
-    return first.came_s
 
 
 def _watch(config: ChatbotConfig, registry: Registry, pair: Pair, found: Evaluation, say: Say) -> Outcome:

@@ -48,7 +48,10 @@ def main() -> None:
         "demo_s": demo["total_s"],
         "idle_stack_gib": idle_gib(),
         "registered_to_first_token_s": registered_to_first_token_s(Endpoint(demo["endpoint"], demo["api_key"]), demo["model"]),
-        **{name: demo[name] for name in ("base_accuracy", "adapter_accuracy", "train_tokens_per_s", "finished_to_first_token_s")},
+        **{
+            name: demo[name]
+            for name in ("base_accuracy", "adapter_accuracy", "train_tokens_per_s", "finished_to_first_token_s", "finished_to_live_s")
+        },
         **{f"demo_{name}_s": seconds for name, seconds in demo["stages_s"].items()},
     }
     write_result("stack", figures)
