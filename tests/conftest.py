@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -24,10 +25,17 @@ SECRETS = ("BASE_MODEL_NAME", "FEEDBACK_URL", "HUGGINGFACE_TOKEN", "JUDGE_API_KE
 FINGERPRINT = "0123456789abcdef"
 
 
+SERVING = re.compile(r"ray/test_[1-4]_")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder, so that `-m "not ray"` and the like choose among them."""
+    """Mark each test by its folder, so that `-m "not ray"` and the like choose among them.
+
+    With `-n 2` one worker has the first four groups of tests/ray and their stack, the other all else: each half in its order.
+    """
     for item in items:
         item.add_marker(item.path.parent.name)
+        item.add_marker(pytest.mark.xdist_group("serving" if SERVING.search(item.path.as_posix()) else "others"))
 
 
 @dataclass(frozen=True)
