@@ -3,8 +3,9 @@
 import json
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -239,6 +240,20 @@ def test_a_base_that_cannot_be_shared_is_refused(setting, value):
         Group(base, ROWS, HELDOUT)
 
 
+def begin(ask, *arguments) -> "Future[Any]":
+    """Ask in a thread that nobody waits for, so that an answer that never comes is a test that fails."""
+    answer: Future[Any] = Future()
+
+    def wait() -> None:
+        try:
+            answer.set_result(ask(*arguments))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return answer
+
+
 def before_each_pass(base: SharedBase, look) -> None:
     """Call `look` with each pass through the base: what it raises, the card raises."""
     decoder = base.group.base.get_decoder()
@@ -268,14 +283,17 @@ def test_an_adapter_that_does_not_fit_alone_fails_alone(references):
         base.join(trial, config(trial))
     base.join("large", with_settings(config("a"), {"train.batch_size": len(ROWS)}))
     small_card(base, 140)
-    with ThreadPoolExecutor(3) as pool:
-        large, *others = [pool.submit(base.advance, trial, 5) for trial in ("large", "a", "d")]
-        with pytest.raises(torch.OutOfMemoryError):
-            large.result(WAIT_S)
-        base.leave("large")
-        for trial, other in zip("ad", others, strict=True):
-            mean = sum(first(references[trial], 5).values()) / 5
-            assert other.result(WAIT_S)["loss"] == pytest.approx(mean, **SAME), trial
+    go_on = threading.Event()
+    base.card.submit(go_on.wait, WAIT_S)  # so that all three ask before the first step
+    large, *others = [begin(base.advance, trial, 5) for trial in ("large", "a", "d")]
+    wait_for(lambda: len(base.requests) == 3)
+    go_on.set()
+    with pytest.raises(torch.OutOfMemoryError):
+        large.result(WAIT_S)
+    base.leave("large")
+    for trial, other in zip("ad", others, strict=True):
+        mean = sum(first(references[trial], 5).values()) / 5
+        assert other.result(WAIT_S)["loss"] == pytest.approx(mean, **SAME), trial
 
 
 def test_an_adapter_whose_optimizer_fails_fails_alone(references):
@@ -287,11 +305,10 @@ def test_an_adapter_whose_optimizer_fails_fails_alone(references):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     base.group.members["a"].learner.optimizer.register_step_pre_hook(refuse)
-    with ThreadPoolExecutor(2) as pool:
-        failing, other = pool.submit(base.advance, "a", 5), pool.submit(base.advance, "b", 5)
-        with pytest.raises(torch.OutOfMemoryError):
-            failing.result(WAIT_S)
-        assert other.result(WAIT_S)["loss"] == pytest.approx(sum(first(references["b"], 5).values()) / 5, **SAME)
+    failing, other = (begin(base.advance, trial, 5) for trial in "ab")
+    with pytest.raises(torch.OutOfMemoryError):
+        failing.result(WAIT_S)
+    assert other.result(WAIT_S)["loss"] == pytest.approx(sum(first(references["b"], 5).values()) / 5, **SAME)
 
 
 def test_one_that_cannot_join_leaves_the_others_as_they_were(references, tmp_path):
@@ -302,6 +319,8 @@ def test_one_that_cannot_join_leaves_the_others_as_they_were(references, tmp_pat
     (tmp_path / "broken" / "optimizer.pt").unlink()
     with pytest.raises(FileNotFoundError):
         base.join("d", config("d"), tmp_path / "broken")
+    with pytest.raises(RuntimeError, match="has not joined"):
+        base.advance("d", 1)
     losses |= steps(base, "a", 3)["a"]
     assert losses == pytest.approx(first(references["a"], 5), **SAME)
     base.join("d", config("d"))
@@ -321,28 +340,26 @@ def test_who_asks_while_a_step_fails_gets_the_next_one(references):
             raise ValueError("this pass fails")
 
     before_each_pass(base, fail_once)
-    with ThreadPoolExecutor(2) as pool:
-        failing = pool.submit(base.advance, "a", 1)
-        assert held.wait(WAIT_S)
-        later = pool.submit(base.advance, "b", 1)
-        wait_for(lambda: "b" in base.requests)
-        go_on.set()
-        with pytest.raises(ValueError, match="this pass fails"):
-            failing.result(WAIT_S)
-        assert later.result(WAIT_S)["loss"] == pytest.approx(references["b"][1][1], **SAME)
+    failing = begin(base.advance, "a", 1)
+    assert held.wait(WAIT_S)
+    later = begin(base.advance, "b", 1)
+    wait_for(lambda: "b" in base.requests)
+    go_on.set()
+    with pytest.raises(ValueError, match="this pass fails"):
+        failing.result(WAIT_S)
+    assert later.result(WAIT_S)["loss"] == pytest.approx(references["b"][1][1], **SAME)
 
 
 def test_what_a_killed_process_asked_for_ends_when_its_trial_joins_again(references):
     base = shared()
     base.join("a", config("a"))
-    with ThreadPoolExecutor(1) as pool:
-        killed = pool.submit(base.advance, "a", NUM_STEPS)
-        wait_for(lambda: base.group.members["a"].learner.step)
-        base.join("a", config("a"))
-        with pytest.raises(RuntimeError, match="taken away"):
-            killed.result(WAIT_S)
-        assert steps(base, "a", 3)["a"] == pytest.approx(first(references["a"], 3), **SAME)
-        assert base.advance("a", 2)["step"] == 5
+    killed = begin(base.advance, "a", NUM_STEPS)
+    wait_for(lambda: base.group.members["a"].learner.step)
+    base.join("a", config("a"))
+    with pytest.raises(RuntimeError, match="taken away"):
+        killed.result(WAIT_S)
+    assert steps(base, "a", 3)["a"] == pytest.approx(first(references["a"], 3), **SAME)
+    assert base.advance("a", 2)["step"] == 5
 
 
 @pytest.mark.parametrize("again", ["asks", "leaves"])
@@ -356,22 +373,23 @@ def test_who_asks_anew_during_a_step_is_not_mistaken_for_who_asked_before(again)
         go_on.wait(WAIT_S)
 
     before_each_pass(base, hold)
-    with ThreadPoolExecutor(2) as pool:
-        before = pool.submit(base.advance, "a", 1)
-        assert held.wait(WAIT_S)
-        if again == "asks":
-            after = pool.submit(base.advance, "a", 1)
-            with pytest.raises(RuntimeError, match="asked anew"):
-                before.result(WAIT_S)
-            go_on.set()
-            assert after.result(WAIT_S)["step"] == 2
-        else:
-            gone = pool.submit(base.leave, "a")
-            go_on.set()
-            gone.result(WAIT_S)
-            assert before.result(WAIT_S)["step"] == 1, "it was done before"
-            with pytest.raises(RuntimeError, match="has not joined"):
-                base.advance("a", 1)
+    before = begin(base.advance, "a", 1)
+    assert held.wait(WAIT_S)
+    asked_s = base.requests["a"].began_s
+    if again == "asks":
+        after = begin(base.advance, "a", 1)
+        wait_for(lambda: base.requests["a"].began_s > asked_s)
+        go_on.set()
+        with pytest.raises(RuntimeError, match="asked anew"):
+            before.result(WAIT_S)
+        assert after.result(WAIT_S)["step"] == 2
+    else:
+        gone = begin(base.leave, "a")
+        go_on.set()
+        gone.result(WAIT_S)
+        assert before.result(WAIT_S)["step"] == 1, "it was done before"
+        with pytest.raises(RuntimeError, match="has not joined"):
+            base.advance("a", 1)
 
 
 def test_a_pass_has_one_micro_batch_of_each():
