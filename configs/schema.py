@@ -217,8 +217,8 @@ class SweepConfig(Settings):
     budget: BudgetConfig = BudgetConfig()
     """When a sweep ends."""
     trials_per_card: int | None = Field(None, ge=1)
-    """Trials that train on one card at once, on one base in memory. If empty, one; or several on a GPU, where their steps are small and
-    they differ in nothing that the base has."""
+    """Trials that train on one card at once, on one base in memory. If empty, one; or several on a GPU, where their steps are small,
+    they differ in nothing that the base has, and all stays within one and a half times its memory."""
     num_looks: int = Field(9, ge=1)
     """Times that a trial is measured and saved over its whole run; a kill costs each trial at most the training between two of them."""
     reduction: int = Field(3, ge=2)

@@ -31,6 +31,8 @@ REFUSED_GROUPS = {
     "model": "a sweep is for one base model",
     "data": "trials are compared by the same held-out conversations; sweep each data set by itself",
     "serve": "it does not change what is learned",
+    "evaluation": "it does not change what is learned",
+    "gate": "it does not change what is learned",
     "tune": "it is the sweep itself",
 }
 

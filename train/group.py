@@ -4,9 +4,10 @@ Adapters come and go at any time. Knows PEFT and the base's forward pass. Does n
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cluster.home import new_folder
 from configs.errors import ModelError
 from configs.schema import ChatbotConfig
 from train.learner import Learner, num_targets
+from train.memory import MAX_BATCH_TOKENS
 from train.mixed import ATTENTION, Batch, Mixer, Stack, make_batch, register_attention, take
 from train.model import has_logit_settings, insert_adapter, packs_safely
 from train.rows import Row
@@ -54,7 +56,7 @@ class Group:
     """A base and its adapters; one thread at a time."""
 
     def __init__(
-        self, base: Any, rows: list[Row], heldout: list[Row], gradient_checkpointing: bool = False, max_batch_tokens: int = 8192
+        self, base: Any, rows: list[Row], heldout: list[Row], gradient_checkpointing: bool = False, max_batch_tokens: int = MAX_BATCH_TOKENS
     ) -> None:
         """Take a base as `train.model.load_base` gives it for packed rows.
 
@@ -63,12 +65,12 @@ class Group:
             rows: What all adapters learn from, each in its own order.
             heldout: What they are measured on.
             gradient_checkpointing: Recompute activations to save memory.
-            max_batch_tokens: Tokens on their way through the base at once; a step of more goes in several parts.
+            max_batch_tokens: Most tokens on their way through the base at once; each adapter's micro-batches are cut there.
 
         Raises:
             ModelError: The model's layers would let rows see each other, or draw random numbers.
         """
-        if reason := _why_not(base):
+        if reason := why_no_group(base):
             raise ModelError("this model cannot be shared by several adapters", reason, "train them one after another")
         register_attention()
         base.set_attn_implementation(ATTENTION)
@@ -92,20 +94,23 @@ class Group:
             raise ModelError("this adapter cannot share a base", reason, "train it alone")
         if trial_id in self.members:
             self.leave(trial_id)
-        name = f"adapter{self.num_joined}"
+        slot, name = self.num_joined, f"adapter{self.num_joined}"
+        self.num_joined += 1
         learner = Learner(config, self.rows, self.heldout, self._is_bf16)
         set_seed(config.train.seed)  # as alone: the first numbers drawn are the adapter's
         self.model = insert_adapter(self.base, config.train.lora, self.model, name)
-        if checkpoint:
-            set_peft_model_state_dict(self.model, load_file(checkpoint / ADAPTER_FILE), adapter_name=name)
-        layers = [layer for layer in self.model.modules() if name in getattr(layer, "lora_A", ())]
-        member = Member(self.num_joined, name, learner)
-        self.num_joined += 1
-        self.members[trial_id] = member
-        learner.begin(matrix for layer in layers for matrix in (layer.lora_A[name].weight.data, layer.lora_B[name].weight.data.T))
-        self._stack()
-        if checkpoint:
-            learner.restore(checkpoint)
+        self.members[trial_id] = Member(slot, name, learner)
+        try:
+            if checkpoint:
+                set_peft_model_state_dict(self.model, load_file(checkpoint / ADAPTER_FILE), adapter_name=name)
+            layers = [layer for layer in self.model.modules() if name in getattr(layer, "lora_A", ())]
+            learner.begin(matrix for layer in layers for matrix in (layer.lora_A[name].weight.data, layer.lora_B[name].weight.data.T))
+            self._stack()
+            if checkpoint:
+                learner.restore(checkpoint)
+        except BaseException:
+            self.leave(trial_id)  # the others go on as before
+            raise
 
     def leave(self, trial_id: str) -> None:
         """Take an adapter away, and free its memory."""
@@ -137,29 +142,42 @@ class Group:
                 member.learner.parameters[place].data, member.learner.parameters[place + 1].data = down, up
                 member.parts.append((stack, begin, end))
 
-    def step(self, trial_ids: Sequence[str]) -> dict[str, float]:
-        """Take one step of each of these adapters, all through the base together; return their losses."""
+    def step(self, trial_ids: Sequence[str]) -> dict[str, float | RuntimeError]:
+        """Take one step of each of these adapters, all through the base together; return their losses.
+
+        An adapter whose own part of it fails has the error instead, and is spoilt. What is raised has changed none of them.
+        """
         if not trial_ids:
             return {}
-        members = [self.members[trial_id] for trial_id in trial_ids]
-        rows = [(member, row) for member in members for row in member.learner.next_rows()]
-        weights = {member.slot: 1 / max(1, num_targets(row for owner, row in rows if owner is member)) for member in members}
+        members = {trial_id: self.members[trial_id] for trial_id in trial_ids}
+        try:
+            losses = self._learn(members.values())
+            errors = {}
+            for trial_id, member in members.items():
+                try:
+                    member.learner.update(self._gradients(member))
+                except RuntimeError as error:  # such as no memory for its optimizer
+                    errors[trial_id] = error
+        finally:
+            for stack in self.mixer.stacks.values():
+                stack.down.grad = stack.up.grad = None
+        found = dict(zip(members, losses.tolist(), strict=True))
+        for trial_id in members.keys() - errors.keys():
+            members[trial_id].learner.record(found[trial_id])
+        return {**found, **errors}
+
+    def _learn(self, members: Collection[Member]) -> torch.Tensor:
+        """Compute the gradients of one step of each of these; return their losses."""
+        weights = {member.slot: 1 / max(1, num_targets(member.learner.next_rows())) for member in members}
         smoothing = {member.slot: member.learner.config.train.label_smoothing for member in members}
-        losses = {member.slot: torch.zeros((), device=self.device) for member in members}
+        losses = {slot: torch.zeros((), device=self.device) for slot in weights}
         self._set_training(True)
-        for batch in self._batches([(member.slot, row) for member, row in rows]):
+        for batch in self._batches(members):
             sums = self._sums(batch, smoothing)
             torch.stack([total * weights[slot] for slot, total in sums.items()]).sum().backward()
             for slot, total in sums.items():
                 losses[slot] += total.detach() * weights[slot]
-        for member in members:
-            member.learner.update(self._gradients(member))
-        for stack in self.mixer.stacks.values():
-            stack.down.grad = stack.up.grad = None
-        found = torch.stack([losses[member.slot] for member in members]).tolist()
-        for member, loss in zip(members, found, strict=True):
-            member.learner.record(loss)
-        return dict(zip(trial_ids, found, strict=True))
+        return torch.stack(list(losses.values()))
 
     def _gradients(self, member: Member) -> Iterator[torch.Tensor]:
         """Yield an adapter's part of the stacks' gradients, in the order of its matrices."""
@@ -169,7 +187,13 @@ class Group:
             yield stack.down.grad[begin:end]
             yield stack.up.grad[begin:end]
 
-    def _batches(self, rows: list[tuple[int, Row]]) -> Iterator[Batch]:
+    def _batches(self, members: Collection[Member]) -> Iterator[Batch]:
+        """Lay one micro-batch of each beside those of the others: so many adapters take so many times the memory of one, and no more."""
+        micro_batches = [[[(member.slot, row) for row in rows] for rows in member.learner.next_micro_batches()] for member in members]
+        for together in zip_longest(*micro_batches, fillvalue=[]):
+            yield from self._cut([row for rows in together for row in rows])
+
+    def _cut(self, rows: list[tuple[int, Row]]) -> Iterator[Batch]:
         """Cut the rows where a batch would get too long."""
         begin, num_tokens = 0, 0
         for place, (_, row) in enumerate(rows):
@@ -238,7 +262,8 @@ class Group:
         return autocast
 
 
-def _why_not(base: Any) -> str | None:
+def why_no_group(base: Any) -> str | None:
+    """Tell why a base, with its weights or without, cannot be shared, if it cannot."""
     if not packs_safely(base) or not base._supports_attention_backend:
         return "its layers would let rows of one batch see each other"
     if has_logit_settings(base):

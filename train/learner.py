@@ -87,6 +87,11 @@ class Learner:
         places = self._epoch[1][place * self.rows_a_step : (place + 1) * self.rows_a_step]
         return [self.rows[place] for place in places]
 
+    def next_micro_batches(self) -> list[list[Row]]:
+        """Return the rows of the step to take now, in the parts that are computed at once when it trains alone."""
+        rows, size = self.next_rows(), self.arguments.per_device_train_batch_size
+        return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+
     def heldout_batches(self) -> list[list[Row]]:
         """Return the held-out rows in the batches over which a Trainer takes the mean."""
         size = self.arguments.per_device_eval_batch_size

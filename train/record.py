@@ -30,6 +30,14 @@ MAX_PARAM_LETTERS = 500
 CONFIG_FILE = "config.json"
 EVALUATION_FILE = "evaluation.html"
 ENDS = {"": "value", "_low": "low", "_high": "high"}
+KIND_TAG = "kind"
+RUN, SWEEP, TRIAL = "run", "sweep", "trial"
+# What each kind is called, and how it goes on.
+KINDS = {
+    RUN: ("a single run", "python -m train CONFIG --resume {}"),
+    SWEEP: ("a sweep", "python -m tune CONFIG --resume {}"),
+    TRIAL: ("a trial of a sweep", "python -m tune CONFIG --resume SWEEP, with the id of its parent"),
+}
 NO_SUCH_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 DESCRIBED = {"data": "data", "base": "base model"}
 
@@ -41,11 +49,12 @@ class Record:
         self.client, self.run_id = client, run_id
 
     @classmethod
-    def begin(cls, client: Any, config: ChatbotConfig, data: Prepared, base_fingerprint: str) -> "Record":
-        """Start a run, with every parameter, the fingerprints, the commit and the environment."""
+    def begin(cls, client: Any, config: ChatbotConfig, data: Prepared, base_fingerprint: str, kind: str = RUN) -> "Record":
+        """Start a run, or a sweep's, with every parameter, the fingerprints, the commit and the environment."""
         from mlflow.entities import Param, RunTag
 
         facts = {
+            KIND_TAG: kind,
             "data_fingerprint": data.fingerprint,
             "config_fingerprint": config_fingerprint(config),
             "base_fingerprint": base_fingerprint,
@@ -67,11 +76,11 @@ class Record:
         return record
 
     @classmethod
-    def find(cls, client: Any, run_id: str) -> tuple["Record", ChatbotConfig]:
-        """Return a run that was stopped or failed, and the config it began with; `reopen` takes it up.
+    def find(cls, client: Any, run_id: str, kind: str = RUN) -> tuple["Record", ChatbotConfig]:
+        """Return a run of this kind that was stopped or failed, and the config it began with; `reopen` takes it up.
 
         Raises:
-            RunError: There is no such run, or it is finished.
+            RunError: There is no such run, it is of another kind, or it is finished.
         """
         from mlflow.exceptions import MlflowException
 
@@ -82,6 +91,12 @@ class Record:
                 if error.error_code not in NO_SUCH_RUN:
                     raise
                 raise RunError(f"no run {run_id} to resume", str(error), "take the run's id from MLflow, or leave out --resume") from None
+        found = run.data.tags.get(KIND_TAG)
+        if found != kind:
+            called, remedy = KINDS.get(
+                found, ("none that this version of Tandem began", "take the run's id from MLflow, or leave out --resume")
+            )
+            raise RunError(f"run {run_id} is not {KINDS[kind][0]}", f"it is {called}", remedy.format(run_id))
         if run.info.status == FINISHED:
             raise RunError(f"run {run_id} is finished", "there is nothing left to do", "leave out --resume to train anew")
         return cls(client, run_id), read_config(client, run_id)

@@ -3,39 +3,84 @@
 Knows Ray's actors and how a card is divided. Does not know the step, or who goes on.
 """
 
-from dataclasses import dataclass
+import math
+import threading
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 
-from configs.errors import RunError
+from configs.errors import ModelError, RunError
+from configs.loader import with_settings
 from configs.schema import ChatbotConfig
 from data.prepare import Prepared
 from train.host import Host
+from train.memory import MAX_BATCH_TOKENS, Memory, outline
 from train.worker import Task
 
 NUM_TRIALS = 4
 MAX_TOKENS = 2048  # of a step: at 1,500, four share an H100 at three times the pace of one after another; at 6,000 one fills it by itself
 BASES_SHARE = 0.6  # of a card: over half, so that no card has two; whoever wants a whole card waits for both
+MAX_LOADS = 3  # of a base that dies while it loads, before the trials that wait for it fail
 OF_THE_BASE = ("train.quantization", "train.double_quantization", "train.num_workers")
 
 
-def count_beside(config: ChatbotConfig, data: Prepared, on_gpu: bool) -> int:
-    """Return how many trials are to share a card: as many as the config says, or several where that is quicker.
+@dataclass(frozen=True)
+class Sharing:
+    """How many trials are on a card at once, and how they go through their base."""
+
+    num_trials: int = 1
+    recompute: bool = False
+    """Whether activations are recomputed."""
+    max_batch_tokens: int = MAX_BATCH_TOKENS
+    """Most tokens of all of them in one pass."""
+
+
+def choose_sharing(config: ChatbotConfig, data: Prepared, model_folder: Path, on_gpu: bool) -> Sharing:
+    """Return as many trials a card as the config says; or several where that is quicker and memory surely reaches.
 
     Raises:
         RunError: The config wants what cannot be.
     """
-    reason = why_not(config)
+    reason, recompute = why_not(config), config.train.gradient_checkpointing
     wanted = config.tune.trials_per_card
     if wanted and wanted > 1 and reason:
         raise RunError(f"tune.trials_per_card={wanted} cannot be", reason, "tune.trials_per_card=1")
     if wanted:
-        return wanted
-    num_tokens = config.train.batch_size * data.num_train_tokens / data.num_train
-    return NUM_TRIALS if on_gpu and not reason and num_tokens <= MAX_TOKENS else 1
+        return Sharing(wanted, recompute)
+    tokens_a_row = data.num_train_tokens / data.num_train
+    if reason or not on_gpu or _largest(config, "train.batch_size") * tokens_a_row > MAX_TOKENS:
+        return Sharing()
+    num_rows = NUM_TRIALS * min(_largest(config, "train.micro_batch_size"), _largest(config, "train.batch_size"))
+    return _within_memory(config, num_rows * tokens_a_row, model_folder)
+
+
+def _within_memory(config: ChatbotConfig, num_tokens: float, model_folder: Path) -> Sharing:
+    """Let trials share where a pass of so many tokens stays within what `train.memory` allows, recomputed if it must be; else not."""
+    from train.group import why_no_group
+
+    try:
+        base = outline(model_folder)
+    except ModelError:  # each trial will say so
+        return Sharing()
+    if why_no_group(base):
+        return Sharing()
+    rank, quantization = int(_largest(config, "train.lora.rank")), config.train.quantization
+    for recompute in sorted({config.train.gradient_checkpointing, True}):
+        most_tokens = Memory(base, NUM_TRIALS, rank, quantization, recompute).most_tokens
+        if most_tokens >= num_tokens:
+            return Sharing(NUM_TRIALS, recompute, min(most_tokens, MAX_BATCH_TOKENS))
+    return Sharing()
+
+
+def _largest(config: ChatbotConfig, path: str) -> float:
+    """Return the largest value of a setting that any trial may have; an empty one has no bound."""
+    dimension = config.tune.space.get(path)
+    drawn = dimension and (dimension.choice or dimension.integer or dimension.uniform or dimension.log)
+    return max(math.inf if value is None else value for value in drawn or [attrgetter(path)(config)])
 
 
 def why_not(config: ChatbotConfig) -> str | None:
@@ -51,22 +96,32 @@ def why_not(config: ChatbotConfig) -> str | None:
 
 
 class BaseActor:
-    """One base on one card: `train.shared.SharedBase` in a process of its own."""
+    """One base on one card: `train.shared.SharedBase` in a process of its own, which Ray starts again if it dies."""
 
-    def load(self, task: Task, num_cards: int) -> str:
-        """Load the base; return the id of the node that it is on."""
+    def __init__(self, task: Task, max_batch_tokens: int, num_cards: int) -> None:
+        self.task, self.max_batch_tokens, self.num_cards = task, max_batch_tokens, num_cards
+        self.base: Any = None
+        self.loading = threading.Lock()
+
+    def load(self) -> str:
+        """Load the base if it is not there; return the id of the node that it is on."""
         import torch
 
         from train.shared import share_base
 
-        if not torch.cuda.is_available():
-            torch.set_num_threads(max(1, (psutil.cpu_count() or 1) // num_cards))
-        self.base = share_base(task.config, Path(task.model_folder), Path(task.train_file), Path(task.heldout_file))
+        with self.loading:
+            if self.base is None:
+                if not torch.cuda.is_available():
+                    torch.set_num_threads(max(1, (psutil.cpu_count() or 1) // self.num_cards))
+                folder, train_file, heldout_file = map(Path, (self.task.model_folder, self.task.train_file, self.task.heldout_file))
+                self.base = share_base(self.task.config, folder, train_file, heldout_file, self.max_batch_tokens)
         node_id: str = ray.get_runtime_context().get_node_id()
         return node_id
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Ask the base."""
+        if self.base is None:
+            raise RuntimeError("the base was started anew, and knows no trial")
         return getattr(self.base, name)(*arguments)
 
 
@@ -100,7 +155,8 @@ class RemoteBase:
         self._ask("leave", trial_id)
 
     def _ask(self, name: str, *arguments: Any) -> Any:
-        return ray.get(self.actor.call.remote(name, *arguments))
+        # Not asked again of a base that was started anew: it knows no trial.
+        return ray.get(self.actor.call.options(max_task_retries=0).remote(name, *arguments))
 
 
 @dataclass(frozen=True)
@@ -114,21 +170,26 @@ class TrainBeside:
         """As `train.worker.train_adapter`."""
         from train.beside import train_beside
 
-        train_beside(RemoteBase(self.bases[ray.get_runtime_context().get_node_id()]), task, host, checkpoint)
+        actor = self.bases[ray.get_runtime_context().get_node_id()]
+        ray.get(actor.load.remote())  # it may have been killed since
+        train_beside(RemoteBase(actor), task, host, checkpoint)
 
 
-def start_bases(task: Task, num_cards: int, num_trials: int, on_gpu: bool) -> TrainBeside:
-    """Load a base on each train card, for so many trials there; they end with this process.
+def start_bases(task: Task, sharing: Sharing, num_cards: int, on_gpu: bool) -> TrainBeside:
+    """Load a base on each train card; they end with this process.
 
     Raises:
         ModelError: The base cannot be shared.
     """
+    task = replace(task, config=with_settings(task.config, {"train.gradient_checkpointing": sharing.recompute}))
     actor = ray.remote(BaseActor).options(
         num_cpus=0,
         num_gpus=1 if on_gpu else 0,
         resources={"card": BASES_SHARE},
         label_selector={"pool": "train"},
-        max_concurrency=2 * num_trials + 2,
+        max_concurrency=2 * sharing.num_trials + 2,
+        max_restarts=-1,  # it is the trials' failures that are counted
+        max_task_retries=MAX_LOADS,
     )
-    actors = [actor.remote() for _ in range(num_cards)]
-    return TrainBeside(dict(zip(ray.get([actor.load.remote(task, num_cards) for actor in actors]), actors, strict=True)))
+    actors = [actor.remote(task, sharing.max_batch_tokens, num_cards) for _ in range(num_cards)]
+    return TrainBeside(dict(zip(ray.get([actor.load.remote() for actor in actors]), actors, strict=True)))

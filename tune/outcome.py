@@ -3,6 +3,7 @@
 Knows Ray Tune's results. Does not know where they are written.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,10 @@ from tune.record import trial_number
 
 @dataclass(frozen=True)
 class Row:
-    """One trial: what was drawn for it, how far it came, its best score, and why it failed if it did."""
+    """One trial: what was drawn for it, how far it came, its best score, and why it failed if it did.
+
+    A loss that is no finite number is no score: a trial that diverges has that of a look before, or none.
+    """
 
     name: str
     settings: dict[str, Any]
@@ -62,10 +66,13 @@ def _row(trial: Any, result: Any, sweep: SweepConfig) -> Row:
     metrics = result.metrics or {}
     reason = metrics.get(REASON) or (last_lines(str(result.error), 1).strip() if result.error else None)
     kept = [(Path(checkpoint.path), found) for checkpoint, found in result.best_checkpoints or []]
-    choose = min if sweep.mode == "min" else max
-    path, found = choose(kept, key=lambda entry: entry[1][sweep.metric], default=(None, {}))
     looks: Looks = metrics.get("looks") or (max((entry[1]["looks"] for entry in kept), key=len, default=[]))
-    score = choose((look[sweep.metric] for look in looks), default=None)
+    choose = min if sweep.mode == "min" else max
+    measured = (entry for entry in kept if math.isfinite(entry[1][sweep.metric]))
+    path, found = choose(measured, key=lambda entry: entry[1][sweep.metric], default=(None, {}))
+    score = choose((look[sweep.metric] for look in looks if math.isfinite(look[sweep.metric])), default=None)
+    if looks and score is None and not reason:
+        reason = f"it diverged: its {sweep.metric} was {looks[-1][sweep.metric]} at every look"
     return Row(str(trial), trial.config["settings"], looks, score, reason, path, found)
 
 

@@ -14,12 +14,12 @@ DOTS_PER_INCH = 150
 
 
 def draw(folder: Path, rows: Sequence[Row], sweep: SweepConfig) -> None:
-    """Write `loss.png` and `settings.png`, as far as there are looks to draw."""
+    """Write `loss.png` and `settings.png`, as far as there are scores to draw."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    scored = [row for row in rows if row.looks]
+    scored = [row for row in rows if row.score is not None]
     if scored:
         _draw_losses(folder / "loss.png", scored, sweep)
         _draw_settings(folder / "settings.png", scored, sweep)

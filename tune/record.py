@@ -4,13 +4,14 @@ Knows MLflow's runs. Does not know how a sweep goes.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.home import write_text
 from cluster.registry import Registry, mlflow_errors
-from train.record import FAILED, FINISHED, MAX_PARAM_LETTERS, STOPPED, Record
+from train.record import FAILED, FINISHED, KIND_TAG, MAX_PARAM_LETTERS, STOPPED, TRIAL, Record
 
 if TYPE_CHECKING:
     from tune.outcome import Row
@@ -38,7 +39,7 @@ def trial_run(url: str, sweep_id: str, name: str, settings: dict[str, Any]) -> s
         if known := find_runs(client, sweep).get(name):
             client.set_terminated(known, "RUNNING")
             return known
-        tags = {PARENT_TAG: sweep_id, NAME_TAG: f"trial {trial_number(name)}", TRIAL_TAG: name}
+        tags = {PARENT_TAG: sweep_id, NAME_TAG: f"trial {trial_number(name)}", TRIAL_TAG: name, KIND_TAG: TRIAL}
         run_id: str = client.create_run(sweep.info.experiment_id, tags=tags).info.run_id
         client.log_batch(run_id, params=[Param(path, str(value)[:MAX_PARAM_LETTERS]) for path, value in settings.items()])
     return run_id
@@ -66,12 +67,14 @@ def close_trials(client: Any, sweep_id: str, rows: "Sequence[Row]") -> dict[str,
 
 
 def write_summary(client: Any, sweep_id: str, folder: Path, rows: "Sequence[Row]", figures: Mapping[str, float]) -> None:
-    """Write trials and figures beside the plots, and keep all of it with the sweep's run."""
-    listed = [
-        {"trial": row.number, "state": row.state, "settings": row.settings, "score": row.score, "reason": row.reason, "looks": row.looks}
-        for row in rows
-    ]
-    write_text(folder / "trials.json", json.dumps({"figures": dict(figures), "trials": listed}, indent=2) + "\n")
+    """Write trials and figures beside the plots, and keep all of it with the sweep's run; a loss that is no number is null."""
+    listed = []
+    for row in rows:
+        looks = [{name: value if math.isfinite(value) else None for name, value in look.items()} for look in row.looks]
+        told = {"settings": row.settings, "score": row.score, "reason": row.reason, "looks": looks}
+        listed.append({"trial": row.number, "state": row.state, **told})
+    text = json.dumps({"figures": dict(figures), "trials": listed}, indent=2, allow_nan=False)
+    write_text(folder / "trials.json", text + "\n")
     with mlflow_errors(client.tracking_uri):
         client.log_artifacts(sweep_id, str(folder), "summary")
         for name, value in figures.items():

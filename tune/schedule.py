@@ -110,10 +110,11 @@ def _name(trial: Any, first: int) -> str:
 
 
 class Budget(ray_tune.Stopper):  # type: ignore[misc]
-    """Ends a sweep whose trials have used up its tokens or hours; Tune keeps its state with the sweep's."""
+    """Ends a sweep whose trials have used up its tokens, or its hours of the cards; Tune keeps its state with the sweep's."""
 
-    def __init__(self, tokens: int | None, hours: float | None) -> None:
-        self.limits = {"num_tokens": tokens, "time_total_s": hours and 3600 * hours}
+    def __init__(self, tokens: int | None, hours: float | None, trials_per_card: int = 1) -> None:
+        # What trials count is their own time: an hour of a card is one of each trial on it.
+        self.limits = {"num_tokens": tokens, "time_total_s": hours and 3600 * hours * trials_per_card}
         self.spent: dict[str, dict[str, float]] = {name: {} for name in self.limits}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from configs.errors import RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig, SweepConfig
 from data.prepare import Prepared, check_source, prepare
 from train.job import ASKED, Say, connect, count_cards, make_manifest, on_signals, require_at_rest, require_cards
-from train.record import CONFIG_FILE, FAILED, FINISHED, STOPPED, Record
+from train.record import CONFIG_FILE, FAILED, FINISHED, STOPPED, SWEEP, Record
 from tune.outcome import Row, best_row, read_rows, summary
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def sweep(config: ChatbotConfig, say: Say, show: "Callable[[ChatbotConfig], Show
     registry = Registry(session.mlflow_url)
     record: Record | None = None
     if resume:
-        record, config = Record.find(registry.client, resume)
-        if not config.tune.space:
-            raise RunError(f"run {resume} is no sweep", "it is a single run", f"python -m train CONFIG --resume {resume}")
+        record, config = Record.find(registry.client, resume, SWEEP)
         say(f"going on with sweep {resume}")
     check_source(config.data)
     check_model(config.model)
@@ -89,7 +87,7 @@ def sweep(config: ChatbotConfig, say: Say, show: "Callable[[ChatbotConfig], Show
             require_at_rest(record.run_id)
             record.reopen()
         else:
-            record = Record.begin(registry.client, config, data, base_fingerprint)
+            record = Record.begin(registry.client, config, data, base_fingerprint, SWEEP)
         say(f"sweep {record.run_id}, on {count_cards()} train cards" if count_cards() > 1 else f"sweep {record.run_id}")
         try:
             rows = _try_all(config, session, record, folder, data, show(config))
@@ -118,7 +116,7 @@ def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Pa
 
     from train.control import make_control
     from train.worker import Task
-    from tune.beside import count_beside, start_bases
+    from tune.beside import choose_sharing, start_bases
     from tune.callback import ProgressCallback
     from tune.schedule import Budget, make_search
     from tune.trial import Sweep, run_trial
@@ -130,15 +128,16 @@ def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Pa
     num_cards = count_cards()
     task = Task(config, record.run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url)
     on_gpu = any("gpu-share" in card for card in session.cards if card["pool"] == "train")
-    num_beside = count_beside(config, data, on_gpu)
-    shared = {"train_trial": start_bases(task, num_cards, num_beside, on_gpu)} if num_beside > 1 else {}
+    sharing = choose_sharing(config, data, folder, on_gpu)
+    num_beside = sharing.num_trials
+    shared = {"train_trial": start_bases(task, sharing, num_cards, on_gpu)} if num_beside > 1 else {}
     trainable = ray_tune.with_resources(
         ray_tune.with_parameters(run_trial, sweep=Sweep(task, data.num_train, num_cards, **shared)),
         _part_of_a_card(num_beside) if shared else _one_card(on_gpu),
     )
     place = sweeps_folder() / record.run_id
     if ray_tune.Tuner.can_restore(str(place)):
-        tuner = ray_tune.Tuner.restore(str(place), trainable)
+        tuner = ray_tune.Tuner.restore(str(place), trainable, resume_errored=True)  # what made them fail may be mended
     else:
         space, search = make_search(config.tune, num_cards * num_beside)
         tune = config.tune
@@ -149,7 +148,7 @@ def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Pa
             run_config=ray_tune.RunConfig(
                 name=record.run_id,
                 storage_path=str(place.parent),
-                stop=Budget(tune.budget.tokens, tune.budget.hours),
+                stop=Budget(tune.budget.tokens, tune.budget.hours, num_beside),
                 checkpoint_config=ray_tune.CheckpointConfig(
                     num_to_keep=NUM_KEPT_PBT if tune.scheduler == "pbt" else NUM_KEPT,
                     checkpoint_score_attribute=tune.metric,

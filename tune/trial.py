@@ -18,11 +18,11 @@ from configs.loader import with_settings
 from configs.schema import ChatbotConfig
 from train.control import Progress
 from train.host import Host
+from train.memory import is_out_of_memory
 from train.worker import Task, train_adapter
 from tune.looks import failure, read_looks
 from tune.record import trial_run
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 TrainTrial = Callable[[Task, Host, Any], None]
 
 
@@ -74,9 +74,16 @@ def run_trial(drawn: dict[str, Any], sweep: Sweep) -> None:
     except TandemError as error:
         ray_tune.report(failure(f"{error.what}: {error.why}", tune.metric, tune.mode))
     except RuntimeError as error:
-        if not any(words in str(error) for words in NO_MEMORY):
+        reason = memory_reason(error)
+        if not reason:
             raise
-        ray_tune.report(failure(f"out of memory: {str(error).partition(chr(10))[0]}", tune.metric, tune.mode))
+        ray_tune.report(failure(reason, tune.metric, tune.mode))
+
+
+def memory_reason(error: RuntimeError) -> str | None:
+    """Return what was too large, if memory did not reach; an error from a base in another process begins with that one's traceback."""
+    cause = getattr(error, "cause", error)
+    return f"out of memory: {str(cause).partition(chr(10))[0]}" if is_out_of_memory(cause) else None
 
 
 def trial_config(config: ChatbotConfig, settings: dict[str, Any], num_rows: int) -> ChatbotConfig:

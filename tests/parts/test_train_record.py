@@ -12,10 +12,11 @@ import pytest
 from cluster.registry import Registry
 from configs.errors import RegistryError, RunError
 from configs.loader import load_chatbot, setting_paths
-from configs.schema import ChatbotConfig
+from configs.schema import ChatbotConfig, SweepConfig
 from data.prepare import Prepared, prepare
 from tests.helpers.data import chat, tokenizer_folder, write_rows
-from train.record import FAILED, FINISHED, STOPPED, Record, config_fingerprint, flat_settings, git_commit
+from train.record import FAILED, FINISHED, RUN, STOPPED, SWEEP, Record, config_fingerprint, flat_settings, git_commit
+from tune.record import trial_run
 
 GROUPS = {"model", "data", "train", "train.lora", "tune", "tune.budget", "serve", "serve.scaling", "serve.feedback"}
 GROUPS |= {"evaluation", "evaluation.judge", "gate", "gate.watch"}
@@ -151,6 +152,22 @@ def test_a_run_goes_on_with_its_own_config_until_it_is_finished(client, config, 
 def test_a_run_that_is_not_there_cannot_go_on(client):
     with pytest.raises(RunError, match="no run gone to resume"):
         Record.find(client, "gone")
+
+
+def test_a_run_a_sweep_and_a_trial_are_told_apart(registry, client, config, data):
+    """The config has a space to search, as every chatbot's may: only the record says whether it was searched."""
+    config = config.model_copy(update={"tune": SweepConfig.model_validate({"space": {"train.lora.rank": {"choice": [4, 8]}}})})
+    run, sweep = (Record.begin(client, config, data, "f" * 16, kind).run_id for kind in (RUN, SWEEP))
+    trial = trial_run(registry.url, sweep, "trial_00001", {"train.lora.rank": 4})
+    assert Record.find(client, run)[0].run_id == run
+    assert Record.find(client, sweep, SWEEP)[0].run_id == sweep
+    with pytest.raises(RunError, match=f"(?s)is not a single run.*a sweep.*python -m tune CONFIG --resume {sweep}"):
+        Record.find(client, sweep)
+    with pytest.raises(RunError, match=f"(?s)is not a sweep.*a single run.*python -m train CONFIG --resume {run}"):
+        Record.find(client, run, SWEEP)
+    for kind in (RUN, SWEEP):
+        with pytest.raises(RunError, match="it is a trial of a sweep"):
+            Record.find(client, trial, kind)
 
 
 def test_a_run_whose_own_config_can_no_longer_be_read_is_refused(client, config, data):

@@ -1,8 +1,11 @@
 """Adapters that share a base learn as each does alone: the same losses as transformers' Trainer gives, on a tiny Llama."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +13,13 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from configs.errors import ModelError
+from configs.loader import with_settings
 from configs.schema import ChatbotConfig, ModelConfig, TrainConfig
 from data.prepare import prepare
 from serve.adapters import check_adapter
 from tests.helpers.data import chat, chatbot, write_rows
 from tests.parts.test_train_model import rows, tiny
-from tests.ray.stack import make_tiny_model
+from tests.ray.stack import make_tiny_model, wait_for
 from train.group import Group, why_apart
 from train.model import add_adapter, load_base
 from train.rows import Packer, Padder, RowOrder
@@ -24,6 +28,7 @@ from train.step import OrderedTrainer, training_arguments
 
 ROWS, HELDOUT = rows([6 + place * 5 % 17 for place in range(22)]), rows([5 + place * 3 % 11 for place in range(9)], seed=3)
 NUM_STEPS = 20
+WAIT_S = 30
 # Double precision but for the loss itself. In fp32 sums in another order differ in the seventh digit, and AdamW, which makes full steps of
 # the smallest gradients, makes that the fifth within ten steps.
 SAME = {"rel": 1e-6}
@@ -233,6 +238,169 @@ def test_a_base_that_cannot_be_shared_is_refused(setting, value):
     setattr(base.config, setting, value)
     with pytest.raises(ModelError, match="cannot be shared"):
         Group(base, ROWS, HELDOUT)
+
+
+def begin(ask, *arguments) -> "Future[Any]":
+    """Ask in a thread that nobody waits for, so that an answer that never comes is a test that fails."""
+    answer: Future[Any] = Future()
+
+    def wait() -> None:
+        try:
+            answer.set_result(ask(*arguments))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return answer
+
+
+def before_each_pass(base: SharedBase, look) -> None:
+    """Call `look` with each pass through the base: what it raises, the card raises."""
+    decoder = base.group.base.get_decoder()
+    decoder.register_forward_pre_hook(lambda module, args, kwargs: look(kwargs["rows"]), with_kwargs=True)
+
+
+def small_card(base: SharedBase, most_tokens: int) -> None:
+    def refuse(batch) -> None:
+        if batch.input_ids.numel() > most_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    before_each_pass(base, refuse)
+
+
+def test_adapters_that_are_too_many_for_the_card_at_once_go_one_after_another(references):
+    base = shared()
+    for trial in "abc":
+        base.join(trial, config(trial))
+    small_card(base, 140)
+    for trial, found in steps(base, "abc", 5).items():
+        assert found == pytest.approx(first(references[trial], 5), **SAME), trial
+
+
+def test_an_adapter_that_does_not_fit_alone_fails_alone(references):
+    base = shared()
+    for trial in "ad":
+        base.join(trial, config(trial))
+    base.join("large", with_settings(config("a"), {"train.batch_size": len(ROWS)}))
+    small_card(base, 140)
+    go_on = threading.Event()
+    base.card.submit(go_on.wait, WAIT_S)  # so that all three ask before the first step
+    large, *others = [begin(base.advance, trial, 5) for trial in ("large", "a", "d")]
+    wait_for(lambda: len(base.requests) == 3)
+    go_on.set()
+    with pytest.raises(torch.OutOfMemoryError):
+        large.result(WAIT_S)
+    base.leave("large")
+    for trial, other in zip("ad", others, strict=True):
+        mean = sum(first(references[trial], 5).values()) / 5
+        assert other.result(WAIT_S)["loss"] == pytest.approx(mean, **SAME), trial
+
+
+def test_an_adapter_whose_optimizer_fails_fails_alone(references):
+    base = shared()
+    for trial in "ab":
+        base.join(trial, config(trial))
+
+    def refuse(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    base.group.members["a"].learner.optimizer.register_step_pre_hook(refuse)
+    failing, other = (begin(base.advance, trial, 5) for trial in "ab")
+    with pytest.raises(torch.OutOfMemoryError):
+        failing.result(WAIT_S)
+    assert other.result(WAIT_S)["loss"] == pytest.approx(sum(first(references["b"], 5).values()) / 5, **SAME)
+
+
+def test_one_that_cannot_join_leaves_the_others_as_they_were(references, tmp_path):
+    base = shared()
+    base.join("a", config("a"))
+    losses = steps(base, "a", 2)["a"]
+    shutil.copytree(references["d"][0] / "checkpoint-10", tmp_path / "broken")
+    (tmp_path / "broken" / "optimizer.pt").unlink()
+    with pytest.raises(FileNotFoundError):
+        base.join("d", config("d"), tmp_path / "broken")
+    with pytest.raises(RuntimeError, match="has not joined"):
+        base.advance("d", 1)
+    losses |= steps(base, "a", 3)["a"]
+    assert losses == pytest.approx(first(references["a"], 5), **SAME)
+    base.join("d", config("d"))
+    assert steps(base, "d", 2)["d"] == pytest.approx(first(references["d"], 2), **SAME)
+
+
+def test_who_asks_while_a_step_fails_gets_the_next_one(references):
+    base = shared()
+    for trial in "ab":
+        base.join(trial, config(trial))
+    held, go_on = threading.Event(), threading.Event()
+
+    def fail_once(batch) -> None:
+        if not held.is_set():
+            held.set()
+            go_on.wait(WAIT_S)
+            raise ValueError("this pass fails")
+
+    before_each_pass(base, fail_once)
+    failing = begin(base.advance, "a", 1)
+    assert held.wait(WAIT_S)
+    later = begin(base.advance, "b", 1)
+    wait_for(lambda: "b" in base.requests)
+    go_on.set()
+    with pytest.raises(ValueError, match="this pass fails"):
+        failing.result(WAIT_S)
+    assert later.result(WAIT_S)["loss"] == pytest.approx(references["b"][1][1], **SAME)
+
+
+def test_what_a_killed_process_asked_for_ends_when_its_trial_joins_again(references):
+    base = shared()
+    base.join("a", config("a"))
+    killed = begin(base.advance, "a", NUM_STEPS)
+    wait_for(lambda: base.group.members["a"].learner.step)
+    base.join("a", config("a"))
+    with pytest.raises(RuntimeError, match="taken away"):
+        killed.result(WAIT_S)
+    assert steps(base, "a", 3)["a"] == pytest.approx(first(references["a"], 3), **SAME)
+    assert base.advance("a", 2)["step"] == 5
+
+
+@pytest.mark.parametrize("again", ["asks", "leaves"])
+def test_who_asks_anew_during_a_step_is_not_mistaken_for_who_asked_before(again):
+    base = shared()
+    base.join("a", config("a"))
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(batch) -> None:
+        held.set()
+        go_on.wait(WAIT_S)
+
+    before_each_pass(base, hold)
+    before = begin(base.advance, "a", 1)
+    assert held.wait(WAIT_S)
+    asked_s = base.requests["a"].began_s
+    if again == "asks":
+        after = begin(base.advance, "a", 1)
+        wait_for(lambda: base.requests["a"].began_s > asked_s)
+        go_on.set()
+        with pytest.raises(RuntimeError, match="asked anew"):
+            before.result(WAIT_S)
+        assert after.result(WAIT_S)["step"] == 2
+    else:
+        gone = begin(base.leave, "a")
+        go_on.set()
+        gone.result(WAIT_S)
+        assert before.result(WAIT_S)["step"] == 1, "it was done before"
+        with pytest.raises(RuntimeError, match="has not joined"):
+            base.advance("a", 1)
+
+
+def test_a_pass_has_one_micro_batch_of_each():
+    base = shared()
+    passes: list[int] = []
+    for trial in ("d", "another", "a"):  # two rows at once, two, and four
+        base.join(trial, config("d" if trial == "another" else trial))
+    before_each_pass(base, lambda batch: passes.append(batch.shape[0]))
+    base.group.step(["d", "another"])
+    base.group.step(["d", "another", "a"])
+    assert passes == [4, 4, 8, 4]
 
 
 def test_a_step_that_fails_is_told_to_all_who_wait_for_it():

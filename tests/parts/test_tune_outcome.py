@@ -2,17 +2,21 @@
 
 import json
 from io import StringIO
+from math import inf, nan
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from configs.schema import ChatbotConfig
 from tune.looks import read_looks
-from tune.outcome import Row, best_row, summary, table
+from tune.outcome import Row, best_row, read_rows, summary, table
 from tune.plots import draw
+from tune.record import write_summary
 from tune.schedule import Budget, make_search
-from tune.trial import trial_config
+from tune.trial import memory_reason, trial_config
 
 PNG = b"\x89PNG"
 
@@ -38,6 +42,44 @@ def test_the_best_is_a_trial_with_a_score_that_did_not_fail():
     assert best_row(ROWS, chatbot().tune) == ROWS[0]
     assert best_row(ROWS, chatbot(mode="max").tune) == ROWS[1]
     assert best_row(ROWS[2:], chatbot().tune) is None
+
+
+def tried(number: int, *losses: float) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """A trial and its result, as Tune gives them."""
+
+    class Trial(SimpleNamespace):
+        def __str__(self) -> str:
+            return f"trial_{number:05d}"
+
+    looks = row(number, *losses).looks
+    kept = [(SimpleNamespace(path=f"checkpoint-{look['step']}"), {"eval_loss": look["eval_loss"], "looks": looks}) for look in looks]
+    result = SimpleNamespace(metrics={"looks": looks}, error=None, best_checkpoints=kept)
+    return Trial(config={"settings": {"train.lora.rank": 4, "train.learning_rate": 0.01}}), result
+
+
+class Results(list):
+    """What a sweep of Tune's returns."""
+
+    def __init__(self, *trials) -> None:
+        super().__init__(result for _, result in trials)
+        self._experiment_analysis = SimpleNamespace(trials=[trial for trial, _ in trials])
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_trial_that_diverges_is_not_the_best(mode, tmp_path, registry):
+    sweep = chatbot(mode=mode).tune
+    rows = read_rows(Results(tried(1, nan, inf), tried(2, nan, 5.0, nan, 4.5, 7.0), tried(3, 6.0)), sweep)
+    assert rows[0].reason == "it diverged: its eval_loss was inf at every look"
+    assert [row.score for row in rows] == ([None, 4.5, 6.0] if mode == "min" else [None, 7.0, 6.0])
+    assert best_row(rows, sweep) == rows[1]
+    assert rows[1].checkpoint == Path("checkpoint-40" if mode == "min" else "checkpoint-50")
+    assert best_row(rows[:1], sweep) is None
+    draw(tmp_path / "summary", rows, sweep)
+    client = registry.client
+    run = client.create_run(client.create_experiment("bot", artifact_location=str(tmp_path / "artifacts")))
+    write_summary(client, run.info.run_id, tmp_path / "summary", rows, summary(rows))
+    told = json.loads((tmp_path / "summary" / "trials.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert [look["eval_loss"] for look in told["trials"][1]["looks"]] == [None, 5.0, None, 4.5, 7.0]
 
 
 def test_the_price_is_told_against_all_trials_to_their_end():
@@ -72,6 +114,14 @@ def test_a_trial_is_measured_and_saved_so_many_times():
     assert trial_config(config, {"train.max_steps": 5}, 500).train.eval_every_steps == 1
 
 
+def test_no_memory_is_told_in_its_own_words_wherever_the_base_is():
+    error = RuntimeError("CUDA out of memory. Tried to allocate 3.00 GiB.\nIt has a total of 80 GiB.")
+    afar = RayTaskError("call", "Traceback\n  CUDA out of memory", error, "ray::BaseActor.call", 7, "127.0.0.1").as_instanceof_cause()
+    assert isinstance(afar, RuntimeError)
+    assert memory_reason(error) == memory_reason(afar) == "out of memory: CUDA out of memory. Tried to allocate 3.00 GiB."
+    assert memory_reason(RuntimeError("another")) is None
+
+
 def test_a_sweep_ends_when_its_tokens_or_hours_are_used_up():
     tokens, hours, endless = Budget(1000, None), Budget(None, 1.0), Budget(None, None)
     for budget in (tokens, hours, endless):
@@ -81,6 +131,16 @@ def test_a_sweep_ends_when_its_tokens_or_hours_are_used_up():
         assert not budget.stop_all()
         budget("b", {"num_tokens": 400, "time_total_s": 700})
     assert (tokens.stop_all(), hours.stop_all(), endless.stop_all()) == (True, True, False)
+
+
+def test_an_hour_of_a_card_is_an_hour_of_each_trial_on_it():
+    budget = Budget(None, 1.0, trials_per_card=4)
+    for trial in "abc":
+        budget(trial, {"time_total_s": 3600})
+    budget("d", {"time_total_s": 3500})
+    assert not budget.stop_all()
+    budget("d", {"time_total_s": 3600})
+    assert budget.stop_all()
 
 
 def test_combinations_of_choices_are_each_tried_once():

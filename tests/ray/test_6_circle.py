@@ -62,7 +62,7 @@ def test_what_people_said_makes_the_next_version_answer_better(stack: Stack, bak
     client.post("/feedback", body=said, cast_to=dict[str, str])
     run("data", "feedback", str(bakery), "--since", "1h")
     run("data", "accept", str(bakery), "--all")
-    assert "gate" in run("train", str(bakery), "--promote")
+    assert "gate holds: accuracy" in run("train", str(bakery), "--promote")
     second = ask(QUESTION)
     assert (first.model, second.model) == ("bakery:1", "bakery:2")
     assert "mill" in second.choices[0].message.content

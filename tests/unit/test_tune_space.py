@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ConfigError
-from configs.loader import load_chatbot, with_settings
+from configs.loader import load_chatbot, setting_paths, with_settings
+from configs.schema import ChatbotConfig
 from configs.space import PBT_SETTINGS, REFUSED, REFUSED_GROUPS, load_sweep, num_combinations
 
 BASE = """\
@@ -67,7 +68,13 @@ def test_a_range_of_fractions_does_not_suit_a_whole_number(write):
     load_sweep(write("budget: {trials: 4}", "space: {train.batch_size: {integer: [8, 16]}}"))
 
 
-@pytest.mark.parametrize("path", [*REFUSED, "model.name", "data.split", "serve.port", "tune.seed", "name"])
+def outside_training() -> list[str]:
+    """One setting of every group but `train`, so that a new group is asked for too."""
+    firsts = {path.partition(".")[0]: path for path, _ in setting_paths(ChatbotConfig)}
+    return [path for group, path in firsts.items() if group != "train"]
+
+
+@pytest.mark.parametrize("path", [*REFUSED, *outside_training()])
 def test_what_does_not_change_the_training_is_refused_with_its_reason(write, path):
     told = refusal(write(f"space: {{{path}: {{choice: [1]}}}}"))
     assert f"{path}: cannot be varied: {REFUSED.get(path) or REFUSED_GROUPS[path.partition('.')[0]]}" in told
