@@ -98,7 +98,17 @@ def _to_conversation(row: RawRow, shape: Shape | None, table_split: str | None, 
     _check_order(messages)
     if config.system_prompt and messages[0].role != "system":
         messages = (Message("system", config.system_prompt), *messages)
-    found = Conversation(messages, _group(row.fields), None, _keys(row.fields), row.place, _feedback(row.fields), _synthetic(row.fields))
+    feedback = _feedback(row.fields)
+    found = Conversation(
+        messages,
+        group=_group(row.fields),
+        keys=_keys(row.fields),
+        origin=row.place,
+        feedback=feedback,
+        synthetic=_synthetic(row.fields),
+        # An opinion is of the last answer; the earlier ones may be those that were thumbed down, or the client's own words.
+        only_last_answer=feedback is not None or row.fields.get("only_last_answer") is True,
+    )
     if config.split == "group" and found.group is None:
         raise RowError("has no group, and data.split is group")
     if config.split == "marked":

@@ -15,6 +15,7 @@ from data.conversations import read_prepared
 from data.feedback import ACCEPTED, DECLINED, PENDING, REJECTED, Review, as_conversation
 from data.formats import read_conversations
 from data.prepare import prepare
+from data.template import NO_LOSS, load_tokenizer, tokenize
 from tests.helpers.data import chat, tokenizer_folder, write_rows
 from tests.helpers.feedback import ROW, fill, told
 
@@ -92,6 +93,20 @@ def test_nothing_is_trained_on_that_nobody_accepted(command, bot, home):
     assert set(after.sources) == {config.data.source, "accepted feedback"}
     without = prepare(load_chatbot(bot, ["data.feedback=false"]), tokenizer_folder())
     assert without.fingerprint == before.fingerprint
+
+
+def test_an_answer_that_was_thumbed_down_earlier_in_the_conversation_is_not_learnt(command, bot, home):
+    turns = [QUESTION, {"role": "assistant", "content": "Bad."}, {"role": "user", "content": "Again?"}]
+    asyncio.run(fill(told("a", "", messages=turns)))
+    before = prepare(load_chatbot(bot, ["data.split=row"]), tokenizer_folder())
+    command("data", "feedback", "bot")
+    command("data", "accept", "bot", "--all")
+    after = prepare(load_chatbot(bot, ["data.split=row"]), tokenizer_folder())
+    tokenizer = load_tokenizer(tokenizer_folder())
+    (row,) = [tokenize(row, tokenizer) for row in read_prepared(after.train_file) if row.feedback]
+    assert tokenizer.decode([label for label in row.labels if label != NO_LOSS]) == "Run it.<|im_end|>"
+    assert after.num_loss_tokens == before.num_loss_tokens + row.num_loss_tokens
+    assert read_prepared(after.heldout_file) == read_prepared(before.heldout_file)
 
 
 def test_what_was_decided_on_does_not_come_again_unless_somebody_thinks_again(command, bot, home):
