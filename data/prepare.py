@@ -265,7 +265,8 @@ def bad_rows_error(config: DataConfig, bad: list[BadRow]) -> DataError:
     remedy = "mend them, or set them aside with data.skip_bad=true"
     if any(row.reason == NO_SPLIT for row in bad):
         remedy = "data.split=row holds out a share of the rows by itself; or mark each row's split as train or heldout"
-    return DataError(f"{count} in {config.source}", "\n".join(shown), remedy)
+    files = {row.place.rpartition(":")[0] for row in bad}  # the source's own, or that of the accepted feedback
+    return DataError(f"{count} in {files.pop() if len(files) == 1 else config.source}", "\n".join(shown), remedy)
 
 
 def _all_too_long(config: DataConfig, side: str, fitted: Fitted, tokens: Tokens) -> DataError:

@@ -92,9 +92,7 @@ def test_marked_rows_go_where_they_are_marked_and_leaks_leave_training():
 
 @pytest.mark.parametrize("by", ["row", "group"])
 def test_feedback_is_trained_on_and_moves_no_other_row(by):
-    told = [
-        ask(f"said {number}", group=f"feedback {number}", feedback=Feedback(f"x{number}", "bot:2", "ada", 5.0)) for number in range(40)
-    ]
+    told = [ask(f"said {number}", group=f"feedback {number}", feedback=Feedback(f"x{number}", "bot:2", "ada", 5.0)) for number in range(40)]
     alone, beside = split(HUNDRED, split=by), split([*HUNDRED, *told], split=by)
     assert asked(beside.heldout) == asked(alone.heldout)
     assert asked(beside.train) == asked(alone.train) | asked(told)
