@@ -124,6 +124,31 @@ def test_what_was_decided_on_does_not_come_again_unless_somebody_thinks_again(co
     assert sorted(messages(Review("bot").read(ACCEPTED))) == [["One?", "Better."], ["Three?", "Run it."]]
 
 
+def test_what_was_accepted_and_is_thumbed_down_later_is_trained_on_no_more(command, bot, home):
+    asyncio.run(fill(told("a", "One?"), told("b", "Two?")))
+    command("data", "feedback", "bot")
+    command("data", "accept", "bot", "--all")
+    asyncio.run(fill(told("a", "One?", rating="down")))
+    ended = command("data", "feedback", "bot")
+    assert "withdrawn  1 accepted rows" in ended.out
+    assert (messages(Review("bot").read(ACCEPTED)), messages(Review("bot").read(REJECTED))) == (
+        [["Two?", "Run it."]],
+        [["One?", "Run it."]],
+    )
+    prepared = prepare(load_chatbot(bot), tokenizer_folder())
+    assert [row.messages[0].content for row in read_prepared(prepared.train_file) if row.feedback] == ["Two?"]
+
+
+def test_accepted_rows_that_were_spoilt_by_hand_are_named_by_their_own_file(command, bot, home):
+    asyncio.run(fill(told("a", "One?")))
+    command("data", "feedback", "bot")
+    command("data", "accept", "bot", "--all")
+    file = Review("bot").folder / ACCEPTED
+    file.write_text(file.read_text().replace("Run it.", ""))
+    with pytest.raises(DataError, match=rf"one bad row in {file}"):
+        prepare(load_chatbot(bot), tokenizer_folder())
+
+
 def test_a_persons_own_correction_of_a_waiting_row_is_kept(command, bot, home):
     asyncio.run(fill(told("a", "One?")))
     command("data", "feedback", "bot")

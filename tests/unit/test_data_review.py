@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import DataError
 from data.feedback import ACCEPTED, DECLINED, PENDING, REJECTED, Review, review_lock
-from data.forget import is_wanted, by_key, by_text
+from data.forget import by_key, by_text, is_wanted
 from data.scrub import Scrubber
 from tests.helpers.data import chat
 from tests.helpers.feedback import ROW
