@@ -3,6 +3,7 @@
 Knows places. Does not know what is kept there.
 """
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -63,6 +64,15 @@ def write_text_once(file: Path, text: str, mode: int = 0o644) -> str:
         with _draft(file, text, mode) as draft, suppress(FileExistsError):
             file.hardlink_to(draft)
     return file.read_text(encoding="utf-8")
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Keep two commands from writing over each other: wait until no other holds the lock, which a process loses when it ends."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

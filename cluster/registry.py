@@ -23,6 +23,7 @@ LIVE, PREVIOUS, CANARY, CANDIDATE = "live", "previous", "canary", "candidate"
 MAX_TAG_LETTERS = 5000
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MANIFEST_FILE = "manifest.json"
+EVALUATION_FILE = "evaluation.html"  # of a version's run: the answers to the held-out questions, side by side
 VERSION_NAME = re.compile(r"^(?P<chatbot>[a-z0-9][a-z0-9._-]{0,63})(:(?P<number>[1-9][0-9]{0,8}))?\Z")
 
 
@@ -83,6 +84,11 @@ class Standing:
         except ValueError:
             return 0.0
         return share if 0 < share < 1 else 0.0
+
+
+def evaluation_page(version: Version) -> Path:
+    """Return where this machine keeps the page of a version's evaluation, beside the one in MLflow."""
+    return home_folder() / "evaluations" / f"{version.chatbot}-{version.number}.html"
 
 
 @contextmanager
@@ -188,6 +194,26 @@ class Registry:
         with mlflow_errors(self.url):
             for key, text in tags.items():
                 self.client.set_model_version_tag(version.chatbot, str(version.number), key, text[:MAX_TAG_LETTERS])
+
+    def read_evaluation(self, version: Version) -> str:
+        """Return the page of a version's evaluation; empty where it was never evaluated."""
+        from mlflow.exceptions import MlflowException
+
+        with mlflow_errors(self.url), tempfile.TemporaryDirectory(prefix="tandem-evaluation-") as folder:
+            try:
+                names = {file.path for file in self.client.list_artifacts(version.run_id)}
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # the run itself may have been deleted for good
+                    raise
+                return ""
+            if EVALUATION_FILE not in names:
+                return ""
+            return Path(self.client.download_artifacts(version.run_id, EVALUATION_FILE, folder)).read_text(encoding="utf-8")
+
+    def write_evaluation(self, version: Version, page: str) -> None:
+        """Keep a page with a version's run, in place of the one before."""
+        with mlflow_errors(self.url):
+            self.client.log_text(version.run_id, page, EVALUATION_FILE)
 
     def promote(self, name: str) -> Version:
         """Make a version live for everybody: the one that was live becomes `previous`, and a canary ends."""

@@ -12,7 +12,7 @@ from configs.errors import DataError
 from configs.loader import load_chatbot
 from configs.schema import ChatbotConfig
 from data.conversations import to_jsonl
-from data.feedback import ACCEPTED, PENDING, Review
+from data.feedback import ACCEPTED, PENDING, Review, review_lock
 from data.prepare import Prepared, check_source, copy_prepared, prepare
 from data.scrub import Scrubber
 from data.show import prepared_table, show_rows
@@ -69,14 +69,17 @@ def feedback_command(
     ] = None,
 ) -> None:
     """Make training rows of what people said of answers, without personal data; they wait for `accept`."""
-    from data.feedback_store import all_feedback
+    from data.feedback_store import Row, all_feedback
     from data.show import show_gathered
 
     config = _load(chatbot, overrides)
     since_s = time.time() - parse_duration_s(since)
-    own = [row for row in all_feedback() if row["version"].partition(":")[0] == config.name]
+
+    def own() -> list[Row]:
+        return [row for row in all_feedback() if row["version"].partition(":")[0] == config.name]
+
     if raw:
-        write_text(raw, to_jsonl({name: value for name, value in row.items() if value is not None} for row in own), OWNER_ONLY)
+        write_text(raw, to_jsonl({name: value for name, value in row.items() if value is not None} for row in own()), OWNER_ONLY)
     review = Review(config.name)
     gathered = review.gather(own, since_s, lambda: Scrubber(config.data.scrub_keep))
     show_gathered(gathered, review.folder)
@@ -136,12 +139,15 @@ def forget(
     if (key is None) == (text is None):
         raise DataError("whose rows?", "", "python -m data forget KEY, or --text TEXT")
     is_theirs = by_key(key) if key is not None else by_text(text or "")
-    found = find(is_theirs, Registry(require_session().mlflow_url).versions())
-    show_found(found)
+    registry = Registry(require_session().mlflow_url)
+    with review_lock():  # else a row that is accepted meanwhile would stay
+        found = find(is_theirs, registry)
+        show_found(found)
+        if yes:
+            forget(found, is_theirs, registry)
     if yes:
-        forget(found, is_theirs)
-        console.print(f"[green]forgotten[/]  {found.num_rows} rows")
-    elif found.num_rows:
+        console.print(f"[green]forgotten[/]  {found.num_rows} rows, {len(found.pages)} pages")
+    elif found.num_rows or found.pages:
         console.print("nothing is changed yet: --yes does it")
 
 

@@ -48,6 +48,7 @@ class Conversation:
     origin: str = ""  # file:line
     feedback: Feedback | None = None
     synthetic: str | None = None  # what worded it, if no person did
+    only_last_answer: bool = False  # nobody vouches for the earlier ones, so they carry no loss
 
     def to_row(self) -> dict[str, Any]:
         """Return the row of Tandem's own JSONL form."""
@@ -59,6 +60,7 @@ class Conversation:
             "origin": self.origin,
             "feedback": self.feedback and asdict(self.feedback),
             "synthetic": self.synthetic,
+            **({"only_last_answer": True} if self.only_last_answer else {}),
         }
 
     def content(self) -> dict[str, Any]:
@@ -70,7 +72,8 @@ class Conversation:
         """Read a row that `to_row` made."""
         messages = tuple(Message(message["role"], message["content"]) for message in row["messages"])
         feedback = Feedback(**row["feedback"]) if row.get("feedback") else None
-        return cls(messages, row["group"], row["split"], tuple(row["keys"]), row["origin"], feedback, row.get("synthetic"))
+        told = (row["group"], row["split"], tuple(row["keys"]), row["origin"], feedback, row.get("synthetic"))
+        return cls(messages, *told, row.get("only_last_answer", False))
 
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -7,14 +7,19 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cluster.home import OWNER_ONLY, home_folder, write_text
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cluster.home import OWNER_ONLY, home_folder, locked, write_text
 from configs.errors import DataError
 from data.conversations import to_jsonl
 from data.feedback_store import Row
+from data.formats import why_unusable
 from data.scrub import Scrubber
 
 TOOL_FIELDS = ("tool_calls", "function_call")
@@ -24,6 +29,26 @@ PENDING, ACCEPTED, DECLINED, REJECTED = "pending.jsonl", "accepted.jsonl", "decl
 REPORT = "report.json"
 BETTER, PRAISED, BAD = "better answer", "praised", "rejected"
 Fields = dict[str, Any]
+Identity = tuple[str, float]  # completion id and time of the opinion
+
+
+class _Decided(BaseModel):
+    """What is kept of a row that somebody declined."""
+
+    model_config = ConfigDict(strict=True)
+
+    completion_id: str
+    created_s: float
+    key_name: str | None
+
+
+class _Reviewed(_Decided):
+    """What a row needs to be shown to a person, whatever they changed in it."""
+
+    version: str
+    why: str
+    comment: str | None
+    scrubbed: dict[str, int]
 
 
 @dataclass
@@ -34,6 +59,7 @@ class Gathered:
     rejected: list[Fields] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     num_decided: int = 0
+    num_withdrawn: int = 0
 
     def scrubbed(self) -> dict[str, dict[str, int]]:
         """Return for each kind of personal data how much was taken out, and of how many rows."""
@@ -53,62 +79,67 @@ class Review:
         self.folder = home_folder() / "feedback" / chatbot
 
     def read(self, name: str) -> list[Fields]:
-        """Return the rows of one of the four files."""
-        return read_rows(self.folder / name)
+        """Return the rows of one of the four files.
+
+        Raises:
+            DataError: A row is not as it was written, perhaps after somebody mended the file by hand.
+        """
+        return read_rows(self.folder / name, _why_no_decision if name == DECLINED else _why_no_review)
 
     def write(self, name: str, rows: Iterable[Fields]) -> None:
         """Replace one of the four files."""
         write_text(self.folder / name, to_jsonl(rows), OWNER_ONLY)
 
-    def gather(self, rows: list[Row], since_s: float, scrubber: Callable[[], Scrubber]) -> Gathered:
+    def gather(self, opinions: Callable[[], list[Row]], since_s: float, scrubber: Callable[[], Scrubber]) -> Gathered:
         """Sort feedback into rows to review and rejected ones, scrubbed, and write both with a report.
 
         What waits already stays as it is, so that a person's own corrections in the file are kept; what was decided on does not come again.
+        What was accepted is withdrawn where the same person has said something new of the answer since.
 
         Args:
-            rows: All feedback on this chatbot.
+            opinions: Reads all feedback on this chatbot; under the lock, so that what is forgotten meanwhile does not come back.
             since_s: Feedback from before this moment is left alone.
             scrubber: Makes the scrubber, if there is anything to scrub.
         """
-        decided = {_identity(row) for name in (ACCEPTED, DECLINED) for row in self.read(name)}
-        newest = {row["completion_id"]: row["created_s"] for row in rows}
-        waiting = {row["completion_id"]: row for row in self.read(PENDING) if newest.get(row["completion_id"]) == row["created_s"]}
-        gathered, tool = Gathered(), None
-        for row in rows:
-            if row["created_s"] < since_s:
-                continue
-            if _identity(row) in decided:
-                gathered.num_decided += 1
-                continue
-            made, reason = as_conversation(row)
-            if made is None:
-                gathered.left_out[reason] += 1
-                continue
-            if row["completion_id"] in waiting:
-                continue
-            tool = tool or scrubber()
-            scrubbed = scrub_row(made, tool)
-            if made["why"] == BAD:
-                gathered.rejected.append(scrubbed)
-            else:
-                waiting[row["completion_id"]] = scrubbed
-        gathered.pending = list(waiting.values())
-        self.write(PENDING, gathered.pending)
-        self.write(REJECTED, gathered.rejected)
-        self._report(gathered, since_s)
+        with review_lock():
+            rows = opinions()
+            newest = {row["completion_id"]: row["created_s"] for row in rows}
+            accepted, gathered = self.read(ACCEPTED), Gathered()
+            kept = [row for row in accepted if newest.get(row["completion_id"], row["created_s"]) == row["created_s"]]
+            if len(kept) < len(accepted):
+                gathered.num_withdrawn = len(accepted) - len(kept)
+                self.write(ACCEPTED, kept)
+            decided = {_identity(row) for row in (*kept, *self.read(DECLINED))}
+            known = {name: self._still_said(name, newest, decided) for name in (PENDING, REJECTED)}
+            _sort([row for row in rows if row["created_s"] >= since_s], decided, known, gathered, cache(scrubber))
+            gathered.pending, gathered.rejected = (list(known[name].values()) for name in (PENDING, REJECTED))
+            self.write(PENDING, gathered.pending)
+            self.write(REJECTED, gathered.rejected)
+            self._report(gathered, since_s)
         return gathered
 
+    def _still_said(self, name: str, newest: dict[str, float], decided: set[Identity]) -> dict[str, Fields]:
+        """Return the rows of a file, by their answer, whose opinion is the newest one and not decided on."""
+        rows = ((_identity(row), row) for row in self.read(name))
+        return {one[0]: row for one, row in rows if newest.get(one[0]) == one[1] and one not in decided}
+
     def decide(self, accepted: list[Fields], declined: list[Fields]) -> None:
-        """Take rows out of the review: the accepted ones are trained on from now on, the declined ones never."""
-        gone = {_identity(row) for row in (*accepted, *declined)}
-        if accepted:
-            # A row that was accepted before and rated anew takes its own place.
-            renewed = {row["completion_id"] for row in accepted}
-            self.write(ACCEPTED, [*(row for row in self.read(ACCEPTED) if row["completion_id"] not in renewed), *accepted])
-        if declined:
-            known = [{name: row[name] for name in ("completion_id", "created_s", "key_name")} for row in declined]
-            self.write(DECLINED, [*self.read(DECLINED), *known])
-        self.write(PENDING, [row for row in self.read(PENDING) if _identity(row) not in gone])
+        """Take rows out of the review: the accepted ones are trained on from now on, the declined ones never.
+
+        A row that waits no more, because it was forgotten or decided on meanwhile, is left alone.
+        """
+        with review_lock():
+            waiting = {_identity(row): row for row in self.read(PENDING)}
+            accepted, declined = ([row for row in rows if waiting.pop(_identity(row), None)] for rows in (accepted, declined))
+            # What was accepted before and rated anew is replaced or, where the new row is declined, taken out.
+            renewed = {row["completion_id"] for row in (*accepted, *declined)}
+            before = self.read(ACCEPTED)
+            kept = [row for row in before if row["completion_id"] not in renewed]
+            if accepted or len(kept) < len(before):
+                self.write(ACCEPTED, [*kept, *accepted])
+            if declined:
+                self.write(DECLINED, [*self.read(DECLINED), *({name: row[name] for name in _Decided.model_fields} for row in declined)])
+            self.write(PENDING, waiting.values())
 
     def _report(self, gathered: Gathered, since_s: float) -> None:
         """Write counts alone: no value that was taken out is kept anywhere."""
@@ -125,16 +156,21 @@ class Review:
         write_text(self.folder / REPORT, json.dumps(report, indent=2) + "\n", OWNER_ONLY)
 
 
+def review_lock() -> AbstractContextManager[None]:
+    """Let one command at a time change rows that came from feedback, of whatever chatbot."""
+    return locked(home_folder() / "feedback.lock")
+
+
 def accepted_file(chatbot: str) -> Path:
     """Return where the rows lie that a person accepted for this chatbot."""
     return home_folder() / "feedback" / chatbot / ACCEPTED
 
 
-def read_rows(file: Path) -> list[Fields]:
+def read_rows(file: Path, why_bad: Callable[[Fields], str] = lambda _: "") -> list[Fields]:
     """Read a file of rows; none where it is not there.
 
     Raises:
-        DataError: It was damaged, perhaps by hand.
+        DataError: It was damaged, perhaps by hand, or `why_bad` says something of a row.
     """
     if not file.is_file():
         return []
@@ -142,10 +178,43 @@ def read_rows(file: Path) -> list[Fields]:
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{file}:{number} is not JSON", str(error), "mend the line or remove it") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{file}:{number} is no object with fields", f"it is a {type(row).__name__}", "mend the line or remove it")
+            if reason := why_bad(row):
+                raise DataError(f"{file}:{number} {reason}", "", "mend the line or remove it")
+            rows.append(row)
     return rows
+
+
+def _why_no_review(row: Fields) -> str:
+    return _why_no_decision(row, _Reviewed) or why_unusable(row)
+
+
+def _why_no_decision(row: Fields, wanted: type[_Decided] = _Decided) -> str:
+    try:
+        wanted.model_validate(row)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"has a wrong {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return ""
+
+
+def _sort(
+    rows: list[Row], decided: set[Identity], known: dict[str, dict[str, Fields]], gathered: Gathered, scrubber: Callable[[], Scrubber]
+) -> None:
+    """Put each new opinion among the rows to review or the rejected ones, or count it as left out."""
+    for row in rows:
+        if _identity(row) in decided:
+            gathered.num_decided += 1
+            continue
+        made, reason = as_conversation(row)
+        if made is None:
+            gathered.left_out[reason] += 1
+        elif not any(row["completion_id"] in those for those in known.values()):
+            known[REJECTED if made["why"] == BAD else PENDING][row["completion_id"]] = scrub_row(made, scrubber())
 
 
 def as_conversation(row: Row) -> tuple[Fields | None, str]:
@@ -187,7 +256,7 @@ def scrub_row(row: Fields, scrubber: Scrubber) -> Fields:
     return {**row, "messages": messages, "comment": comment, "scrubbed": dict(sorted(counts.items()))}
 
 
-def _identity(row: Fields) -> tuple[str, float]:
+def _identity(row: Fields) -> Identity:
     """Tell one opinion from another: who thinks again has said something new of the same answer."""
     return row["completion_id"], row["created_s"]
 

@@ -68,6 +68,15 @@ def read_conversations(config: DataConfig) -> ReadResult:
     return ReadResult(conversations, bad)
 
 
+def why_unusable(fields: Fields) -> str:
+    """Say what is wrong with a row in chat form; nothing where it can be trained on."""
+    try:
+        _messages(SHAPES["chat"], fields)
+    except RowError as reason:
+        return str(reason)
+    return ""
+
+
 def _wanted_tables(tables: list[Table], config: DataConfig) -> list[Table]:
     """Leave a dataset's own test split alone, unless its marks are wanted: it may be what others compare by."""
     if config.split == "marked" or not any((table.split or "").startswith("train") for table in tables):
@@ -93,17 +102,31 @@ def _find_shape(table: Table, name: str) -> Shape | None:
 def _to_conversation(row: RawRow, shape: Shape | None, table_split: str | None, config: DataConfig) -> Conversation:
     if row.fields is None or shape is None:
         raise RowError(row.reason)
-    turns = shape.turns(row.fields)
-    messages = tuple(_to_message(number, turn) for number, turn in enumerate(turns, start=1))
-    _check_order(messages)
+    messages = _messages(shape, row.fields)
     if config.system_prompt and messages[0].role != "system":
         messages = (Message("system", config.system_prompt), *messages)
-    found = Conversation(messages, _group(row.fields), None, _keys(row.fields), row.place, _feedback(row.fields), _synthetic(row.fields))
+    feedback = _feedback(row.fields)
+    found = Conversation(
+        messages,
+        group=_group(row.fields),
+        keys=_keys(row.fields),
+        origin=row.place,
+        feedback=feedback,
+        synthetic=_synthetic(row.fields),
+        # An opinion is of the last answer; the earlier ones may be those that were thumbed down, or the client's own words.
+        only_last_answer=feedback is not None or row.fields.get("only_last_answer") is True,
+    )
     if config.split == "group" and found.group is None:
         raise RowError("has no group, and data.split is group")
     if config.split == "marked":
         return replace(found, split=_split(row.fields, table_split))
     return found
+
+
+def _messages(shape: Shape, fields: Fields) -> tuple[Message, ...]:
+    messages = tuple(_to_message(number, turn) for number, turn in enumerate(shape.turns(fields), start=1))
+    _check_order(messages)
+    return messages
 
 
 def _to_message(number: int, turn: Turn) -> Message:

@@ -28,7 +28,8 @@ SOURCE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 FORGOTTEN_FILE = "forgotten.json"
 OUR_FILES = ("train.jsonl", "heldout.jsonl", "bad.jsonl", "report.json")
-Tokens = dict[tuple[Message, ...], TokenRow]
+TokensKey = tuple[tuple[Message, ...], bool]
+Tokens = dict[TokensKey, TokenRow]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def prepare(config: ChatbotConfig, model_folder: Path) -> Prepared:
     bad = [*result.bad, *refused]
     if bad and not config.data.skip_bad:
         raise bad_rows_error(config.data, bad)
-    usable = [conversation for conversation in result.conversations if conversation.messages in tokens]
+    usable = [conversation for conversation in result.conversations if _tokens_key(conversation) in tokens]
     if not usable:
         why = f"{len(bad)} bad rows, and no other"
         raise DataError(f"no conversations in {config.data.source}", why, "see the reasons with data.skip_bad=false")
@@ -169,14 +170,19 @@ def _tokenize(conversations: Iterable[Conversation], tokenizer: "PreTrainedToken
     refused = []
     for conversation in conversations:
         try:
-            tokens[conversation.messages] = tokenize(conversation, tokenizer)
+            tokens[_tokens_key(conversation)] = tokenize(conversation, tokenizer)
         except RefusedByTemplateError as error:
             refused.append(BadRow(conversation.origin, error.what, json.dumps(conversation.to_row(), ensure_ascii=False)))
     return tokens, refused
 
 
+def _tokens_key(conversation: Conversation) -> TokensKey:
+    """Return what the tokens and their loss depend on."""
+    return conversation.messages, conversation.only_last_answer
+
+
 def _fit(conversations: list[Conversation], tokens: Tokens, config: DataConfig) -> Fitted:
-    fitted, num_cut = fit((tokens[conversation.messages] for conversation in conversations), config)
+    fitted, num_cut = fit((tokens[_tokens_key(conversation)] for conversation in conversations), config)
     kept = [(conversation, row) for conversation, row in zip(conversations, fitted, strict=True) if row is not None]
     return Fitted([conversation for conversation, _ in kept], [row for _, row in kept], len(fitted) - len(kept), num_cut)
 
@@ -259,7 +265,8 @@ def bad_rows_error(config: DataConfig, bad: list[BadRow]) -> DataError:
     remedy = "mend them, or set them aside with data.skip_bad=true"
     if any(row.reason == NO_SPLIT for row in bad):
         remedy = "data.split=row holds out a share of the rows by itself; or mark each row's split as train or heldout"
-    return DataError(f"{count} in {config.source}", "\n".join(shown), remedy)
+    files = {row.place.rpartition(":")[0] for row in bad}  # the source's own, or that of the accepted feedback
+    return DataError(f"{count} in {files.pop() if len(files) == 1 else config.source}", "\n".join(shown), remedy)
 
 
 def _all_too_long(config: DataConfig, side: str, fitted: Fitted, tokens: Tokens) -> DataError:

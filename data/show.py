@@ -69,6 +69,8 @@ def show_gathered(gathered: Gathered, folder: Path) -> None:
     console.print(f"rejected   {len(gathered.rejected)} answers without a better one, in {folder / REJECTED}")
     for reason, count in sorted(gathered.left_out.items()):
         console.print(f"left out   {count}: {reason}")
+    if gathered.num_withdrawn:
+        console.print(f"withdrawn  {gathered.num_withdrawn} accepted rows: somebody said something new of these answers")
     if gathered.num_decided:
         console.print(f"left out   {gathered.num_decided}: decided on before")
     for kind, counts in gathered.scrubbed().items():

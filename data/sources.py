@@ -5,8 +5,10 @@ Knows DVC's hash and its lock file, but does not need DVC. Does not know what ro
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,10 @@ from typing import Any
 import yaml
 
 from configs.schema import ChatbotConfig
-from data.conversations import Message
+from data.conversations import Conversation, Message, answer_is_right
 from data.feedback import accepted_file
 from data.formats import ReadResult, read_conversations
-from data.scrub import Scrubber
+from data.scrub import Scrubbed, Scrubber
 
 PIECE_BYTES = 2**20
 FEEDBACK_SOURCE = "accepted feedback"
@@ -27,23 +29,47 @@ def read_all(config: ChatbotConfig) -> tuple[ReadResult, Counter[str]]:
     """Read the chatbot's source and its accepted feedback, scrubbed where the config wants it; also count what was taken out."""
     result, scrubbed = read_conversations(config.data), Counter[str]()
     if config.data.scrub:
-        result, scrubbed = _scrub(result, Scrubber(config.data.scrub_keep))
+        result, scrubbed = _scrub(result, Scrubber(config.data.scrub_keep), config.data.system_prompt)
     if config.data.feedback and (rows := accepted_file(config.name)).is_file() and rows.stat().st_size:
         more = read_conversations(config.data.model_copy(update={"source": str(rows), "format": "chat"}))
         result = ReadResult([*result.conversations, *more.conversations], [*result.bad, *more.bad])
     return result, scrubbed
 
 
-def _scrub(result: ReadResult, scrubber: Scrubber) -> tuple[ReadResult, Counter[str]]:
+def _scrub(result: ReadResult, scrubber: Scrubber, own_prompt: str | None) -> tuple[ReadResult, Counter[str]]:
+    """Scrub every row but the config's own system prompt, which is trained on as it is served."""
     counts: Counter[str] = Counter()
 
-    def scrub(message: Message) -> Message:
-        scrubbed = scrubber.scrub(message.content)
-        counts.update(scrubbed.counts)
-        return replace(message, content=scrubbed.text)
+    def scrub(row: Conversation) -> Conversation:
+        texts = [
+            Scrubbed(message.content) if message == Message("system", own_prompt or "") else scrubber.scrub(message.content)
+            for message in row.messages
+        ]
+        for text in texts:
+            counts.update(text.counts)
+        messages = tuple(replace(message, content=text.text) for message, text in zip(row.messages, texts, strict=True))
+        # A group may be named after a person too; all that it is for is to be told from others.
+        group = row.group and hashlib.sha256(row.group.encode()).hexdigest()[:16]
+        return replace(row, messages=messages, group=group, keys=_scrub_keys(row, texts, scrubber))
 
-    clean = [replace(one, messages=tuple(scrub(message) for message in one.messages)) for one in result.conversations]
-    return ReadResult(clean, [replace(row, raw="") for row in result.bad]), counts
+    return ReadResult([scrub(row) for row in result.conversations], [replace(row, raw="") for row in result.bad]), counts
+
+
+def _scrub_keys(row: Conversation, texts: list[Scrubbed], scrubber: Scrubber) -> tuple[str, ...]:
+    """Return a row's keys with the placeholders that its answer has got, without those that ask for what is no longer there."""
+    taken = sorted(((words, kind) for text in texts for words, kind in text.taken.items()), key=lambda pair: -len(pair[0]))
+    kept = []
+    for key in row.keys:
+        if not answer_is_right(row.messages[-1].content, [key]):  # it is not about this answer's words
+            kept += [] if scrubber.scrub(key).counts else [key]
+            continue
+        clean = key
+        for words, kind in taken:
+            for written in (words, re.escape(words)):  # a key may be a regular expression
+                clean = re.sub(rf"(?<!\w){re.escape(written)}(?!\w)", kind, clean, flags=re.IGNORECASE)
+        with suppress(re.error):
+            kept += [clean] if answer_is_right(texts[-1].text, [clean]) else []
+    return tuple(kept)
 
 
 def source_hashes(config: ChatbotConfig) -> dict[str, str]:

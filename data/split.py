@@ -25,13 +25,17 @@ class SplitResult:
 def split_conversations(conversations: list[Conversation], config: DataConfig) -> SplitResult:
     """Split by row, group or mark; equal conversations never stand on both sides.
 
+    Feedback is always trained on: a better answer that is held out teaches nothing, and one more row in the draw would move others.
+
     Raises:
         DataError: One side would be empty.
     """
     kept = _without_duplicates(conversations, config) if config.deduplicate else conversations
-    drawn = _draw(kept, config)
-    heldout = [replace(conversation, split="heldout") for conversation in kept if _unit(conversation, config) in drawn]
-    train = [replace(conversation, split="train") for conversation in kept if _unit(conversation, config) not in drawn]
+    own = [conversation for conversation in kept if not conversation.feedback]
+    drawn = _draw(own, config)
+    heldout = [replace(conversation, split="heldout") for conversation in own if _unit(conversation, config) in drawn]
+    taught = (conversation for conversation in kept if conversation.feedback or _unit(conversation, config) not in drawn)
+    train = [replace(conversation, split="train") for conversation in taught]
     heldout_keys = {conversation_key(conversation) for conversation in heldout}
     asked = {_question_key(conversation) for conversation in heldout}
     clean = [
@@ -40,6 +44,8 @@ def split_conversations(conversations: list[Conversation], config: DataConfig) -
         if conversation_key(conversation) not in heldout_keys and not (conversation.feedback and _question_key(conversation) in asked)
     ]
     if kept and not (clean and heldout):
+        if not own:
+            raise DataError("no conversation is held out", "all are feedback, which is for training alone", "add conversations of your own")
         raise _one_sided(config, "held out" if clean else "to train on", len(train) - len(clean))
     return SplitResult(clean, heldout, len(conversations) - len(kept), len(train) - len(clean))
 

@@ -59,7 +59,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def tokenize(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> TokenRow:
-    """Render the conversation and mark the assistant's turns for the loss.
+    """Render the conversation and mark the assistant's turns for the loss, or its last one alone where the row says so.
 
     The ids before each answer are the very ids that the server makes of the question.
 
@@ -101,12 +101,13 @@ def fit(rows: Iterable[TokenRow], config: DataConfig) -> tuple[list[TokenRow | N
 
 
 def _render(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", marks: re.Pattern[str]) -> tuple[str, list[Span]]:
-    """Return the whole text, and the span of each answer with its end token."""
+    """Return the whole text, and the span of each answer that carries loss, with its end token."""
     messages = conversation.messages
     text = _apply(conversation, len(messages), tokenizer)
     answers: list[Span] = []
+    first = len(messages) - 1 if conversation.only_last_answer else 0
     for index, message in enumerate(messages):
-        if message.role != "assistant":
+        if message.role != "assistant" or index < first:
             continue
         prompt = _apply(conversation, index, tokenizer, add_generation_prompt=True)
         with_answer = text if index == len(messages) - 1 else _apply(conversation, index + 1, tokenizer)

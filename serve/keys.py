@@ -4,19 +4,17 @@ Knows one file of hashes in the home folder. Does not know HTTP or the engine. A
 is as good as a slow hash, and cheap enough for each request.
 """
 
-import fcntl
 import hashlib
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, StringConstraints, TypeAdapter, ValidationError
 
-from cluster.home import OWNER_ONLY, home_folder, write_text
+from cluster.home import OWNER_ONLY, home_folder, locked, write_text
 from configs.errors import AccessError
 
 KEY_BYTES = 32
@@ -151,13 +149,8 @@ class KeyFile:
     def _write(self, keys: list[Key]) -> None:
         write_text(self.file, STORED.dump_json(keys, indent=1).decode() + "\n", OWNER_ONLY)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep two commands from writing over each other."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.with_suffix(".lock").open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self.file.with_suffix(".lock"))
 
 
 def is_operator(key: Key | None) -> bool:

@@ -28,7 +28,6 @@ from train.scores import Interval, shown_interval
 FINISHED, STOPPED, FAILED = "FINISHED", "KILLED", "FAILED"
 MAX_PARAM_LETTERS = 500
 CONFIG_FILE = "config.json"
-EVALUATION_FILE = "evaluation.html"
 ENDS = {"": "value", "_low": "low", "_high": "high"}
 KIND_TAG = "kind"
 RUN, SWEEP, TRIAL = "run", "sweep", "trial"
@@ -160,7 +159,7 @@ def keep_scores(
     client = registry.client
     with mlflow_errors(registry.url):
         client.log_batch(version.run_id, metrics=[Metric(name, value, now_ms, 0) for name, value in ends.items()])
-        client.log_text(version.run_id, page, EVALUATION_FILE)
+    registry.write_evaluation(version, page)
     values = {name: asdict(found) for name, found in scores.items()}
     registry.note(version, {name: shown_interval(name, found) for name, found in scores.items()} | {"evaluation": json.dumps(values)})
 

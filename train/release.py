@@ -6,8 +6,8 @@ Knows the order of things and the registry. Does not know how an answer is measu
 import json
 from dataclasses import dataclass
 
-from cluster.home import OWNER_ONLY, home_folder, write_text
-from cluster.registry import CANARY, LIVE, Registry, Version
+from cluster.home import OWNER_ONLY, write_text
+from cluster.registry import CANARY, LIVE, Registry, Version, evaluation_page
 from configs.errors import RegistryError, RunError
 from configs.schema import ChatbotConfig
 from data.ask import first_token_of, own_endpoint
@@ -52,8 +52,7 @@ def measure(config: ChatbotConfig, registry: Registry, version: Version, against
         TandemError: As for `evaluate`, or MLflow does not answer.
     """
     found = evaluate(config, registry, version, against, say)
-    file = home_folder() / "evaluations" / f"{version.chatbot}-{version.number}.html"
-    text = page(found)
+    file, text = evaluation_page(version), page(found)
     write_text(file, text, OWNER_ONLY)
     keep_scores(registry, version, found.own.scores, found.differences, text)
     say(f"answers side by side: {file}")

@@ -176,6 +176,10 @@ Card number {}, valid until 04/29.
 Please remove {} from my account.
 It says that {} was declined.
 Visa {}
+I paid with {} 12/27 and nothing happened.
+Charge {} 123 please.
+My card: {} 04 29 737
+Order 4711 was paid with {} 1234.
 """.strip().splitlines()
 
 RESIDENT = """

@@ -15,6 +15,7 @@ from data.conversations import read_prepared
 from data.feedback import ACCEPTED, DECLINED, PENDING, REJECTED, Review, as_conversation
 from data.formats import read_conversations
 from data.prepare import prepare
+from data.template import NO_LOSS, load_tokenizer, tokenize
 from tests.helpers.data import chat, tokenizer_folder, write_rows
 from tests.helpers.feedback import ROW, fill, told
 
@@ -94,6 +95,20 @@ def test_nothing_is_trained_on_that_nobody_accepted(command, bot, home):
     assert without.fingerprint == before.fingerprint
 
 
+def test_an_answer_that_was_thumbed_down_earlier_in_the_conversation_is_not_learnt(command, bot, home):
+    turns = [QUESTION, {"role": "assistant", "content": "Bad."}, {"role": "user", "content": "Again?"}]
+    asyncio.run(fill(told("a", "", messages=turns)))
+    before = prepare(load_chatbot(bot, ["data.split=row"]), tokenizer_folder())
+    command("data", "feedback", "bot")
+    command("data", "accept", "bot", "--all")
+    after = prepare(load_chatbot(bot, ["data.split=row"]), tokenizer_folder())
+    tokenizer = load_tokenizer(tokenizer_folder())
+    (row,) = [tokenize(row, tokenizer) for row in read_prepared(after.train_file) if row.feedback]
+    assert tokenizer.decode([label for label in row.labels if label != NO_LOSS]) == "Run it.<|im_end|>"
+    assert after.num_loss_tokens == before.num_loss_tokens + row.num_loss_tokens
+    assert read_prepared(after.heldout_file) == read_prepared(before.heldout_file)
+
+
 def test_what_was_decided_on_does_not_come_again_unless_somebody_thinks_again(command, bot, home):
     asyncio.run(fill(told("a", "One?"), told("b", "Two?"), told("c", "Three?")))
     command("data", "feedback", "bot")
@@ -107,6 +122,31 @@ def test_what_was_decided_on_does_not_come_again_unless_somebody_thinks_again(co
     command("data", "feedback", "bot")
     assert command("data", "accept", "bot", "--all").out.startswith("accepted  2 rows in all, 0 still wait")
     assert sorted(messages(Review("bot").read(ACCEPTED))) == [["One?", "Better."], ["Three?", "Run it."]]
+
+
+def test_what_was_accepted_and_is_thumbed_down_later_is_trained_on_no_more(command, bot, home):
+    asyncio.run(fill(told("a", "One?"), told("b", "Two?")))
+    command("data", "feedback", "bot")
+    command("data", "accept", "bot", "--all")
+    asyncio.run(fill(told("a", "One?", rating="down")))
+    ended = command("data", "feedback", "bot")
+    assert "withdrawn  1 accepted rows" in ended.out
+    assert (messages(Review("bot").read(ACCEPTED)), messages(Review("bot").read(REJECTED))) == (
+        [["Two?", "Run it."]],
+        [["One?", "Run it."]],
+    )
+    prepared = prepare(load_chatbot(bot), tokenizer_folder())
+    assert [row.messages[0].content for row in read_prepared(prepared.train_file) if row.feedback] == ["Two?"]
+
+
+def test_accepted_rows_that_were_spoilt_by_hand_are_named_by_their_own_file(command, bot, home):
+    asyncio.run(fill(told("a", "One?")))
+    command("data", "feedback", "bot")
+    command("data", "accept", "bot", "--all")
+    file = Review("bot").folder / ACCEPTED
+    file.write_text(file.read_text().replace("Run it.", ""))
+    with pytest.raises(DataError, match=rf"one bad row in {file}"):
+        prepare(load_chatbot(bot), tokenizer_folder())
 
 
 def test_a_persons_own_correction_of_a_waiting_row_is_kept(command, bot, home):

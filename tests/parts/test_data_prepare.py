@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ from typer.testing import CliRunner
 
 from configs.errors import DataError
 from data.__main__ import app
-from data.conversations import read_prepared
+from data.conversations import answer_is_right, read_prepared
 from data.prepare import Prepared, prepare
 from data.show import paint, prepared_table, show_rows
 from data.template import load_tokenizer, tokenize
@@ -198,7 +196,7 @@ def test_command_line_prepares_inspects_and_synthesizes(tmp_path, config_file):
         assert shown in ended.output
 
 
-def test_command_line_says_what_is_wrong_without_a_traceback(tmp_path, config_file):
+def test_command_line_says_what_is_wrong_without_a_traceback(tmp_path, config_file, command):
     missing = f"data.source={tmp_path}/gone.jsonl"
     for words, reason in (
         (["prepare", str(config_file), missing], f"error: no file {tmp_path}/gone.jsonl"),
@@ -206,10 +204,10 @@ def test_command_line_says_what_is_wrong_without_a_traceback(tmp_path, config_fi
         (["synthesize", str(config_file), missing, "--out", str(tmp_path / "x.jsonl")], f"error: no file {tmp_path}/gone.jsonl"),
         (["prepare", str(config_file), "--rows", "1"], "No such option"),
     ):
-        ended = subprocess.run([sys.executable, "-m", "data", *words], capture_output=True, text=True, check=False)
-        assert (ended.returncode, ended.stdout) == (2, "")
-        assert reason in ended.stderr
-        assert "Traceback" not in ended.stderr
+        ended = command("data", *words)
+        assert (ended.status, ended.out) == (2, "")
+        assert reason in ended.err
+        assert "Traceback" not in ended.err
 
 
 def test_personal_data_is_taken_out_of_a_source_where_the_config_wants_it(tmp_path, source, home):
@@ -222,3 +220,24 @@ def test_personal_data_is_taken_out_of_a_source_where_the_config_wants_it(tmp_pa
     assert "I am <PERSON>, <EMAIL>." in texts
     plain = run(tmp_path, source, "data.skip_bad=true")
     assert (plain.scrubbed, plain.fingerprint == scrubbed.fingerprint) == ({}, False)
+
+
+OWNED = "Martha Okonkwo owns it, write to martha@example.com."
+
+
+def test_keys_go_with_their_answer_groups_keep_no_name_and_the_configs_prompt_stays(tmp_path, source, home):
+    keys = ["martha okonkwo", r"re:martha@example\.com", "owns it", "Okonkwo", "Dmitri Volkov"]
+    prompt = "You are the helpdesk of Martha Okonkwo."
+    own = {"messages": [{"role": "system", "content": prompt + " "}, *chat("Who else?", "Nobody.")["messages"]], "group": "g0"}
+    write_rows(source, [*ROWS, chat("Who owns it?", OWNED, keys=keys, group="Martha Okonkwo"), own])
+    prepared = run(tmp_path, source, "data.scrub=true", "data.split=group", f"data.system_prompt={prompt}")
+    rows = [*read_prepared(prepared.train_file), *read_prepared(prepared.heldout_file)]
+    (row,) = [row for row in rows if "owns it" in row.messages[-1].content]
+    assert row.messages[-1].content == "<PERSON> owns it, write to <EMAIL>."
+    assert row.keys == ("<PERSON>", "re:<EMAIL>", "owns it"), "half a name, and a name that the answer has not, are asked for no more"
+    assert answer_is_right(row.messages[-1].content, row.keys)
+    assert row.messages[0].content == prompt, "as it is served"
+    (other,) = [row for row in rows if row.messages[-1].content == "Nobody."]
+    assert other.messages[0].content == "You are the helpdesk of <PERSON>. ", "a row's own is scrubbed"
+    assert "Martha" not in " ".join(str(row.group) for row in rows)
+    assert len({row.group for row in rows}) == 11, "groups stay apart"

@@ -1,5 +1,6 @@
 """The loss mask: exactly the assistant's words, and ids that equal what the server makes."""
 
+from dataclasses import replace
 from time import perf_counter
 
 import pytest
@@ -60,6 +61,13 @@ def test_ids_equal_what_the_server_makes(name, tokenizer):
     assert row.input_ids[: len(prompt)] == prompt
     assert row.labels[len(prompt)] == row.input_ids[len(prompt)], "the first word of the last answer carries loss"
     assert row.input_ids == tokenizer.apply_chat_template(as_dicts(found.messages), tokenize=True, return_dict=False)
+
+
+def test_where_nobody_vouches_for_earlier_answers_the_last_alone_carries_loss(tokenizer, kind):
+    whole = conversation(CONVERSATIONS["three answers"])
+    row = tokenize(replace(whole, only_last_answer=True), tokenizer)
+    assert said(row, tokenizer) == "Good bye." + END[kind]
+    assert row.input_ids == tokenize(whole, tokenizer).input_ids
 
 
 def test_an_answer_that_begins_with_white_space_leaves_the_prompt_as_it_is():

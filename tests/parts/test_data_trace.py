@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from cluster.home import write_text
+from cluster.registry import evaluation_page
 from configs.loader import load_chatbot
 from data.feedback import ACCEPTED, PENDING, Review
 from data.feedback_store import stored_rows
@@ -124,6 +126,41 @@ def test_a_person_is_found_by_a_text_and_the_users_own_file_is_left_to_the_user(
     assert "0 answers" in command("data", "forget", "--text", "Quil").out, "whole words only"
     short = command("data", "forget", "--text", "ab")
     assert (short.status, short.err.splitlines()[0]) == (2, "error: 'ab' is too short")
+
+
+def test_evaluations_that_show_a_persons_rows_go_too(trained, bot, command, registry, home, tmp_path):
+    """Version 3 was measured on a row of hers, version 2 only names her in an answer, and version 1 does neither."""
+    held = "What is Zoë\nQuill's desk?"
+    write_rows(tmp_path / "chats.jsonl", [chat("Question 1?", "Answer 1.", split="train"), chat(held, "Ours.", split="heldout")])
+    measured = prepare(load_chatbot(bot), tokenizer_folder())
+    registry.note(registry.find("bot:3"), {"data_fingerprint": measured.fingerprint})
+    pages = {"bot:1": "nobody", "bot:2": "ask Zoë Quill&#39;s colleague", "bot:3": "a page that was cut before her"}
+    for name, said in pages.items():
+        version = registry.find(name)
+        registry.write_evaluation(version, f"<p>{said}</p>")
+        write_text(evaluation_page(version), f"<p>{said}</p>")
+    shown = " ".join(command("data", "forget", "--text", "zoë quill's", "--yes").out.split())
+    for name in ("bot:2", "bot:3"):
+        assert f"page evaluation of {name} in MLflow" in shown
+        assert not evaluation_page(registry.find(name)).exists()
+        assert registry.read_evaluation(registry.find(name)).startswith("<!doctype html><p>This evaluation held rows")
+    assert evaluation_page(registry.find("bot:1")).exists()
+    assert registry.read_evaluation(registry.find("bot:1")) == "<p>nobody</p>"
+    assert "saw them bot:3" in shown
+    assert "saw them bot:2" not in shown
+    again = " ".join(command("data", "forget", "--text", "zoë quill's").out.split())
+    assert "page" not in again, "nothing is left to do"
+
+
+def test_a_row_that_was_set_aside_was_seen_by_no_version(trained, bot, command, registry, home, tmp_path):
+    with (tmp_path / "chats.jsonl").open("a") as stream:
+        stream.write('{"messages": [{"role": "user", "content": "I am\\nWalburga Stern"}]}\n')
+    prepared = prepare(load_chatbot(bot, ["data.skip_bad=true"]), tokenizer_folder())
+    assert prepared.folder == trained.folder, "the same rows, and one that is bad"
+    done = command("data", "forget", "--text", "Walburga Stern", "--yes")
+    assert f"1 in {prepared.folder / 'bad.jsonl'}" in done.out
+    assert "saw them" not in done.out
+    assert (prepared.folder / "bad.jsonl").read_text() == ""
 
 
 def test_a_run_that_breaks_off_can_be_repeated(trained, command, home):

@@ -270,6 +270,17 @@ def test_own_form_round_trips(tmp_path):
     assert Conversation.from_row(found[0].to_row()) == found[0]
 
 
+def test_only_the_last_answer_of_feedback_carries_loss_and_other_rows_are_as_they_were(tmp_path):
+    about = {"completion_id": "x", "version": "bot:2", "key_name": None, "created_s": 5.0}
+    plain, told, marked = read(
+        write_rows(tmp_path / "c.jsonl", [GOOD, {**GOOD, **about}, {**GOOD, "only_last_answer": True}])
+    ).conversations
+    assert [one.only_last_answer for one in (plain, told, marked)] == [False, True, True]
+    assert all(Conversation.from_row(one.to_row()) == one for one in (plain, told, marked))
+    assert "only_last_answer" not in plain.to_row()
+    assert plain.content() != marked.content(), "another mask is another content"
+
+
 def test_answers_are_right_when_they_hold_every_key():
     assert answer_is_right("It runs  on\nTWO cards.", ["two CARDS", "runs on"])
     assert not answer_is_right("It runs on two machines.", ["two cards"])

@@ -6,7 +6,7 @@ import pytest
 
 from configs.errors import DataError
 from configs.schema import DataConfig
-from data.conversations import Conversation, Message
+from data.conversations import Conversation, Feedback, Message
 from data.split import split_conversations
 
 
@@ -88,6 +88,16 @@ def test_marked_rows_go_where_they_are_marked_and_leaks_leave_training():
     result = split(rows, split="marked")
     assert (asked(result.train), asked(result.heldout)) == ({"a"}, {"B ", "c"})
     assert (result.num_duplicates, result.num_leaks) == (1, 1)
+
+
+@pytest.mark.parametrize("by", ["row", "group"])
+def test_feedback_is_trained_on_and_moves_no_other_row(by):
+    told = [ask(f"said {number}", group=f"feedback {number}", feedback=Feedback(f"x{number}", "bot:2", "ada", 5.0)) for number in range(40)]
+    alone, beside = split(HUNDRED, split=by), split([*HUNDRED, *told], split=by)
+    assert asked(beside.heldout) == asked(alone.heldout)
+    assert asked(beside.train) == asked(alone.train) | asked(told)
+    with pytest.raises(DataError, match="all are feedback"):
+        split(told, split=by)
 
 
 def test_leaks_between_groups_leave_training():
