@@ -28,6 +28,7 @@ FINGERPRINT = "0123456789abcdef"
 SERVING = re.compile(r"ray/test_[1-4]_")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by its folder, so that `-m "not ray"` and the like choose among them.
 
