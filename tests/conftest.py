@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -25,18 +24,10 @@ SECRETS = ("BASE_MODEL_NAME", "FEEDBACK_URL", "HUGGINGFACE_TOKEN", "JUDGE_API_KE
 FINGERPRINT = "0123456789abcdef"
 
 
-SERVING = re.compile(r"ray/test_[1-4]_")
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder, so that `-m "not ray"` and the like choose among them.
-
-    With `-n 2` one worker has the first four groups of tests/ray and their stack, the other all else: each half in its order.
-    """
+    """Mark each test by its folder, so that `-m "not ray"` and the like choose among them."""
     for item in items:
         item.add_marker(item.path.parent.name)
-        item.add_marker(pytest.mark.xdist_group("serving" if SERVING.search(item.path.as_posix()) else "others"))
 
 
 @dataclass(frozen=True)
