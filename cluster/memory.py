@@ -1,9 +1,10 @@
 """How much memory a step of training, or an engine, takes of a card: arithmetic on a model's shape, without its weights.
 
-Knows what stays in memory from the forward to the backward pass of `train`, and what vLLM sets aside. Does not know which settings to choose.
+Knows what stays in memory from the forward to the backward pass of `train`, and what vLLM sets aside. Does not choose settings.
 
 The peak that is predicted is what a process takes of its card: all that torch's allocator holds there (`max_memory_reserved`, so what is
-lost between tensors too), and the CUDA context. On a CPU it is the process's resident memory. Every constant stands at the top, with its source.
+lost between tensors too), and the CUDA context. That is what runs out, and the allocator's part no other process on the card can blur. On
+a CPU it is the process's resident memory. Every constant stands at the top, with its source.
 """
 
 from dataclasses import dataclass, fields
@@ -214,7 +215,7 @@ class Step:
         return len(adapted) * lora.rank * value + dropped
 
     def _backward_bytes(self) -> float:
-        """What a block's way back takes beside what was kept: gradients of the MLP's or the attention's insides, a weight taken out of 4 bit."""
+        """What a block's way back takes beside what was kept: gradients inside the MLP or attention, and a weight taken out of 4 bit."""
         shape, value = self.shape, self.device.value_bytes
         mlp = 3 * shape.inner_width + shape.width
         attention = 5 * shape.query_width + shape.width
@@ -233,6 +234,11 @@ class Step:
 def weight_bytes(shape: Shape, linear_bytes: float, device: Device) -> float:
     """Return the bytes of a base whose linear layers take so many a weight; the rest stays in full precision."""
     return shape.num_linear_weights * linear_bytes + shape.num_other_weights * device.value_bytes
+
+
+def served_bytes(quantization: str, device: Device) -> float:
+    """Return the bytes of a weight of a linear layer, as the engine holds it; without a GPU it quantises none."""
+    return {"fp8": FP8_BYTES, "bitsandbytes": VLLM_NF4_BYTES}.get(quantization, device.value_bytes) if device.on_gpu else device.value_bytes
 
 
 def kv_bytes(shape: Shape, device: Device) -> int:
@@ -266,7 +272,6 @@ def plan_engine(shape: Shape, serve: ServeConfig, device: Device, card_gib: floa
 
 
 def _engine_need(shape: Shape, serve: ServeConfig, device: Device, card_gib: float) -> Need:
-    linear_bytes = {"none": device.value_bytes, "fp8": FP8_BYTES, "bitsandbytes": VLLM_NF4_BYTES}
     slot = shape.num_blocks * serve.max_lora_rank * sum(sum(shape.linear_layers[name]) for name in (*ATTENTION, *MLP))
     batch = LARGE_CARD_PREFILL_TOKENS if card_gib >= LARGE_CARD_GIB else PREFILL_TOKENS
     batch = max(batch, serve.max_num_seqs)
@@ -274,7 +279,7 @@ def _engine_need(shape: Shape, serve: ServeConfig, device: Device, card_gib: flo
     if device.on_gpu:
         process = CUDA_CONTEXT_BYTES + (0 if serve.enforce_eager else CUDA_GRAPHS_BYTES)
     return Need(
-        weights=weight_bytes(shape, linear_bytes[serve.quantization] if device.on_gpu else device.value_bytes, device),
+        weights=weight_bytes(shape, served_bytes(serve.quantization, device), device),
         adapter=serve.max_loras * slot * device.value_bytes,
         activations=batch * (2 * shape.width + 3 * shape.inner_width) * device.value_bytes,
         logits=serve.max_num_seqs * shape.vocabulary * SAMPLER_BYTES,

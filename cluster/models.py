@@ -66,7 +66,7 @@ def read_model_config(config: ModelConfig) -> dict[str, Any]:
     if config.name == SMALL_MODEL:
         return read_config_file(SMALL_MODEL_CONFIG)
     if _is_folder(config.name):
-        return read_config_file(Path(config.name).expanduser() / "config.json")
+        return read_config_file(Path(config.name).expanduser())
     _ask_hub(config)
     from huggingface_hub import hf_hub_download
 
@@ -74,11 +74,12 @@ def read_model_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config_file(file: Path) -> dict[str, Any]:
-    """Read a file in the form of a model's config.json.
+    """Read a file in the form of a model's config.json, or the one in a folder.
 
     Raises:
         ModelError: It is not there, or is no JSON object.
     """
+    file = file / "config.json" if file.is_dir() else file
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

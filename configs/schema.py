@@ -435,10 +435,7 @@ class ChatbotConfig(Settings):
             reasons.append(f"train.batch_size={self.train.batch_size} must be a multiple of train.num_workers={self.train.num_workers}")
         micro_batch = self.train.micro_batch_size
         if micro_batch != "auto" and (self.train.batch_size // self.train.num_workers) % micro_batch:
-            reasons.append(
-                f"train.micro_batch_size={micro_batch} must divide a worker's share of "
-                f"train.batch_size={self.train.batch_size}"
-            )
+            reasons.append(f"train.micro_batch_size={micro_batch} must divide a worker's share of train.batch_size={self.train.batch_size}")
         reasons += self._unmeasured()
         if reasons:
             raise ValueError("\n".join(reasons))

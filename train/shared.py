@@ -113,7 +113,7 @@ def share_base(config: ChatbotConfig, model_folder: Path, train_file: Path, held
     longest_tokens = max(len(row["input_ids"]) for row in rows + heldout)
     as_packed = config.train.model_copy(update={"packing": True})  # rows lie end to end, whatever each adapter's own batches look like
     base = load_base(model_folder, config.model, as_packed, longest_tokens)
-    return SharedBase(Group(base, rows, heldout, config.train.gradient_checkpointing))
+    return SharedBase(Group(base, rows, heldout, config.train.gradient_checkpointing is True))
 
 
 def _metrics(learner: Learner, request: Request) -> Metrics:
