@@ -59,7 +59,7 @@ class Card:
     def labels(self) -> dict[str, str]:
         """Labels by which Ray places work."""
         share = {"gpu-share": f"{self.gpu_share:g}"} if self.gpu else {}
-        return {"pool": self.pool, "card": self.name, "accelerator": self.accelerator, "memory-gib": f"{self.memory_gib:.0f}", **share}
+        return {"pool": self.pool, "card": self.name, "accelerator": self.accelerator, "memory-gib": str(int(self.memory_gib)), **share}
 
 
 def find_gpus() -> list[Gpu]:

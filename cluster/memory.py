@@ -124,7 +124,7 @@ class Step:
         """The loss, the first and the last block on the way back, the optimizer's turn, and an evaluation."""
         kept, block, grads = self._kept_bytes(), self._backward_bytes(), self._num_adapter * FP32_BYTES
         held = grads if self._accumulates else 0  # gradients of the micro-batches before
-        answers = max(self.size, EVALUATION_TOKENS // self.rows.longest_tokens) * self.rows.most_loss_tokens
+        answers = max(self.size, EVALUATION_TOKENS / self.rows.longest_tokens) * self.rows.most_loss_tokens
         return [
             self._moment(kept, held, self._logit_bytes()),
             self._moment(kept + block, held),

@@ -151,7 +151,7 @@ def _nearest(shape: Shape, train: TrainConfig, rows: Rows, place: Place) -> list
         if choice := choose(shape, attempt, rows, place):
             offers.append(_shown(train, choice))
             break
-    for attempt in (free, quantised):
+    for attempt in (free, quantised, *narrow[-1:]):
 
         def fits(num_tokens: int, attempt: TrainConfig = attempt) -> bool:
             return choose(shape, attempt, _cut(rows, num_tokens), place) is not None

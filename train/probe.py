@@ -116,7 +116,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
 
 def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int = NUM_STEPS) -> Figures:
-    """Train so many steps after a warm-up, and leave the base as it was; the config's size is settled."""
+    """Train so many steps after a warm-up, evaluate a batch, and leave the base as it was; the config's size is settled."""
     train = config.train.model_copy(update={"max_steps": NUM_WARMUP_STEPS + num_steps})
     config, clock = config.model_copy(update={"train": train}), _Clock()
     _forget()
@@ -127,8 +127,10 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
             arguments = training_arguments(config, Path(scratch), 1, len(rows), longest_tokens, base.dtype == torch.bfloat16)
             arguments.save_strategy = "no"
             order = RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing)
-            collator = Packer() if train.packing else Padder(0)
-            OrderedTrainer(order, model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[clock]).train()
+            settings = {"args": arguments, "train_dataset": rows, "eval_dataset": rows, "callbacks": [clock]}
+            trainer = OrderedTrainer(order, model=model, data_collator=Packer() if train.packing else Padder(0), **settings)
+            trainer.train()
+            trainer.evaluate(rows[: arguments.per_device_eval_batch_size])  # as a run does, in batches of its own size
         held_gib = torch.cuda.max_memory_reserved() / BYTES_PER_GIB if torch.cuda.is_available() else peak_memory_gib()
         return Figures(clock.num_tokens / clock.took_s, taken_memory_gib(), held_gib, peak_memory_gib(), _context_gib())
     finally:
