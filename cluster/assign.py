@@ -4,7 +4,7 @@ Knows offers and how to compare them. Does not know how memory or speed are reck
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from cluster.memory import Engine, Rows, plan_engine
@@ -79,7 +79,8 @@ class Assignment:
 def offers_of(shape: Shape, config: ChatbotConfig, place: Place) -> CardOffers:
     """Return what a card could do with a chatbot, its own settings first; rows are as long as the config lets them be."""
     rows = Rows(config.data.max_length_tokens, config.data.max_length_tokens)
-    training = [_training(shape, config.train, rows, place, kind) for kind in _own_first(config.train.quantization, TRAINED)]
+    limited = replace(place, limit_gib=config.train.max_memory_gib)
+    training = [_training(shape, config.train, rows, limited, kind) for kind in _own_first(config.train.quantization, TRAINED)]
     kinds = _own_first(config.serve.quantization, SERVED) if place.device.on_gpu else ["none"]
     return CardOffers(place, tuple(training), tuple(_serving(shape, config.serve, place, kind) for kind in kinds))
 

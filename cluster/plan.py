@@ -29,11 +29,13 @@ class Place:
     memory_gib: float
     device: Device
     rate: Rate | None = None
+    limit_gib: float | None = None
+    """What a training process may take, where somebody says so."""
 
     @property
     def usable_gib(self) -> float:
         """What a training process may take."""
-        return self.memory_gib * (1 - MARGIN)
+        return self.limit_gib or self.memory_gib * (1 - MARGIN)
 
     @property
     def title(self) -> str:
@@ -170,7 +172,7 @@ def _cut(rows: Rows, num_tokens: int) -> Rows:
 def _shown(before: TrainConfig, choice: Choice) -> str:
     """Write what was changed as `key=value`."""
     after = choice.step.train
-    values = {"quantization": after.quantization, "lora.rank": after.lora.rank}
+    values: dict[str, object] = {"quantization": after.quantization, "lora.rank": after.lora.rank}
     values |= {"micro_batch_size": after.micro_batch_size, "gradient_checkpointing": after.gradient_checkpointing}
     changed = {path: value for path, value in values.items() if attrgetter(path)(before) not in ("auto", value)}
     return " ".join(f"train.{path}={str(value).lower()}" for path, value in changed.items())

@@ -69,7 +69,8 @@ def measure_places(machine: MachineConfig, config: ChatbotConfig, shape: Shape, 
     cards = find_cards(machine)
     card = next(card for card in cards if card.pool == "train")
     rows = Rows(config.data.max_length_tokens, config.data.max_length_tokens)
-    choice = require_fit(shape, config, rows, place_of(card, config.model.precision))
+    place = replace(place_of(card, config.model.precision), limit_gib=config.train.max_memory_gib)
+    choice = require_fit(shape, config, rows, place)
     found = measure_card(card, config.model_copy(update={"train": settle(config.train, choice)}), model)
     places = [place_of(other, config.model.precision) for other in cards]
     rate = found.rate(choice.step)

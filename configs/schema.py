@@ -128,6 +128,8 @@ class TrainConfig(Settings):
     """Conversations computed at once on one worker; `auto` takes the quickest number that the card has memory for."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations to save memory, about 30 % slower; `auto` does so only where it is needed, or lets more be computed at once."""
+    max_memory_gib: float | None = Field(None, gt=0.0)
+    """Most memory that a run may take of each train card, in GiB; nearly all of the card's if empty, which of a single GPU is half."""
     packing: bool = False
     """Join a batch's conversations to one row without padding, each blind to the others; else rows of like length go together."""
     weight_decay: float = Field(0.0, ge=0.0)

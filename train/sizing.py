@@ -4,7 +4,7 @@ Knows the plan (`cluster.plan`) and prepared data. Does not know the step.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.cards import cpu_has_bf16
@@ -68,4 +68,5 @@ def make_sizing(config: ChatbotConfig, model_folder: Path, data: Prepared, cards
     smallest = min((card for card in cards if card["pool"] == "train"), key=lambda card: float(card["memory-gib"]))
     has_bf16 = "gpu-share" in smallest or cpu_has_bf16()
     rows = Rows(data.longest_tokens, data.most_loss_tokens)
-    return Sizing(shape, rows, place_on(smallest, value_bytes(config.model.precision, has_bf16)))
+    place = place_on(smallest, value_bytes(config.model.precision, has_bf16))
+    return Sizing(shape, rows, replace(place, limit_gib=config.train.max_memory_gib))

@@ -78,6 +78,14 @@ def test_whatever_is_proposed_fits(config, gib, overrides):
         assert choose(LLAMA, mended.train, Rows(length, min(length, rows.most_loss_tokens)), place(gib)), proposal
 
 
+def test_a_limit_set_by_hand_takes_the_place_of_the_cards_memory(config):
+    limited = with_overrides(config, ["train.max_memory_gib=20"], "here")
+    own, half = offers_of(LLAMA, limited, place(80)).training[0], offers_of(LLAMA, limited, place(15)).training[0]
+    assert own.choice is not None
+    assert 19 < own.choice.need.gib <= 20
+    assert half.choice is not None
+
+
 def test_hand_set_sizes_are_kept(config):
     asked = with_overrides(config, ["train.micro_batch_size=1", "train.gradient_checkpointing=true"], "here")
     step = require_fit(LLAMA, asked, ROWS, place(80)).step
