@@ -11,7 +11,7 @@ from cluster.models import read_config_file, read_model_config
 from cluster.session import read_session, require_session, token_file
 from cluster.stack import start, stop
 from configs.cli import Overrides, console, make_app, run_app
-from configs.errors import ConfigError
+from configs.errors import ConfigError, ModelError
 from configs.loader import load_chatbot, load_machine
 
 app = make_app("Start, look at and end the cluster on this machine.")
@@ -80,7 +80,10 @@ def plan(
     settings = load_chatbot(config, overrides or [])
     if cards and measure:
         raise ConfigError("--measure takes no --cards", "it measures a card of this machine", "leave out one of them")
-    model = read_config_file(Path(model_config)) if model_config else read_model_config(settings.model)
+    try:
+        model = read_config_file(Path(model_config)) if model_config else read_model_config(settings.model)
+    except ModelError as error:
+        raise ModelError(error.what, error.why, f"{error.remedy}; or --model-config FILE, such as one of configs/shapes") from None
     shape = read_shape(model, model_config or settings.model.name)
     if measure:
         with console.status("training some steps"):

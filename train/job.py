@@ -23,7 +23,7 @@ from configs.errors import ClusterError, RegistryError, RunError, TandemError, l
 from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
 from train.record import FAILED, FINISHED, STOPPED, Record, config_fingerprint, git_commit
-from train.sizing import make_sizing
+from train.sizing import require_room, size_prepared
 
 if TYPE_CHECKING:
     from train.control import Progress
@@ -66,6 +66,7 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
         say(f"going on with run {resume}")
     check_source(config.data)
     check_model(config.model)
+    require_room(config, session.cards)
     say(f"base model {config.model.name}")
     folder = ensure_model(config.model)
     data = prepare(config, folder)
@@ -73,7 +74,7 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
     base_fingerprint = model_fingerprint(folder)
     if record:
         record.require_same(data, base_fingerprint)
-    sizing = make_sizing(config, folder, data, session.cards)
+    sizing = size_prepared(config, folder, data, session.cards)
     if sizing:
         config, step = sizing.settle(config)
         num_rows = config.train.count_steps(data.num_train) * config.train.batch_size

@@ -3,14 +3,15 @@
 Knows the plan (`cluster.plan`) and prepared data. Does not know the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cluster.cards import cpu_has_bf16
 from cluster.memory import Rows, Step
-from cluster.models import read_config_file
-from cluster.plan import Place, choose, place_on, require_fit, settle, value_bytes
+from cluster.models import read_config_file, read_model_config
+from cluster.plan import ROUND_TOKENS, Place, choose, place_on, require_fit, settle, value_bytes
 from cluster.plan_table import show_size
 from cluster.rates import train_tokens_per_s
 from cluster.shape import Shape, read_shape
@@ -59,14 +60,37 @@ class Sizing:
         return f"{words}; {num_tokens / train_tokens_per_s(step, self.place.rate) / S_PER_MINUTE:.0f} min without pauses"
 
 
-def make_sizing(config: ChatbotConfig, model_folder: Path, data: Prepared, cards: Sequence[dict[str, str]]) -> Sizing | None:
-    """Return what runs are sized by on a cluster's train cards, of which the smallest counts; None where the plan knows no such model."""
+def make_sizing(config: ChatbotConfig, model: Mapping[str, Any], rows: Rows, cards: Sequence[dict[str, str]]) -> Sizing | None:
+    """Return what runs are sized by; None where the plan does not know the model.
+
+    Args:
+        config: The chatbot.
+        model: Its base model's config.json.
+        rows: What is trained on.
+        cards: Labels of a cluster's cards; of the train cards the smallest counts.
+    """
     try:
-        shape = read_shape(read_config_file(model_folder / "config.json"), config.model.name)
+        shape = read_shape(model, config.model.name)
     except ModelError:
         return None
     smallest = min((card for card in cards if card["pool"] == "train"), key=lambda card: float(card["memory-gib"]))
     has_bf16 = "gpu-share" in smallest or cpu_has_bf16()
-    rows = Rows(data.longest_tokens, data.most_loss_tokens)
     place = place_on(smallest, value_bytes(config.model.precision, has_bf16))
     return Sizing(shape, rows, replace(place, limit_gib=config.train.max_memory_gib))
+
+
+def size_prepared(config: ChatbotConfig, model_folder: Path, data: Prepared, cards: Sequence[dict[str, str]]) -> Sizing | None:
+    """Return what runs on prepared conversations are sized by; None where the plan does not know the model."""
+    model = read_config_file(model_folder)
+    return make_sizing(config, model, Rows(data.longest_tokens, data.most_loss_tokens), cards)
+
+
+def require_room(config: ChatbotConfig, cards: Sequence[dict[str, str]]) -> None:
+    """Refuse what not even short rows would fit with, before its base is fetched.
+
+    Raises:
+        ClusterError: It does not fit its card.
+        ModelError: The model's config.json cannot be had.
+    """
+    if sizing := make_sizing(config, read_model_config(config.model), Rows(ROUND_TOKENS, ROUND_TOKENS), cards):
+        sizing.settle(config)

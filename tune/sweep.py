@@ -21,7 +21,7 @@ from configs.schema import ChatbotConfig, MachineConfig, SweepConfig
 from data.prepare import Prepared, check_source, prepare
 from train.job import ASKED, Say, connect, count_cards, make_manifest, on_signals, require_at_rest, require_cards
 from train.record import FAILED, FINISHED, STOPPED, Record
-from train.sizing import make_sizing
+from train.sizing import size_prepared
 from tune.outcome import Row, best_row, read_rows, summary
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Pa
     presence = make_control(record.run_id)  # while it is there, nobody else goes on with this sweep
     num_cards = count_cards()
     on_gpu = any("gpu-share" in card for card in session.cards if card["pool"] == "train")
-    num_beside, sizing = count_beside(config, data, on_gpu), make_sizing(config, folder, data, session.cards)
+    num_beside, sizing = count_beside(config, data, on_gpu), size_prepared(config, folder, data, session.cards)
     if sizing and num_beside > 1:
         config, sizing = sizing.settle_base(config, num_beside), None
     task = Task(config, record.run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url, sizing)
