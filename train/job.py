@@ -77,8 +77,7 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
     sizing = size_prepared(config, folder, data, session.cards)
     if sizing:
         config, step = sizing.settle(config)
-        num_rows = config.train.count_steps(data.num_train) * config.train.batch_size
-        say(sizing.describe(step, num_rows * data.num_train_tokens / data.num_train))
+        say(sizing.describe(step, data))
     # Ray, as it connects, takes SIGTERM for itself.
     with connect(session), on_signals(signal.default_int_handler):
         require_cards(config.train.num_workers)

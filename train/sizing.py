@@ -52,11 +52,13 @@ class Sizing:
         """Return the memory that a run takes whose size is settled."""
         return Step(self.shape, train, self.rows, self.place.device).need().gib
 
-    def describe(self, step: Step, num_tokens: float) -> str:
+    def describe(self, step: Step, data: Prepared) -> str:
         """Tell what was chosen, and how long training takes where the card's rate is known."""
         words = f"plan: {show_size(step)}; about {step.need().gib:.1f} of the {self.place.memory_gib:.4g} GiB of {self.place.name}"
         if self.place.rate is None or not self.place.device.on_gpu:
             return words
+        num_rows = step.train.count_steps(data.num_train) * step.train.batch_size
+        num_tokens = num_rows * data.num_train_tokens / data.num_train
         return f"{words}; {num_tokens / train_tokens_per_s(step, self.place.rate) / S_PER_MINUTE:.0f} min without pauses"
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.memory import (
@@ -32,10 +32,10 @@ LLAMA, SMALL = read_shape(LLAMA_FILE, "llama"), read_shape(SMALL_FILE, "small")
 SHAPES = {"llama": LLAMA, "small": SMALL}
 
 
-def need(shape: Shape = LLAMA, size: int = 1, length: int = 512, device: Device = GPU, **settings) -> Need:
-    rank = settings.pop("rank", 16)
-    settings = {"gradient_checkpointing": False, "batch_size": size, "lora": LoraConfig(rank=rank), **settings}
-    return Step(shape, TrainConfig(micro_batch_size=size, **settings), Rows(length, length), device).need()
+def need(shape: Shape = LLAMA, size: int = 1, length: int = 512, device: Device = GPU, **train) -> Need:
+    rank = train.pop("rank", 16)
+    train = {"gradient_checkpointing": False, "batch_size": size, "lora": LoraConfig(rank=rank), **train}
+    return Step(shape, TrainConfig(micro_batch_size=size, **train), Rows(length, length), device).need()
 
 
 def tensors_gib(found: Need) -> float:
@@ -95,7 +95,7 @@ def test_known_figures_of_llama_3_8b():
 def test_tensors_are_those_that_were_measured_on_an_h100():
     """See tests/benchmarks/results: the 8B shape with the small tokenizer's vocabulary, and prompts of some tokens."""
     shape, rows = read_shape({**LLAMA_FILE, "vocab_size": 49152}, "bench"), Rows(2048, 2030, equally_long=True)
-    for file, name, settings in (
+    for file, name, train in (
         ("training-h100-80gb-hbm3-2026-11-22", "lora", {"micro_batch_size": 4, "batch_size": 4, "gradient_checkpointing": False}),
         (
             "training-h100-80gb-hbm3-2026-11-23",
@@ -105,11 +105,11 @@ def test_tensors_are_those_that_were_measured_on_an_h100():
     ):
         result = json.loads((ROOT / "tests" / "benchmarks" / "results" / f"{file}.json").read_text())
         measured = result["figures"][f"{name}_8b_seq2048_peak_memory_gib"]
-        assert tensors_gib(Step(shape, TrainConfig(**settings), rows, GPU).need()) == pytest.approx(measured, rel=0.02)
+        assert tensors_gib(Step(shape, TrainConfig(**train), rows, GPU).need()) == pytest.approx(measured, rel=0.02)
 
 
 shapes = st.sampled_from(sorted(SHAPES)).map(SHAPES.get)
-settings = st.fixed_dictionaries(
+steps = st.fixed_dictionaries(
     {
         "shape": shapes,
         "size": st.sampled_from([1, 2, 4]),
@@ -124,26 +124,30 @@ settings = st.fixed_dictionaries(
 )
 
 
-@given(settings, st.integers(1, 4096))
+@settings(deadline=None)  # of a busy machine
+@given(steps, st.integers(1, 4096))
 def test_longer_rows_never_need_less(found, more):
     # Plain attention, on a CPU up to 256 tokens, keeps more of each token than SDPA does.
     assert found["device"] != GPU or need(**{**found, "length": found["length"] + more}).gib >= need(**found).gib
 
 
-@given(settings)
+@settings(deadline=None)  # of a busy machine
+@given(steps)
 def test_more_at_once_or_a_higher_rank_never_needs_less(found):
     assert need(**{**found, "size": 2 * found["size"], "batch_size": 16}).gib >= need(**{**found, "batch_size": 16}).gib
     assert need(**{**found, "rank": 2 * found["rank"]}).gib >= need(**found).gib
 
 
-@given(settings)
+@settings(deadline=None)  # of a busy machine
+@given(steps)
 def test_recomputing_and_fewer_bits_never_need_more(found):
     kept, recomputed = (need(**{**found, "gradient_checkpointing": recomputes}).gib for recomputes in (False, True))
     assert recomputed <= kept
     assert need(**{**found, "length": 2048, "quantization": "nf4"}).weights < need(**{**found, "quantization": "none"}).weights
 
 
-@given(settings, st.sampled_from([{"dropout": 0.1}, {"target_modules": ["q_proj", "v_proj"]}, {"num_layers": 4}]))
+@settings(deadline=None)  # of a busy machine
+@given(steps, st.sampled_from([{"dropout": 0.1}, {"target_modules": ["q_proj", "v_proj"]}, {"num_layers": 4}]))
 def test_dropout_needs_more_and_a_smaller_adapter_less(found, lora):
     plain = {**found, "gradient_checkpointing": False}
     rank = plain.pop("rank")

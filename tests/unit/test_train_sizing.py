@@ -46,7 +46,7 @@ def test_the_smallest_train_card_and_the_rows_own_length_count(config, folder):
         settled, step = sizing.settle(config)
         assert (settled.train.micro_batch_size, settled.train.gradient_checkpointing) == (step.size, step.recomputes)
         assert sizing.predict_gib(settled.train) == step.need().gib <= sizing.place.usable_gib
-        assert f"{step.need().gib:.1f} of the 31 GiB of card2" in sizing.describe(step, 1e6)
+        assert f"{step.need().gib:.1f} of the 31 GiB of card2" in sizing.describe(step, data(longest, answered))
         sizes.append(step.size)
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
