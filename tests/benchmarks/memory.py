@@ -13,6 +13,8 @@ setting without enough memory is a row that says so, and a run that was ended go
 import argparse
 import gc
 import json
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -186,8 +188,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a part of the names of what is to be measured, such as qlora_8b")
     parser.add_argument("--rows", type=Path, default=Path(tempfile.gettempdir()) / "tandem-memory-rows.jsonl")
     arguments = parser.parse_args()
-    measure_all(arguments, arguments.rows)
-    rows = list(read_rows(arguments.rows).values())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended before all was measured"))
+    try:
+        measure_all(arguments, arguments.rows)
+    finally:
+        write(list(read_rows(arguments.rows).values()))
+
+
+def write(rows: list[Row]) -> None:
+    """Write the result, of however many settings there are."""
     good = [row for row in rows if not row.failed]
     errors = [row.error_percent for row in good]
     figures: dict[str, float] = {"settings": len(rows), "failed": len(rows) - len(good)}
