@@ -168,7 +168,7 @@ class Step:
         num_blocks = min(self.train.lora.num_layers or self.shape.num_blocks, self.shape.num_blocks)
         # Under autocast each matrix of the adapter is multiplied as a copy in bf16, which the backward pass wants too.
         copies = self._num_adapter * BF16_BYTES if self.device.value_bytes == BF16_BYTES else 0
-        return num_blocks * self._block_bytes() + self._mask_bytes() + copies
+        return num_blocks * self._block_bytes() + copies
 
     def _block_bytes(self) -> float:
         """What one block keeps of a micro-batch."""
@@ -178,6 +178,7 @@ class Step:
         """The inputs of two norms, which without fused kernels are kept in fp32, and their outputs where an adapter reads them."""
         adapted, value = self.shape.adapted_layers(self.train.lora), self.device.value_bytes
         read = bool({"q_proj", "k_proj", "v_proj"} & set(adapted)) + bool({"gate_proj", "up_proj"} & set(adapted))
+        read = 0 if self.train.lora.dropout else read  # each adapter then keeps an input of its own
         return self.shape.width * (2 * (value if self.device.on_gpu else FP32_BYTES) + read * value)
 
     def _attention_bytes(self) -> float:
@@ -199,19 +200,21 @@ class Step:
         return self.size > 1 and (self.train.packing or not self.rows.equally_long)
 
     def _mask_bytes(self) -> float:
-        """The mask of zeros and ones, once for all blocks."""
+        """The mask of zeros and ones, once for all blocks: those that are recomputed want it again."""
         return self.num_tokens * (self.num_tokens if self.train.packing else self.rows.longest_tokens) if self._is_masked else 0
 
     def _mlp_bytes(self) -> float:
         """Gate, up, and their product where an adapter reads it; without fused kernels the activated gate too."""
-        kept = 2 + ("down_proj" in self.shape.adapted_layers(self.train.lora)) + (not self.device.on_gpu)
+        read = "down_proj" in self.shape.adapted_layers(self.train.lora) and not self.train.lora.dropout
+        kept = 2 + read + (not self.device.on_gpu)
         return kept * self.shape.inner_width * self.device.value_bytes
 
     def _adapter_bytes(self) -> float:
         """What the adapter's first matrices give; with dropout each has an input of its own, and the places that were zeroed."""
         lora, value = self.train.lora, self.device.value_bytes
         adapted = self.shape.adapted_layers(lora)
-        dropped = sum(inputs for inputs, _ in adapted.values()) * (value + 1) if lora.dropout else 0
+        zeroed = 1 if self.device.on_gpu else value  # a CPU multiplies by noughts and ones
+        dropped = sum(inputs for inputs, _ in adapted.values()) * (value + zeroed) if lora.dropout else 0
         return len(adapted) * lora.rank * value + dropped
 
     def _backward_bytes(self) -> float:
