@@ -1,15 +1,18 @@
-"""`python -m cluster up|down|status|doctor`: the stack on this machine."""
+"""`python -m cluster up|down|status|doctor|plan`: the stack on this machine."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from cluster.home import home_folder
+from cluster.models import read_config_file, read_model_config
 from cluster.session import read_session, require_session, token_file
 from cluster.stack import start, stop
 from configs.cli import Overrides, console, make_app, run_app
-from configs.loader import load_machine
+from configs.errors import ConfigError, ModelError
+from configs.loader import load_chatbot, load_machine
 
 app = make_app("Start, look at and end the cluster on this machine.")
 Machine = Annotated[str, typer.Argument(help="File, or a name in configs/machines.")]
@@ -57,6 +60,43 @@ def doctor(machine: Machine = "auto", overrides: Overrides = None) -> None:
         table.add_row(marks[finding.mark], finding.what, finding.found, finding.remedy)
     console.print(table)
     raise typer.Exit(any(finding.mark == "fail" for finding in findings))
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The chatbot's YAML file.")],
+    overrides: Overrides = None,
+    cards: Annotated[str | None, typer.Option(metavar="NAME:GIB,...", help="Other cards than this machine's.")] = None,
+    machine: Annotated[str, typer.Option(metavar="MACHINE", help="File, or a name in configs/machines.")] = "auto",
+    model_config: Annotated[str | None, typer.Option(metavar="FILE", help="A config.json in the place of the model's own.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="First train some steps on this machine's train card.")] = False,
+) -> None:
+    """Tell what fits on each card, how fast it is, and which card should do what; needs no cluster. Exit status 1: a job fits nowhere."""
+    from cluster.assign import assign, offers_of
+    from cluster.plan_table import make_tables, show_assignment, show_model
+    from cluster.shape import read_shape
+    from cluster.survey import find_places, measure_places, parse_cards
+
+    settings = load_chatbot(config, overrides or [])
+    if cards and measure:
+        raise ConfigError("--measure takes no --cards", "it measures a card of this machine", "leave out one of them")
+    try:
+        model = read_config_file(Path(model_config)) if model_config else read_model_config(settings.model)
+    except ModelError as error:
+        raise ModelError(error.what, error.why, f"{error.remedy}; or --model-config FILE, such as one of configs/shapes") from None
+    shape = read_shape(model, model_config or settings.model.name)
+    if measure:
+        with console.status("training some steps"):
+            places, words = measure_places(load_machine(machine), settings, shape, model)
+        console.print(words)
+    else:
+        precision = settings.model.precision
+        places = parse_cards(cards, precision) if cards else find_places(load_machine(machine), precision)
+    offers = [offers_of(shape, settings, place) for place in places]
+    best = assign(offers, max(1, settings.serve.scaling.min_replicas))
+    for line in (show_model(shape, settings), *make_tables(shape, settings, offers), "", *show_assignment(best, settings)):
+        console.print(line)
+    raise typer.Exit(not best.fits)
 
 
 if __name__ == "__main__":

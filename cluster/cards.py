@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -58,7 +59,7 @@ class Card:
     def labels(self) -> dict[str, str]:
         """Labels by which Ray places work."""
         share = {"gpu-share": f"{self.gpu_share:g}"} if self.gpu else {}
-        return {"pool": self.pool, "card": self.name, "accelerator": self.accelerator, "memory-gib": f"{self.memory_gib:.0f}", **share}
+        return {"pool": self.pool, "card": self.name, "accelerator": self.accelerator, "memory-gib": str(int(self.memory_gib)), **share}
 
 
 def find_gpus() -> list[Gpu]:
@@ -80,6 +81,14 @@ def find_gpus() -> list[Gpu]:
         gpus.append(Gpu(index, name, total_gib, free_gib, driver, float(capability)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return gpus if visible is None else [gpu for gpu in gpus if gpu.index in visible.split(",")]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this machine's CPU computes in bf16 as PyTorch wants it (AVX-512), so that `auto` precision takes it."""
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def find_cards(machine: MachineConfig, gpus: list[Gpu] | None = None) -> list[Card]:

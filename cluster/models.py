@@ -14,9 +14,11 @@ import httpx
 
 from cluster.home import home_folder, new_folder
 from configs.errors import ModelError
+from configs.loader import ROOT
 from configs.schema import Environment, ModelConfig
 
 SMALL_MODEL = "smollm2-135m"
+SMALL_MODEL_CONFIG = ROOT / "configs" / "shapes" / "smollm2_135m.json"
 SMALL_MODEL_TURN_END = "<|im_end|>"
 SAMPLE_BYTES = 2**20
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -53,6 +55,38 @@ def ensure_model(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(config.name, revision=config.revision, token=_token(), allow_patterns=MODEL_FILES))
+
+
+def read_model_config(config: ModelConfig) -> dict[str, Any]:
+    """Return a base model's config.json, without its weights; of a hub model only this file is fetched.
+
+    Raises:
+        ModelError: It cannot be had, or is not JSON.
+    """
+    if config.name == SMALL_MODEL:
+        return read_config_file(SMALL_MODEL_CONFIG)
+    if _is_folder(config.name):
+        return read_config_file(Path(config.name).expanduser())
+    _ask_hub(config)
+    from huggingface_hub import hf_hub_download
+
+    return read_config_file(Path(hf_hub_download(config.name, "config.json", revision=config.revision, token=_token())))
+
+
+def read_config_file(file: Path) -> dict[str, Any]:
+    """Read a file in the form of a model's config.json, or the one in a folder.
+
+    Raises:
+        ModelError: It is not there, or is no JSON object.
+    """
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {file}", str(error), "name a model's config.json, or the folder that it is in") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"cannot read {file}", "it is no JSON object", "name a model's config.json, or the folder that it is in")
+    return found
 
 
 def model_fingerprint(folder: Path) -> str:

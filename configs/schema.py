@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSe
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
 Port = Annotated[int, Field(ge=1024, le=65535)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1, strict=True)]
 METRICS = ("perplexity", "accuracy", "exact", "general", "forgotten", "judge")
 
 
@@ -123,10 +124,12 @@ class TrainConfig(Settings):
     """Stop after so many steps, whatever `num_epochs` says."""
     batch_size: int = Field(16, ge=1)
     """Conversations a step, over all workers."""
-    micro_batch_size: int | None = Field(None, ge=1)
-    """Conversations computed at once on one worker; the whole share of the batch if empty."""
-    gradient_checkpointing: bool = False
-    """Recompute activations to save memory; about 30 % slower."""
+    micro_batch_size: Literal["auto"] | Count = "auto"
+    """Conversations computed at once on one worker; `auto` takes the quickest number that the card has memory for."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations to save memory, about 30 % slower; `auto` does so only where it is needed, or lets more be computed at once."""
+    max_memory_gib: float | None = Field(None, gt=0.0)
+    """Most memory that a run may take of each train card, in GiB; nearly all of the card's if empty, which of a single GPU is half."""
     packing: bool = False
     """Join a batch's conversations to one row without padding, each blind to the others; else rows of like length go together."""
     weight_decay: float = Field(0.0, ge=0.0)
@@ -440,11 +443,9 @@ class ChatbotConfig(Settings):
             )
         if self.train.batch_size % self.train.num_workers:
             reasons.append(f"train.batch_size={self.train.batch_size} must be a multiple of train.num_workers={self.train.num_workers}")
-        if self.train.micro_batch_size and (self.train.batch_size // self.train.num_workers) % self.train.micro_batch_size:
-            reasons.append(
-                f"train.micro_batch_size={self.train.micro_batch_size} must divide a worker's share of "
-                f"train.batch_size={self.train.batch_size}"
-            )
+        micro_batch = self.train.micro_batch_size
+        if micro_batch != "auto" and (self.train.batch_size // self.train.num_workers) % micro_batch:
+            reasons.append(f"train.micro_batch_size={micro_batch} must divide a worker's share of train.batch_size={self.train.batch_size}")
         reasons += self._unmeasured()
         if reasons:
             raise ValueError("\n".join(reasons))

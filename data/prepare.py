@@ -50,6 +50,7 @@ class Prepared:
     num_leaks: int
     num_bad: int
     longest_tokens: int
+    most_loss_tokens: int
     fingerprint: str
     source_key: str = ""  # changes with the source, the settings and the tokenizer; empty for datasets, whose files are not at hand
     sources: dict[str, str] = field(default_factory=dict)  # each source with its hash, as DVC writes it
@@ -201,6 +202,7 @@ def _report(name: str, source_key: str, sides: SplitResult, train: Fitted, heldo
         num_leaks=sides.num_leaks,
         num_bad=num_bad,
         longest_tokens=max(len(row.input_ids) for row in (*train.rows, *heldout.rows)),
+        most_loss_tokens=max(row.num_loss_tokens for row in (*train.rows, *heldout.rows)),
         fingerprint=print_of_content,
         source_key=source_key,
     )

@@ -23,9 +23,11 @@ from configs.errors import ClusterError, RegistryError, RunError, TandemError, l
 from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
 from train.record import FAILED, FINISHED, STOPPED, Record, config_fingerprint, git_commit
+from train.sizing import require_room, size_prepared
 
 if TYPE_CHECKING:
     from train.control import Progress
+    from train.worker import Task
 
 POLL_S = 0.5
 ASKED = "the job was asked to stop"
@@ -64,6 +66,7 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
         say(f"going on with run {resume}")
     check_source(config.data)
     check_model(config.model)
+    require_room(config, session.cards)
     say(f"base model {config.model.name}")
     folder = ensure_model(config.model)
     data = prepare(config, folder)
@@ -71,6 +74,10 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
     base_fingerprint = model_fingerprint(folder)
     if record:
         record.require_same(data, base_fingerprint)
+    sizing = size_prepared(config, folder, data, session.cards)
+    if sizing:
+        config, step = sizing.settle(config)
+        say(sizing.describe(step, data))
     # Ray, as it connects, takes SIGTERM for itself.
     with connect(session), on_signals(signal.default_int_handler):
         require_cards(config.train.num_workers)
@@ -81,7 +88,10 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
             record = Record.begin(registry.client, config, data, base_fingerprint)
         say(f"run {record.run_id}")
         try:
-            checkpoint, metrics, stop_reason = _fit(config, session, record.run_id, folder, data, show)
+            from train.worker import Task
+
+            task = Task(config, record.run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url, sizing)
+            checkpoint, metrics, stop_reason = _fit(task, session, show)
             if not stop_reason:
                 say("registering the adapter")
                 manifest = make_manifest(config, record.run_id, base_fingerprint, data, checkpoint, metrics)
@@ -144,22 +154,20 @@ def require_at_rest(run_id: str) -> None:
         raise RunError(f"run {run_id} is still going on", "its driver is at work in this cluster", "wait for it to end, or stop its job")
 
 
-def _fit(
-    config: ChatbotConfig, session: Session, run_id: str, folder: Path, data: Prepared, show: Callable[["Progress"], None]
-) -> tuple[Path, dict[str, float], str | None]:
+def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> tuple[Path, dict[str, float], str | None]:
     """Run the workers; return the checkpoint to register, its metrics, and why the run was stopped if it was."""
     import ray
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer
 
     from train.control import make_control
-    from train.worker import Task, train_worker
+    from train.worker import train_worker
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _register_sigint_handler(self, controller: Any) -> None:
             """Leave SIGINT to us: Ray's handler would abort the run and exit with status 0."""
 
-    task = Task(config, run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url)
+    config, run_id = task.config, task.run_id
     control = make_control(run_id)
     keep_best = bool(config.train.early_stopping_patience)
     ranking = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"} if keep_best else {}

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from cluster.home import BYTES_PER_GIB
+from cluster.memory import CUDA_CONTEXT_BYTES
 from train.control import Progress
 from train.step import take_rate
 
@@ -111,8 +112,19 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         }
         if self.evaluated_step != state.global_step:  # an older adapter's; Ray ranks a checkpoint without it last
             metrics.pop("eval_loss", None)
+        self._compare_memory(state.global_step)
         self.host.report(metrics, folder)
         self._leave_out()
+
+    def _compare_memory(self, step: int) -> None:
+        """Write what the plan said beside what was taken."""
+        if not self.host.is_first or self.task.sizing is None:
+            return
+        from mlflow.entities import Metric
+
+        found = {"memory/predicted_gib": self.task.sizing.predict_gib(self.task.config.train), "memory/measured_gib": taken_memory_gib()}
+        now_ms = int(time.time() * 1000)
+        self.mlflow.log_batch(self.task.run_id, metrics=[Metric(name, value, now_ms, step) for name, value in found.items()])
 
     def _leave_out(self) -> None:
         """Leave out of the speed what was done since the last thing that counts."""
@@ -139,8 +151,18 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         return bool(flag.item())
 
 
+def taken_memory_gib() -> float:
+    """Return the most memory that this process took, in GiB, as the plan means it.
+
+    On its GPU all that torch's allocator held there, and the context, which no process can see by itself; resident without a GPU.
+    """
+    if torch.cuda.is_available():
+        return (float(torch.cuda.max_memory_reserved()) + CUDA_CONTEXT_BYTES) / BYTES_PER_GIB
+    return peak_memory_gib()
+
+
 def peak_memory_gib() -> float:
-    """Return the most memory that this process held: on its GPU, or resident without one, in GiB."""
+    """Return the most memory that this process held: in tensors on its GPU, or resident without one, in GiB."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated()) / BYTES_PER_GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB / BYTES_PER_GIB

@@ -174,4 +174,4 @@ def share_base(
     longest_tokens = max(len(row["input_ids"]) for row in rows + heldout)
     as_packed = config.train.model_copy(update={"packing": True})  # rows lie end to end, whatever each adapter's own batches look like
     base = load_base(model_folder, config.model, as_packed, longest_tokens)
-    return SharedBase(Group(base, rows, heldout, config.train.gradient_checkpointing, max_batch_tokens))
+    return SharedBase(Group(base, rows, heldout, config.train.gradient_checkpointing is True, max_batch_tokens))

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from cluster.memory import EVALUATION_TOKENS
 from configs.schema import ChatbotConfig
 from train.rows import RowOrder
-
-EVAL_TOKENS = 2048  # an evaluation batch; micro-batches of a few short rows leave a processor idle
 
 
 class OrderedTrainer(Trainer):  # type: ignore[misc]
@@ -42,11 +41,12 @@ def training_arguments(config: ChatbotConfig, scratch: Path, num_workers: int, n
     train = config.train
     on_gpu = torch.cuda.is_available()
     per_worker = train.batch_size // num_workers
-    micro_batch = train.micro_batch_size or per_worker
+    # Nobody chose where the plan does not know the model.
+    micro_batch = per_worker if train.micro_batch_size == "auto" else train.micro_batch_size
     return TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=micro_batch,
-        per_device_eval_batch_size=max(micro_batch, EVAL_TOKENS // longest_tokens),
+        per_device_eval_batch_size=max(micro_batch, EVALUATION_TOKENS // longest_tokens),
         gradient_accumulation_steps=per_worker // micro_batch,
         learning_rate=train.learning_rate,
         # transformers' own "constant" leaves out the warm-up.

@@ -16,6 +16,7 @@ from configs.errors import ModelError, TandemError
 from configs.schema import ChatbotConfig
 from train.control import find_control
 from train.host import Host, TrainHost
+from train.sizing import Sizing
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Task:
     train_file: str
     heldout_file: str
     mlflow_url: str
+    sizing: Sizing | None = None
+    """What the run's size was chosen by; None where the plan does not know the model."""
 
 
 def train_worker(task: Task) -> None:
@@ -76,6 +79,8 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
 
     train = task.config.train
     set_seed(train.seed)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of an earlier trial of a sweep
     tokenizer = load_tokenizer(Path(task.model_folder))
     rows = read_rows(Path(task.train_file), tokenizer, task.config.data)
     heldout = read_rows(Path(task.heldout_file), tokenizer, task.config.data)
@@ -85,7 +90,7 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
         raise ModelError(
             "train.packing does not suit this model", "its layers would let packed conversations see each other", "train.packing=false"
         )
-    model = add_adapter(base, train.lora, train.gradient_checkpointing, train.label_smoothing)
+    model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing)
     arguments = training_arguments(task.config, scratch, host.num_workers, len(rows), longest_tokens, base.dtype == torch.bfloat16)
     return OrderedTrainer(
         RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing),

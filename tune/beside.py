@@ -45,7 +45,7 @@ def choose_sharing(config: ChatbotConfig, data: Prepared, model_folder: Path, on
     Raises:
         RunError: The config wants what cannot be.
     """
-    reason, recompute = why_not(config), config.train.gradient_checkpointing
+    reason, recompute = why_not(config), config.train.gradient_checkpointing is True
     wanted = config.tune.trials_per_card
     if wanted and wanted > 1 and reason:
         raise RunError(f"tune.trials_per_card={wanted} cannot be", reason, "tune.trials_per_card=1")
@@ -69,7 +69,7 @@ def _within_memory(config: ChatbotConfig, num_tokens: float, model_folder: Path)
     if why_no_group(base):
         return Sharing()
     rank, quantization = int(_largest(config, "train.lora.rank")), config.train.quantization
-    for recompute in sorted({config.train.gradient_checkpointing, True}):
+    for recompute in sorted({config.train.gradient_checkpointing is True, True}):
         most_tokens = Memory(base, NUM_TRIALS, rank, quantization, recompute).most_tokens
         if most_tokens >= num_tokens:
             return Sharing(NUM_TRIALS, recompute, min(most_tokens, MAX_BATCH_TOKENS))
@@ -77,10 +77,10 @@ def _within_memory(config: ChatbotConfig, num_tokens: float, model_folder: Path)
 
 
 def _largest(config: ChatbotConfig, path: str) -> float:
-    """Return the largest value of a setting that any trial may have; an empty one has no bound."""
+    """Return the largest value of a setting that any trial may have; an empty one, or `auto`, has no bound."""
     dimension = config.tune.space.get(path)
     drawn = dimension and (dimension.choice or dimension.integer or dimension.uniform or dimension.log)
-    return max(math.inf if value is None else value for value in drawn or [attrgetter(path)(config)])
+    return max(value if isinstance(value, int | float) else math.inf for value in drawn or [attrgetter(path)(config)])
 
 
 def why_not(config: ChatbotConfig) -> str | None:

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from configs.schema import ChatbotConfig, MachineConfig, SweepConfig
 from data.prepare import Prepared, check_source, prepare
 from train.job import ASKED, Say, connect, count_cards, make_manifest, on_signals, require_at_rest, require_cards
 from train.record import CONFIG_FILE, FAILED, FINISHED, STOPPED, SWEEP, Record
+from train.sizing import size_prepared
 from tune.outcome import Row, best_row, read_rows, summary
 
 if TYPE_CHECKING:
@@ -126,10 +127,13 @@ def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Pa
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it says is in the table
     presence = make_control(record.run_id)  # while it is there, nobody else goes on with this sweep
     num_cards = count_cards()
-    task = Task(config, record.run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url)
     on_gpu = any("gpu-share" in card for card in session.cards if card["pool"] == "train")
     sharing = choose_sharing(config, data, folder, on_gpu)
-    num_beside = sharing.num_trials
+    num_beside, sizing = sharing.num_trials, size_prepared(config, folder, data, session.cards)
+    if sizing and num_beside > 1:
+        config, sizing = sizing.settle_base(config, num_beside), None
+        sharing = replace(sharing, recompute=sharing.recompute or config.train.gradient_checkpointing is True)
+    task = Task(config, record.run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url, sizing)
     shared = {"train_trial": start_bases(task, sharing, num_cards, on_gpu)} if num_beside > 1 else {}
     trainable = ray_tune.with_resources(
         ray_tune.with_parameters(run_trial, sweep=Sweep(task, data.num_train, num_cards, **shared)),

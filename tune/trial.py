@@ -70,6 +70,8 @@ def run_trial(drawn: dict[str, Any], sweep: Sweep) -> None:
     try:
         run_id = trial_run(task.mlflow_url, task.run_id, name, drawn["settings"])
         config = trial_config(task.config, drawn["settings"], sweep.num_rows)
+        if task.sizing:
+            config, _ = task.sizing.settle(config)
         sweep.train_trial(replace(task, config=config, run_id=run_id), TrialHost(), ray_tune.get_checkpoint())
     except TandemError as error:
         ray_tune.report(failure(f"{error.what}: {error.why}", tune.metric, tune.mode))

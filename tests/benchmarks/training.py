@@ -25,10 +25,11 @@ from configs.loader import ROOT, load_chatbot
 from data.prepare import prepare
 
 NUM_WARMUP = 3
+ALONE = "train.max_memory_gib=76"  # of an H100 on which nothing else runs
 SETTINGS = {
-    "lora": [],
-    "lora_checkpointing": ["train.gradient_checkpointing=true"],
-    "qlora": ["train.quantization=nf4", "train.batch_size=1", "train.gradient_checkpointing=true"],
+    "lora": [ALONE, "train.micro_batch_size=4", "train.gradient_checkpointing=false"],
+    "lora_checkpointing": [ALONE, "train.micro_batch_size=4", "train.gradient_checkpointing=true"],
+    "qlora": [ALONE, "train.quantization=nf4", "train.batch_size=1", "train.gradient_checkpointing=true"],
 }
 
 
@@ -56,7 +57,7 @@ def plain_loop(arguments: argparse.Namespace) -> None:
         quantised = {"quantization_config": settings}
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": device}, **quantised)
     base.config.use_cache = False
-    if config.train.gradient_checkpointing:
+    if config.train.gradient_checkpointing is True:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     ours = config.train.lora

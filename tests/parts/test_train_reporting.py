@@ -6,14 +6,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cluster.memory import Device, Rows
+from cluster.plan import Place
+from cluster.shape import Shape
 from configs.schema import ChatbotConfig
 from tests.parts.test_train_model import rows, tiny
 from train.model import add_adapter
 from train.reporting import NUM_WARMUP_STEPS, ReportCallback
 from train.rows import Padder, RowOrder
+from train.sizing import Sizing
 from train.step import OrderedTrainer, training_arguments
 from train.worker import Task
 
+SIZING = Sizing(Shape(32, 64, 2, 4, 2, 8, 128, 64, tied=False), Rows(32, 32), Place("card1", 8, Device(on_gpu=False, value_bytes=4)))
 ROWS = rows([6 + place * 5 % 17 for place in range(10)])
 BATCHING_S, SLOW_S = 1.0, 100.0
 
@@ -40,9 +45,16 @@ def reported(registry, make_run, tmp_path, monkeypatch):
     monkeypatch.setattr("train.reporting.time", SimpleNamespace(perf_counter=lambda: Timed.now_s, time=time.time))
     found: list[dict[str, float]] = []
     torch.manual_seed(0)
-    settings = {"batch_size": 4, "max_steps": 6, "log_every_steps": 1, "checkpoint_every_steps": 1, "eval_every_steps": 2}
+    settings = {
+        "batch_size": 4,
+        "micro_batch_size": 4,
+        "max_steps": 6,
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 1,
+        "eval_every_steps": 2,
+    }
     config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": settings})
-    task = Task(config, make_run().manifest.run_id, "", "", "", registry.url)
+    task = Task(config, make_run().manifest.run_id, "", "", "", registry.url, SIZING)
     host = SimpleNamespace(num_workers=1, is_first=True, report=lambda metrics, folder: found.append(metrics), send=lambda progress: None)
     callback = Timed(task, host)
     OrderedTrainer(
@@ -69,3 +81,10 @@ def test_only_the_checkpoint_of_an_evaluations_step_carries_its_loss(reported, r
 def test_evaluation_and_saving_are_no_part_of_the_speed(reported):
     callback, _ = reported
     assert callback.steps_s == (6 - NUM_WARMUP_STEPS) * BATCHING_S
+
+
+def test_the_plans_peak_stands_beside_the_one_that_was_measured(reported, registry):
+    callback, _ = reported
+    found = {name: registry.client.get_metric_history(callback.task.run_id, f"memory/{name}_gib") for name in ("predicted", "measured")}
+    assert [metric.step for metric in found["measured"]] == [metric.step for metric in found["predicted"]] == [1, 2, 3, 4, 5, 6]
+    assert all(metric.value > 0.1 for metrics in found.values() for metric in metrics)

@@ -39,7 +39,7 @@ def config(space: dict[str, object], trials_per_card: int | None = None, **train
 
 
 def data(tokens_a_row: int) -> Prepared:
-    return Prepared(Path(), 10, 2, 10 * tokens_a_row, 50, 0, 0, 0, 0, 0, 99, "fingerprint")
+    return Prepared(Path(), 10, 2, 10 * tokens_a_row, 50, 0, 0, 0, 0, 0, 99, 50, "fingerprint")
 
 
 def test_what_is_reckoned_of_memory_is_no_less_than_what_was_measured(base):

@@ -1,0 +1,290 @@
+"""How much memory a step of training, or an engine, takes of a card: arithmetic on a model's shape, without its weights.
+
+Knows what stays in memory from the forward to the backward pass of `train`, and what vLLM sets aside. Does not choose settings.
+
+The peak that is predicted is what a process takes of its card: all that torch's allocator holds there (`max_memory_reserved`, so what is
+lost between tensors too), and the CUDA context. That is what runs out, and the allocator's part no other process on the card can blur. On
+a CPU it is the process's resident memory. Every constant stands at the top, with its source.
+"""
+
+from dataclasses import dataclass, fields
+
+from cluster.home import BYTES_PER_GIB
+from cluster.shape import ATTENTION, MLP, Shape
+from configs.schema import ServeConfig, TrainConfig
+
+MIB = 2**20
+# On two CPU cores plain attention trained the 135M model at 343 against SDPA's 300 tokens/s on rows of 50 tokens, 386 against 362 on
+# rows of 256, and 290 against 325 on rows of 512.
+MAX_PLAIN_ATTENTION_TOKENS = 256
+FP32_BYTES, BF16_BYTES = 4, 2
+# PEFT holds an adapter in fp32 beside a base in bf16; transformers' AdamW (`adamw_torch_fused`) has two fp32 moments.
+OPTIMIZER_BYTES = {32: 8.0, 8: 2 + 2 * 4 / 256}  # a weight; 8 bit as bitsandbytes has it, with a scale for each 256
+NF4_BYTES = 0.5 + 4 / 64  # a weight, with a scale in fp32 for each 64
+NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the scales in 8 bit, with one in fp32 for each 256 of them
+# bf16 logits are upcast; their log-softmax is kept, and beside it lie two gradients of its size when the backward pass begins. With it,
+# the 8B shape's LoRA step at 4 rows of 2,048 tokens comes to 52.9 GiB of tensors, measured 52.87 (results/training-h100-..-11-22.json);
+# QLoRA at one row, recomputed, to 6.2, measured 6.26.
+LOGIT_BYTES = 12
+EVALUATION_LOGIT_BYTES = 10  # bf16, fp32, and the log-softmax, at once
+EVALUATION_TOKENS = 2048  # of a batch; micro-batches of a few short rows would leave a processor idle
+CUBLAS_BYTES = 2 * 32 * MIB  # a workspace for each of the two threads that multiply: torch's default on Hopper; elsewhere 8 MiB
+# What torch's allocator holds beyond its tensors, of what comes and goes in a step, with segments that grow. A guess, not measured yet.
+FRAGMENTATION = 0.05
+CUDA_CONTEXT_BYTES = 550 * MIB  # driver, cuBLAS and kernels of a training process on an H100. A guess, not measured yet.
+# Python with torch, transformers and Ray's worker: what the 135M model's run is above its tensors (1.90 GiB in training-cpu-..-11-22.json).
+CPU_PROCESS_BYTES = 1150 * MIB
+
+# vLLM 0.26 and 0.29, from their source; how much they really take is not measured yet.
+FP8_BYTES = 1.0
+VLLM_NF4_BYTES = NF4_BYTES  # it takes double quantisation apart as it loads
+PREFILL_TOKENS, LARGE_CARD_PREFILL_TOKENS, LARGE_CARD_GIB = 2048, 8192, 70  # `max_num_batched_tokens`, by default
+SAMPLER_BYTES = 16  # a logit in fp32, its probability, and their sorted order with places
+CUDA_GRAPHS_BYTES = 1024 * MIB
+CPU_ENGINE_BYTES = 3000 * MIB  # two processes without a model: the 135M engine of 4 GB in FACTS, less weights and cache
+
+
+@dataclass(frozen=True)
+class Device:
+    """What of a card counts here."""
+
+    on_gpu: bool
+    value_bytes: int = BF16_BYTES
+    """Of a weight or activation: 2 in bf16, 4 in fp32."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training rows, by the worst that a micro-batch can be."""
+
+    longest_tokens: int
+    most_loss_tokens: int
+    """Of one row."""
+    equally_long: bool = False
+    """Rows that need no filling up need no attention mask, which is one of the larger things in a step."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a process takes of a card at its worst moment."""
+
+    weights: float = 0.0
+    adapter: float = 0.0
+    optimizer: float = 0.0
+    gradients: float = 0.0
+    activations: float = 0.0
+    logits: float = 0.0
+    lost: float = 0.0
+    """Between tensors, and in workspaces."""
+    process: float = 0.0
+    """CUDA context; on a CPU, the process without its tensors."""
+
+    @property
+    def total_bytes(self) -> float:
+        """All of it."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+    @property
+    def gib(self) -> float:
+        """All of it, in GiB."""
+        return self.total_bytes / BYTES_PER_GIB
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch of training on one card; `train` names its size and whether activations are recomputed."""
+
+    shape: Shape
+    train: TrainConfig
+    rows: Rows
+    device: Device
+    optimizer_bits: int = 32
+
+    @property
+    def size(self) -> int:
+        """Rows of the micro-batch."""
+        assert isinstance(self.train.micro_batch_size, int), "the plan has not chosen yet"
+        return self.train.micro_batch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the micro-batch, with those that fill up its rows."""
+        return self.size * self.rows.longest_tokens
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are recomputed in the backward pass."""
+        return self.train.gradient_checkpointing is True
+
+    def need(self) -> Need:
+        """Return what is needed at the worst of the step's moments."""
+        return max(self._moments(), key=lambda moment: moment.total_bytes)
+
+    def _moments(self) -> list[Need]:
+        """The loss, the first and the last block on the way back, the optimizer's turn, and an evaluation."""
+        kept, block, grads = self._kept_bytes(), self._backward_bytes(), self._num_adapter * FP32_BYTES
+        held = grads if self._accumulates else 0  # gradients of the micro-batches before
+        answers = max(self.size, EVALUATION_TOKENS / self.rows.longest_tokens) * self.rows.most_loss_tokens
+        return [
+            self._moment(kept, held, self._logit_bytes()),
+            self._moment(kept + block, held),
+            self._moment(block, grads),
+            self._moment(0, grads),
+            self._moment(0, 0, answers * self.shape.vocabulary * EVALUATION_LOGIT_BYTES),
+        ]
+
+    def _moment(self, activations: float, gradients: float, logits: float = 0.0) -> Need:
+        comes_and_goes = activations + gradients + logits
+        return Need(
+            weights=weight_bytes(self.shape, self._linear_bytes, self.device),
+            adapter=self._num_adapter * FP32_BYTES,
+            optimizer=self._num_adapter * OPTIMIZER_BYTES[self.optimizer_bits],
+            # With several workers, gradients lie in buckets too, which are sent.
+            gradients=gradients + (self._num_adapter * FP32_BYTES if self.train.num_workers > 1 else 0),
+            activations=activations,
+            logits=logits,
+            lost=FRAGMENTATION * comes_and_goes + CUBLAS_BYTES if self.device.on_gpu else 0.0,
+            process=CUDA_CONTEXT_BYTES if self.device.on_gpu else CPU_PROCESS_BYTES,
+        )
+
+    @property
+    def _num_adapter(self) -> int:
+        return self.shape.num_adapter_weights(self.train.lora)
+
+    @property
+    def _accumulates(self) -> bool:
+        return self.train.batch_size // self.train.num_workers > self.size
+
+    @property
+    def _linear_bytes(self) -> float:
+        if self.train.quantization == "none":
+            return self.device.value_bytes
+        return NF4_DOUBLE_BYTES if self.train.double_quantization else NF4_BYTES
+
+    def _kept_bytes(self) -> float:
+        """What the forward pass leaves for the backward pass: each block's insides, or its input alone where it is recomputed."""
+        if self.recomputes:
+            return self.shape.num_blocks * self.num_tokens * self.shape.width * self.device.value_bytes + self._mask_bytes()
+        num_blocks = min(self.train.lora.num_layers or self.shape.num_blocks, self.shape.num_blocks)
+        # Under autocast each matrix of the adapter is multiplied as a copy in bf16, which the backward pass wants too.
+        copies = self._num_adapter * BF16_BYTES if self.device.value_bytes == BF16_BYTES else 0
+        return num_blocks * self._block_bytes() + copies
+
+    def _block_bytes(self) -> float:
+        """What one block keeps of a micro-batch."""
+        return self.num_tokens * (self._norm_bytes() + self._attention_bytes() + self._mlp_bytes() + self._adapter_bytes())
+
+    def _norm_bytes(self) -> float:
+        """The inputs of two norms, which without fused kernels are kept in fp32, and their outputs where an adapter reads them."""
+        adapted, value = self.shape.adapted_layers(self.train.lora), self.device.value_bytes
+        read = bool({"q_proj", "k_proj", "v_proj"} & set(adapted)) + bool({"gate_proj", "up_proj"} & set(adapted))
+        read = 0 if self.train.lora.dropout else read  # each adapter then keeps an input of its own
+        return self.shape.width * (2 * (value if self.device.on_gpu else FP32_BYTES) + read * value)
+
+    def _attention_bytes(self) -> float:
+        """Queries, keys, values and the outcome; with a mask keys and values stand there once for each head."""
+        shape, value = self.shape, self.device.value_bytes
+        plain = not self.device.on_gpu and not self.train.packing and self.rows.longest_tokens <= MAX_PLAIN_ATTENTION_TOKENS
+        kv_width = shape.query_width if self._is_masked or plain else shape.kv_width
+        found = (2 * shape.query_width + 2 * kv_width) * value + FP32_BYTES * shape.num_heads
+        if shape.has_qk_norm:
+            found += (shape.query_width + shape.kv_width) * value
+        if plain:  # the softmax in fp32, and in the model's format
+            return found + shape.num_heads * self.rows.longest_tokens * (FP32_BYTES + (value if value == BF16_BYTES else 0))
+        if self._is_masked:  # each block turns the mask of zeros and ones into one of numbers
+            found += value * (self.num_tokens if self.train.packing else self.rows.longest_tokens)
+        return found
+
+    @property
+    def _is_masked(self) -> bool:
+        return self.size > 1 and (self.train.packing or not self.rows.equally_long)
+
+    def _mask_bytes(self) -> float:
+        """The mask of zeros and ones, once for all blocks: those that are recomputed want it again."""
+        return self.num_tokens * (self.num_tokens if self.train.packing else self.rows.longest_tokens) if self._is_masked else 0
+
+    def _mlp_bytes(self) -> float:
+        """Gate, up, and their product where an adapter reads it; without fused kernels the activated gate too."""
+        read = "down_proj" in self.shape.adapted_layers(self.train.lora) and not self.train.lora.dropout
+        kept = 2 + read + (not self.device.on_gpu)
+        return kept * self.shape.inner_width * self.device.value_bytes
+
+    def _adapter_bytes(self) -> float:
+        """What the adapter's first matrices give; with dropout each has an input of its own, and the places that were zeroed."""
+        lora, value = self.train.lora, self.device.value_bytes
+        adapted = self.shape.adapted_layers(lora)
+        zeroed = 1 if self.device.on_gpu else value  # a CPU multiplies by noughts and ones
+        dropped = sum(inputs for inputs, _ in adapted.values()) * (value + zeroed) if lora.dropout else 0
+        return len(adapted) * lora.rank * value + dropped
+
+    def _backward_bytes(self) -> float:
+        """What a block's way back takes beside what was kept: gradients inside the MLP or attention, and a weight taken out of 4 bit."""
+        shape, value = self.shape, self.device.value_bytes
+        mlp = 3 * shape.inner_width + shape.width
+        attention = 5 * shape.query_width + shape.width
+        found = self.num_tokens * max(mlp, attention) * value
+        if self.train.quantization == "nf4":
+            found += max(inputs * outputs for inputs, outputs in shape.linear_layers.values()) * value
+        return found + self._block_bytes() if self.recomputes else found
+
+    def _logit_bytes(self) -> float:
+        """The logits and their gradients, of those tokens alone that carry loss, unless the model changes them after the head."""
+        if self.shape.changes_logits:
+            return self.num_tokens * self.shape.vocabulary * (LOGIT_BYTES + 2 * self.device.value_bytes)
+        return self.size * self.rows.most_loss_tokens * self.shape.vocabulary * LOGIT_BYTES
+
+
+def weight_bytes(shape: Shape, linear_bytes: float, device: Device) -> float:
+    """Return the bytes of a base whose linear layers take so many a weight; the rest stays in full precision."""
+    return shape.num_linear_weights * linear_bytes + shape.num_other_weights * device.value_bytes
+
+
+def served_bytes(quantization: str, device: Device) -> float:
+    """Return the bytes of a weight of a linear layer, as the engine holds it; without a GPU it quantises none."""
+    return {"fp8": FP8_BYTES, "bitsandbytes": VLLM_NF4_BYTES}.get(quantization, device.value_bytes) if device.on_gpu else device.value_bytes
+
+
+def kv_bytes(shape: Shape, device: Device) -> int:
+    """Return the bytes of one token in the key-value cache."""
+    return 2 * shape.num_blocks * shape.kv_width * device.value_bytes
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine on a card has room for."""
+
+    need: Need
+    """All but the cache."""
+    cache_bytes: float
+    """What is left for the cache, of what the engine may take; under zero where it does not even start."""
+    token_bytes: int
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Tokens of all requests together that the cache holds."""
+        return max(0, int(self.cache_bytes // self.token_bytes))
+
+
+def plan_engine(shape: Shape, serve: ServeConfig, device: Device, card_gib: float) -> Engine:
+    """Return what an engine takes of a card, or of its share of one, and what that leaves for the cache."""
+    need, token_bytes = _engine_need(shape, serve, device, card_gib), kv_bytes(shape, device)
+    if not device.on_gpu:
+        left = card_gib * BYTES_PER_GIB - need.total_bytes
+        return Engine(need, min(serve.kv_cache_gib * BYTES_PER_GIB, left), token_bytes)
+    return Engine(need, serve.gpu_memory_share * card_gib * BYTES_PER_GIB - need.total_bytes, token_bytes)
+
+
+def _engine_need(shape: Shape, serve: ServeConfig, device: Device, card_gib: float) -> Need:
+    slot = shape.num_blocks * serve.max_lora_rank * sum(sum(shape.linear_layers[name]) for name in (*ATTENTION, *MLP))
+    batch = LARGE_CARD_PREFILL_TOKENS if card_gib >= LARGE_CARD_GIB else PREFILL_TOKENS
+    batch = max(batch, serve.max_num_seqs)
+    process = CPU_ENGINE_BYTES
+    if device.on_gpu:
+        process = CUDA_CONTEXT_BYTES + (0 if serve.enforce_eager else CUDA_GRAPHS_BYTES)
+    return Need(
+        weights=weight_bytes(shape, served_bytes(serve.quantization, device), device),
+        adapter=serve.max_loras * slot * device.value_bytes,
+        activations=batch * (2 * shape.width + 3 * shape.inner_width) * device.value_bytes,
+        logits=serve.max_num_seqs * shape.vocabulary * SAMPLER_BYTES,
+        process=process,
+    )

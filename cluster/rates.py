@@ -1,0 +1,76 @@
+"""How fast cards train and answer: a small table of what was measured, and arithmetic from there to other models and settings.
+
+Knows operations and bytes. Does not know memory. A card that is not in the table has no rate until it is measured (`plan --measure`).
+"""
+
+from dataclasses import dataclass
+
+from cluster.memory import Device, Step, weight_bytes
+from cluster.shape import Shape
+
+RECOMPUTE_TIME = 1.42  # of a step without: 14,432 against 10,158 tokens/s on one H100, 8B shape, 4 rows of 2,048, Liger's kernels
+RECOMPUTE_LAUNCHES = 1.25  # of a step that waits for launches: 0.508 to 0.575 s, 0.436 to 0.612 s (sweep-shared-base-h100-..-11-23.json)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one kind of card does, as measured."""
+
+    train_flops_per_s: float
+    """Useful operations in training, without those that are done twice."""
+    launch_s: float = 0.0
+    """Least time of a block's way forth and back, which the host needs to launch its kernels; small micro-batches wait for it."""
+    read_bytes_per_s: float | None = None
+    """Weights read while one request is answered; None where it was not measured."""
+    source: str = ""
+
+
+# By a part of the accelerator's name. Each is made from a result in tests/benchmarks/results, which a test does anew.
+RATES = {
+    "H100": Rate(
+        train_flops_per_s=4.25e14,  # LoRA, 8B shape, 4 rows of 2,048: 14,265 tokens/s
+        launch_s=0.0155,  # 4 rows of 64 to 128 tokens: 0.508 s a step, in 32 blocks
+        read_bytes_per_s=2.27e12,  # 158 tokens/s of the same shape in bf16, one request at a time
+        source="training-h100-80gb-hbm3-2026-11-22, sweep-shared-base-h100-80gb-hbm3-2026-11-23, serving-h100-80gb-hbm3-2026-11-23",
+    ),
+}
+CPU_CORE = Rate(train_flops_per_s=5.7e10, source="training-cpu-2-cores-2026-11-22")  # LoRA on the MLP, 135M: 242 tokens/s on two cores
+# By this much the quicker of two settings is chosen on a GPU without a rate: a desk's large card, which computes a third as fast as an
+# H100 behind the same host. Nothing is told to anyone from it.
+UNKNOWN = Rate(train_flops_per_s=1.4e14, launch_s=0.0155)
+
+
+def find_rate(accelerator: str, num_cpus: int = 1) -> Rate | None:
+    """Return the rate of a card, by its name; None where nobody measured such a card."""
+    if accelerator == "cpu":
+        return Rate(CPU_CORE.train_flops_per_s * num_cpus, source=CPU_CORE.source)
+    words = accelerator.upper().replace("_", "-").replace(" ", "-").split("-")
+    return next((rate for name, rate in RATES.items() if name in words), None)
+
+
+def step_flops(step: Step) -> float:
+    """Return the useful operations of a micro-batch: forth, and back where an adapter lies behind; frozen weights take no gradient."""
+    shape, length = step.shape, step.rows.longest_tokens
+    block = 2 * shape.num_linear_weights / shape.num_blocks + 2 * length * shape.query_width  # a token's way forth
+    on_the_way_back = min(step.train.lora.num_layers or shape.num_blocks, shape.num_blocks)
+    blocks = step.num_tokens * block * (shape.num_blocks + on_the_way_back)
+    return blocks + 4 * shape.num_head_weights * step.size * step.rows.most_loss_tokens
+
+
+def step_s(step: Step, rate: Rate) -> float:
+    """Return the seconds of a micro-batch: what it computes takes, or what launching it takes."""
+    computed, launched = step_flops(step) / rate.train_flops_per_s, rate.launch_s * step.shape.num_blocks
+    return max(computed * RECOMPUTE_TIME, launched * RECOMPUTE_LAUNCHES) if step.recomputes else max(computed, launched)
+
+
+def train_tokens_per_s(step: Step, rate: Rate) -> float:
+    """Return how many tokens a card trains in a second, where all rows are as long as the longest."""
+    return step.num_tokens / step_s(step, rate)
+
+
+def answer_tokens_per_s(shape: Shape, device: Device, rate: Rate) -> float | None:
+    """Return how fast one request is answered by itself, where nothing is quantised: each token reads all weights but the embedding."""
+    if rate.read_bytes_per_s is None:
+        return None
+    embedding = 0 if shape.tied else shape.num_head_weights * device.value_bytes
+    return rate.read_bytes_per_s / (weight_bytes(shape, device.value_bytes, device) - embedding)

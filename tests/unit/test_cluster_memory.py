@@ -1,0 +1,198 @@
+"""The memory model: figures known by hand, and what must hold whatever the settings."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.memory import (
+    BF16_BYTES,
+    FP32_BYTES,
+    NF4_DOUBLE_BYTES,
+    OPTIMIZER_BYTES,
+    Device,
+    Need,
+    Rows,
+    Step,
+    kv_bytes,
+    plan_engine,
+    weight_bytes,
+)
+from cluster.shape import Shape, read_shape
+from configs.errors import ModelError
+from configs.loader import ROOT
+from configs.schema import LoraConfig, ServeConfig, TrainConfig
+
+GIB = 2**30
+GPU, CPU = Device(on_gpu=True), Device(on_gpu=False)
+LLAMA_FILE = json.loads((ROOT / "configs" / "shapes" / "llama3_8b.json").read_text())
+SMALL_FILE = json.loads((ROOT / "configs" / "shapes" / "smollm2_135m.json").read_text())
+LLAMA, SMALL = read_shape(LLAMA_FILE, "llama"), read_shape(SMALL_FILE, "small")
+SHAPES = {"llama": LLAMA, "small": SMALL}
+
+
+def need(shape: Shape = LLAMA, size: int = 1, length: int = 512, device: Device = GPU, **train) -> Need:
+    rank = train.pop("rank", 16)
+    train = {"gradient_checkpointing": False, "batch_size": size, "lora": LoraConfig(rank=rank), **train}
+    return Step(shape, TrainConfig(micro_batch_size=size, **train), Rows(length, length), device).need()
+
+
+def tensors_gib(found: Need) -> float:
+    return (found.total_bytes - found.lost - found.process) / GIB
+
+
+@pytest.mark.parametrize(
+    ("model", "num_weights"),
+    [
+        (LLAMA_FILE, 8_030_261_248),
+        (SMALL_FILE, 134_515_008),
+        # Qwen2.5-0.5B, whose attention has biases, and Qwen3-0.6B, whose heads have norms and a width of their own.
+        (
+            {
+                "model_type": "qwen2",
+                "hidden_size": 896,
+                "intermediate_size": 4864,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 14,
+                "num_key_value_heads": 2,
+                "vocab_size": 151936,
+                "tie_word_embeddings": True,
+            },
+            494_032_768,
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "hidden_size": 1024,
+                "intermediate_size": 3072,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "vocab_size": 151936,
+                "tie_word_embeddings": True,
+            },
+            596_049_920,
+        ),
+    ],
+    ids=["llama-3-8b", "smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b"],
+)
+def test_the_weights_of_known_models_are_counted_exactly(model, num_weights):
+    assert read_shape(model, "model").num_weights == num_weights
+
+
+def test_known_figures_of_llama_3_8b():
+    assert kv_bytes(LLAMA, GPU) == 131_072
+    assert LLAMA.num_adapter_weights(LoraConfig(rank=16)) == 41_943_040
+    assert LLAMA.num_adapter_weights(LoraConfig(rank=16, target_modules=["q_proj", "v_proj"])) == 6_815_744
+    assert LLAMA.num_adapter_weights(LoraConfig(rank=16, num_layers=8)) == 41_943_040 // 4
+    assert weight_bytes(LLAMA, BF16_BYTES, GPU) == 16_060_522_496
+    # 6.98 billion weights of linear layers at 4 bit, their scales, and embedding, head and norms in bf16.
+    assert weight_bytes(LLAMA, NF4_DOUBLE_BYTES, GPU) == pytest.approx(5.70e9, rel=0.01)
+    assert OPTIMIZER_BYTES[8] < OPTIMIZER_BYTES[32] / 3
+
+
+def test_tensors_are_those_that_were_measured_on_an_h100():
+    """See tests/benchmarks/results: the 8B shape with the small tokenizer's vocabulary, and prompts of some tokens."""
+    shape, rows = read_shape({**LLAMA_FILE, "vocab_size": 49152}, "bench"), Rows(2048, 2030, equally_long=True)
+    for file, name, train in (
+        ("training-h100-80gb-hbm3-2026-11-22", "lora", {"micro_batch_size": 4, "batch_size": 4, "gradient_checkpointing": False}),
+        (
+            "training-h100-80gb-hbm3-2026-11-23",
+            "qlora",
+            {"micro_batch_size": 1, "batch_size": 1, "gradient_checkpointing": True, "quantization": "nf4"},
+        ),
+    ):
+        result = json.loads((ROOT / "tests" / "benchmarks" / "results" / f"{file}.json").read_text())
+        measured = result["figures"][f"{name}_8b_seq2048_peak_memory_gib"]
+        assert tensors_gib(Step(shape, TrainConfig(**train), rows, GPU).need()) == pytest.approx(measured, rel=0.02)
+
+
+shapes = st.sampled_from(sorted(SHAPES)).map(SHAPES.get)
+steps = st.fixed_dictionaries(
+    {
+        "shape": shapes,
+        "size": st.sampled_from([1, 2, 4]),
+        "length": st.integers(64, 4096),
+        "device": st.sampled_from([GPU, CPU, Device(on_gpu=False, value_bytes=FP32_BYTES)]),
+        "rank": st.sampled_from([4, 16, 64]),
+        "gradient_checkpointing": st.booleans(),
+        "quantization": st.sampled_from(["none", "nf4"]),
+        "packing": st.booleans(),
+        "batch_size": st.sampled_from([4, 8]),
+    }
+)
+
+
+@settings(deadline=None)  # of a busy machine
+@given(steps, st.integers(1, 4096))
+def test_longer_rows_never_need_less(found, more):
+    # Plain attention, on a CPU up to 256 tokens, keeps more of each token than SDPA does.
+    assert found["device"] != GPU or need(**{**found, "length": found["length"] + more}).gib >= need(**found).gib
+
+
+@settings(deadline=None)  # of a busy machine
+@given(steps)
+def test_more_at_once_or_a_higher_rank_never_needs_less(found):
+    assert need(**{**found, "size": 2 * found["size"], "batch_size": 16}).gib >= need(**{**found, "batch_size": 16}).gib
+    assert need(**{**found, "rank": 2 * found["rank"]}).gib >= need(**found).gib
+
+
+@settings(deadline=None)  # of a busy machine
+@given(steps)
+def test_recomputing_and_fewer_bits_never_need_more(found):
+    kept, recomputed = (need(**{**found, "gradient_checkpointing": recomputes}).gib for recomputes in (False, True))
+    assert recomputed <= kept
+    assert need(**{**found, "length": 2048, "quantization": "nf4"}).weights < need(**{**found, "quantization": "none"}).weights
+
+
+@settings(deadline=None)  # of a busy machine
+@given(steps, st.sampled_from([{"dropout": 0.1}, {"target_modules": ["q_proj", "v_proj"]}, {"num_layers": 4}]))
+def test_dropout_needs_more_and_a_smaller_adapter_less(found, lora):
+    plain = {**found, "gradient_checkpointing": False}
+    rank = plain.pop("rank")
+    changed, all_of_it = need(**plain, lora=LoraConfig(rank=rank, **lora)).gib, need(**plain, lora=LoraConfig(rank=rank)).gib
+    assert changed >= all_of_it if "dropout" in lora else changed <= all_of_it
+
+
+def test_rows_of_one_length_need_no_mask():
+    train = TrainConfig(micro_batch_size=4, gradient_checkpointing=False)
+    padded, equal = (Step(LLAMA, train, Rows(2048, 2048, equally_long=equal), GPU).need().gib for equal in (False, True))
+    assert padded > equal
+
+
+def test_an_engine_takes_its_share_and_leaves_the_rest_to_the_cache():
+    serve = ServeConfig(max_model_len_tokens=4096, max_num_seqs=16, max_lora_rank=16, enforce_eager=True)
+    found = {kind: plan_engine(LLAMA, serve.model_copy(update={"quantization": kind}), GPU, 15) for kind in ("none", "fp8", "bitsandbytes")}
+    assert found["none"].num_cache_tokens == 0
+    assert 0 < found["fp8"].num_cache_tokens < found["bitsandbytes"].num_cache_tokens
+    for engine in found.values():
+        assert engine.need.total_bytes + engine.cache_bytes == pytest.approx(0.9 * 15 * GIB)
+    # Eight slots of rank 64 have 32 times the weights of one of rank 16.
+    slots = plan_engine(LLAMA, serve.model_copy(update={"max_loras": 8, "max_lora_rank": 64}), GPU, 80).need.adapter
+    assert slots == 32 * 41_943_040 * BF16_BYTES
+
+
+def test_on_a_cpu_the_cache_is_what_the_config_says_where_there_is_room():
+    serve = ServeConfig(kv_cache_gib=2)
+    assert plan_engine(SMALL, serve, CPU, 16).cache_bytes == 2 * GIB
+    assert plan_engine(SMALL, serve, CPU, 4).cache_bytes < 2 * GIB
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"model_type": "gpt2"}, "it is a gpt2"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"num_local_experts": 8}, "it is a llama"),
+    ],
+)
+def test_a_model_that_the_plan_does_not_know_is_refused(changes, why):
+    with pytest.raises(ModelError, match=why):
+        read_shape({**LLAMA_FILE, **changes}, "model")
+
+
+def test_a_layer_that_there_is_not_is_refused():
+    with pytest.raises(ModelError, match="there is no wq"):
+        LLAMA.num_adapter_weights(LoraConfig(target_modules=["q_proj", "wq"]))
