@@ -26,7 +26,6 @@ class Driver:
 
     state: Literal["alive", "stopped", "ended"]
     exit_status: int = LOST
-    message: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,9 @@ class Ground(Protocol):
 
     def stop(self, submission: str) -> None:
         """Ask a job's process to save and leave; again and again is as once."""
+
+    def words(self, submission: str) -> str:
+        """Return the last thing of note that a job's process said."""
 
     def bound(self, fewest: int, most: int) -> None:
         """Set how many engines chat may have."""
@@ -107,13 +109,13 @@ class Arbiter:
         elif driver.state == "stopped" or driver.exit_status == EXIT_STOPPED:
             self._end(job, WAITING if job.state == LEAVING else CANCELLED, job.reason if job.state == LEAVING else "stopped by hand", now_s)
         elif driver.exit_status == 0:
-            self._end(job, DONE, driver.message, now_s)
+            self._end(job, DONE, self.ground.words(job.submission), now_s)
         elif driver.exit_status in (EXIT_BAD_INPUT, EXIT_NOT_PROMOTED):
-            self._end(job, FAILED, driver.message, now_s)
+            self._end(job, FAILED, self.ground.words(job.submission), now_s)
         elif job.state == LEAVING:
             self._end(job, WAITING, job.reason, now_s)
         else:
-            self._lose(job, f"its process was lost: {driver.message}", now_s)
+            self._lose(job, f"its process was lost: {self.ground.words(job.submission)}", now_s)
 
     def _lose(self, job: QueuedJob, reason: str, now_s: float) -> None:
         log.warning("job %d: %s", job.id, reason)

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import ray
 
+from cluster.placement import card_selector
 from configs.errors import RunError
 from configs.schema import ChatbotConfig
 from data.prepare import Prepared
@@ -127,7 +128,7 @@ def start_bases(task: Task, num_cards: int, num_trials: int, on_gpu: bool) -> Tr
         num_cpus=0,
         num_gpus=1 if on_gpu else 0,
         resources={"card": BASES_SHARE},
-        label_selector={"pool": "train"},
+        label_selector=card_selector(),
         max_concurrency=2 * num_trials + 2,
     )
     actors = [actor.remote() for _ in range(num_cards)]

@@ -1,8 +1,8 @@
-"""A cluster in which time is a number: cards, chat with its autoscaler, jobs, and everything that may die, under the real arbiter and queue.
+"""A cluster in which time is a number: cards, chat with its autoscaler, jobs, and all that may die, under the real arbiter and queue.
 
-It behaves as Ray does where that matters: who asks for a card waits for it and holds it alone, an engine takes seconds to start, a run that is
-asked to leave takes its time or hangs until it is killed, Serve decides which engine leaves. It raises `AssertionError` where what must always be
-true is not.
+It behaves as Ray does where that matters: who asks for a card waits for it and holds it alone, an engine takes seconds to start, a run
+that is asked to leave takes its time or hangs until it is killed, Serve decides which engine leaves. It raises `AssertionError` where
+what must always be true is not.
 """
 
 import math
@@ -34,6 +34,17 @@ class CrashError(Exception):
 
 class HeadIsDownError(Exception):
     """Nothing answers."""
+
+
+class QuickQueue(Queue):
+    """The real one, which does not read again what nobody changed."""
+
+    def jobs(self, *states: str) -> list[QueuedJob]:
+        if self.__dict__.setdefault("seen", {}).get("at") != self.connection.total_changes:
+            self.seen: dict[Any, Any] = {"at": self.connection.total_changes}
+        if states not in self.seen:
+            self.seen[states] = super().jobs(*states)
+        return list(self.seen[states])
 
 
 @dataclass
@@ -101,7 +112,7 @@ class Simulation:
         self.saved: dict[int, float] = {}
         self.leave_s = 2.0
         self.head_back_s = 0.0
-        self.queue = Queue(":memory:")
+        self.queue = QuickQueue(":memory:")
         self.fragile = Fragile(self)
         self.arbiter_back_s = 0.0
         self._new_arbiter()
@@ -118,7 +129,9 @@ class Simulation:
 
     def submit_job(self, kind: str, work_s: float, priority: int = 0, num_cards: int = 1, memory_gib: float = 0.0) -> QueuedJob | None:
         """Submit what the whole cluster has cards for."""
-        suit = [spot for spot in self.spots if spot.card.memory_gib >= memory_gib and (spot.card.pool == TRAIN or self.setting.lending.enabled)]
+        suit = [
+            spot for spot in self.spots if spot.card.memory_gib >= memory_gib and (spot.card.pool == TRAIN or self.setting.lending.enabled)
+        ]
         if len(suit) < num_cards:
             return None
         new = NewJob("train" if kind == "train" else "sweep", "bot", "", priority=priority, num_cards=num_cards, memory_gib=memory_gib)
@@ -198,6 +211,9 @@ class Simulation:
         run = self.runs[submission]
         if run.leaves_s == math.inf:
             run.leaves_s = self.now_s + min(self.leave_s, LEAVE_WITHIN_S)
+
+    def words(self, submission: str) -> str:
+        return f"the words of {submission}"
 
     def bound(self, fewest: int, most: int) -> None:
         self._require_head()
@@ -381,11 +397,17 @@ class Simulation:
     def _check_outranked(self, now: dict[int, QueuedJob], waiting: list[QueuedJob]) -> None:
         """Nobody waits for ever for a card of one who ranks below."""
         for other in waiting:
-            below = [job for job in now.values() if job.state == RUNNING and _line(other)[:2] < _line(job)[:2] and self._could_use(other, job.cards)]
+            below = [
+                job
+                for job in now.values()
+                if job.state == RUNNING and _line(other)[:2] < _line(job)[:2] and self._could_use(other, job.cards)
+            ]
             if not below or other.num_cards > 1:
                 self.outranked_since_s.pop(other.id, None)
                 continue
-            since_s = max(self.outranked_since_s.setdefault(other.id, self.now_s), self.undisturbed_since_s, *(job.since_s for job in below))
+            since_s = max(
+                self.outranked_since_s.setdefault(other.id, self.now_s), self.undisturbed_since_s, *(job.since_s for job in below)
+            )
             limit_s = self.setting.lending.min_hold_s + LEAVE_WITHIN_S + RELEASE_S + START_S + SLACK_S
             assert self.now_s - since_s <= limit_s, f"job {other.id} waits behind {[job.id for job in below]}, which rank below"
 

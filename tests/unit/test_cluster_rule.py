@@ -27,14 +27,14 @@ settings_of_a_cluster = st.builds(
     ),
 )
 jobs = st.tuples(
-    st.just("submit_job"), st.sampled_from(["train", "sweep"]), st.integers(1, 60), st.integers(-1, 1), st.sampled_from([1, 1, 1, 2]),
-    st.sampled_from([0, 0, 32]),
+    st.just("submit_job"), st.sampled_from(["train", "sweep"]), st.sampled_from([5, 30, 90, 200]),
+    st.integers(-1, 1), st.sampled_from([1, 1, 1, 2]), st.sampled_from([0, 0, 32]),
 )  # fmt: skip
 happenings = st.one_of(
     jobs,
     jobs,
     st.tuples(st.just("arrive"), st.sampled_from([1, 400, 9000, 40000])),
-    st.tuples(st.just("arrive"), st.just(1)),
+    st.tuples(st.just("arrive"), st.sampled_from([1, 9000])),
     st.tuples(st.just("kill_run")),
     st.tuples(st.just("kill_engine")),
     st.tuples(st.just("kill_raylet"), st.integers(0, 3), st.integers(1, 20)),
@@ -44,7 +44,7 @@ happenings = st.one_of(
     st.tuples(st.just("occupy")),
     st.tuples(st.just("leave_foreign")),
 )
-stories = st.lists(st.tuples(happenings, st.integers(0, 25)), max_size=40)
+stories = st.lists(st.tuples(happenings, st.sampled_from([0, 1, 2, 5, 10, 25, 40])), min_size=8, max_size=30)
 
 
 def live_through(simulation: Simulation, story: list[tuple[tuple[Any, ...], int]]) -> None:
@@ -75,7 +75,7 @@ def test_whatever_happens_chat_is_answered_no_card_is_held_twice_and_all_jobs_co
     assert not standing(simulation), "jobs are left that nobody runs"
     assert not simulation.waiting
     for job in simulation.queue.jobs():
-        assert job.state == DONE or (job.state == FAILED and job.num_lost == setting.lending.max_attempts), job
+        assert (job.state, job.num_lost == setting.lending.max_attempts) in ((DONE, False), (FAILED, True)), job
         assert job.state == FAILED or simulation.work[job.id] <= 0, "it is done, and was trained to its end"
 
 
