@@ -290,18 +290,19 @@ class Simulation:
             self._remove(engine)
 
     def _place(self) -> None:
-        for engine in self.engines:
-            if engine.spot is None:
-                pools = (SERVE, TRAIN) if self.setting.uses_train_cards else (SERVE,)
-                free = [spot for pool in pools for spot in self._free() if spot.card.pool == pool]
-                if free:
-                    engine.spot, engine.placed_s, free[0].occupant = free[0], self.now_s, engine
+        # Whom Ray would serve first nobody knows: here it is never chat.
         for run in self.runs.values():
             wanted = [spot for spot in self._free() if spot.card.name in run.job.cards]
             if not run.spots and len(wanted) == len(run.job.cards):
                 run.spots, run.placed_s = wanted, self.now_s
                 for spot in wanted:
                     spot.occupant = run
+        for engine in self.engines:
+            if engine.spot is None:
+                pools = (SERVE, TRAIN) if self.setting.uses_train_cards else (SERVE,)
+                free = [spot for pool in pools for spot in self._free() if spot.card.pool == pool]
+                if free:
+                    engine.spot, engine.placed_s, free[0].occupant = free[0], self.now_s, engine
 
     def _train(self) -> None:
         for submission, run in list(self.runs.items()):
