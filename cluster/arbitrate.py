@@ -20,7 +20,7 @@ from configs.errors import TandemError
 from configs.schema import MachineConfig
 
 LOOK_EVERY_S = 1.0
-LOOK_IDLY_S = 5.0  # with no job in line there is little to do, and the dashboard is left alone
+LOOK_IDLY_S = 10.0  # with no job in line there is little to do, and the dashboard is left alone
 
 log = logging.getLogger("tandem.arbiter")
 

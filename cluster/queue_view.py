@@ -36,8 +36,7 @@ def check_job(config: str, overrides: Sequence[str], is_sweep: bool, session: Se
             why = f"the cluster has {num_usable} that training may use; it would wait for ever"
             raise ClusterError(f"train.num_workers={num_cards} wants as many cards", why, f"train.num_workers={max(1, num_usable)}")
     text = Path(config).read_text(encoding="utf-8")
-    kind = "sweep" if is_sweep else "train"
-    return NewJob(kind, settings.name, text, tuple(overrides), str(Path.cwd()), num_cards=num_cards)
+    return NewJob("sweep" if is_sweep else "train", settings.name, text, tuple(overrides), str(Path.cwd()), num_cards=num_cards)
 
 
 def queue_table(queue: Queue) -> Table:

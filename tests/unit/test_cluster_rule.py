@@ -1,15 +1,99 @@
 """Who may use a card: the rule by itself, and under a simulator of arrivals, jobs and deaths, with the real arbiter and queue."""
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.job_queue import DONE, FAILED, STANDING
+from cluster.rule import Card, Chat, Decision, Job, Leave, Snapshot, Start, decide
 from configs.schema import LendingConfig
 from tests.helpers.simulator import LEAVE_WITHIN_S, RELEASE_S, START_S, Setting, Simulation
 
 HOURS_S = 3600
+
+LENDING = LendingConfig(enabled=True, quiet_after_s=60, min_hold_s=30)
+OFF = LendingConfig(enabled=False, quiet_after_s=60, min_hold_s=30)
+SERVE_CARD, TRAIN_CARD = Card("card0", "serve"), Card("card1", "train")
+ANSWERING = Card("card0", "serve", engine_since_s=0)
+BUSY_CHAT = Chat(min_engines=1, max_engines=1, num_wanted=1, quiet_s=5)
+QUIET_CHAT = Chat(min_engines=1, max_engines=1, num_wanted=1, quiet_s=60)
+RUNNING = Job(1, "train", "running", cards=("card1",), since_s=900, ends_at="14:20")
+LENT = Job(2, "sweep", "running", cards=("card0",), since_s=990)
+WAITING = Job(3, "train")
+
+
+def decided(*jobs: Job, cards: tuple[Card, ...], chat: Chat = BUSY_CHAT, lending: LendingConfig = LENDING) -> Decision:
+    return decide(Snapshot(1000, cards, chat, jobs), lending)
+
+
+def test_a_job_waits_with_the_reason_and_the_time():
+    found = decided(RUNNING, WAITING, cards=(ANSWERING, TRAIN_CARD))
+    assert found.actions == ()
+    assert found.waits == {3: "card0 answers chat; card1 busy with job 1 until about 14:20"}
+    off = decided(RUNNING, WAITING, cards=(ANSWERING, TRAIN_CARD), lending=OFF)
+    assert off.waits == {3: "card1 busy with job 1 until about 14:20"}
+
+
+def test_quiet_chat_sends_its_engine_to_sleep_only_where_a_job_waits_for_the_card():
+    assert decided(RUNNING, cards=(ANSWERING, TRAIN_CARD), chat=QUIET_CHAT).num_engines == (1, 1)
+    found = decided(RUNNING, WAITING, cards=(ANSWERING, TRAIN_CARD), chat=QUIET_CHAT)
+    assert (found.num_engines, found.waits) == ((0, 1), {3: "card0 is given back by chat; card1 busy with job 1 until about 14:20"})
+    gone = replace(QUIET_CHAT, num_wanted=0)
+    (start,) = decided(RUNNING, WAITING, cards=(SERVE_CARD, TRAIN_CARD), chat=gone).actions
+    assert start == Start(3, ("card0",), "card0 is lent by chat, which does not need it")
+    assert decided(RUNNING, WAITING, cards=(ANSWERING, TRAIN_CARD), chat=QUIET_CHAT, lending=OFF).num_engines == (1, 1)
+
+
+def test_a_request_calls_the_lent_card_back_at_once_and_nobody_else_gets_it():
+    chat = replace(BUSY_CHAT, quiet_s=0)
+    found = decided(RUNNING, LENT, WAITING, cards=(SERVE_CARD, TRAIN_CARD), chat=chat)
+    assert found.actions == (Leave(2, "chat wants card0 back: requests wait for an engine"),)
+    leaving = replace(LENT, state="leaving")
+    found = decided(RUNNING, leaving, WAITING, cards=(SERVE_CARD, TRAIN_CARD), chat=chat)
+    assert found.actions == ()
+    assert found.waits[3].startswith("card0 busy with job 2, asked to leave; card1 busy with job 1")
+    found = decided(RUNNING, WAITING, cards=(SERVE_CARD, TRAIN_CARD), chat=chat)
+    assert (found.actions, found.waits[3].partition(";")[0]) == ((), "card0 is kept for chat")
+
+
+def test_a_job_makes_room_for_one_that_ranks_above_it_but_not_before_its_time():
+    urgent = replace(WAITING, priority=1)
+    for since_s, expected in ((970, (Leave(1, "job 3 goes before it", for_job=3),)), (971, ())):
+        assert decided(replace(RUNNING, since_s=since_s), urgent, cards=(ANSWERING, TRAIN_CARD)).actions == expected
+    assert decided(replace(RUNNING, since_s=0), WAITING, cards=(ANSWERING, TRAIN_CARD)).actions == (), "age alone moves nobody"
+    sweep = replace(RUNNING, kind="sweep", priority=9)
+    assert decided(sweep, WAITING, cards=(ANSWERING, TRAIN_CARD)).actions == (Leave(1, "job 3 goes before it", for_job=3),)
+
+
+def test_an_engine_may_be_a_guest_on_an_idle_train_card_until_training_wants_it():
+    chat = Chat(1, 3, uses_train_cards=True, num_wanted=2, quiet_s=0)
+    assert decided(cards=(ANSWERING, TRAIN_CARD), chat=chat).num_engines == (1, 2)
+    guest = replace(TRAIN_CARD, engine_since_s=900)
+    found = decided(WAITING, cards=(ANSWERING, guest), chat=chat)
+    assert (found.num_engines, found.waits) == ((1, 1), {3: "card0 answers chat; card1 is given back by chat"})
+    assert decided(WAITING, cards=(ANSWERING, replace(guest, engine_since_s=980)), chat=chat).num_engines == (1, 2), "not before its time"
+
+
+def test_a_job_that_wants_two_cards_keeps_the_first_free_one_and_a_sweep_takes_all_train_cards():
+    cards = (ANSWERING, TRAIN_CARD, Card("card2", "train"))
+    two = replace(WAITING, num_cards=2)
+    behind = Job(4, "train", place=1)
+    found = decided(RUNNING, two, behind, cards=cards, lending=OFF)
+    assert found.actions == ()
+    assert found.waits[4] == "card1 busy with job 1 until about 14:20; card2 is kept for job 3"
+    (start,) = decided(Job(5, "sweep"), cards=cards).actions
+    assert start.cards == ("card1", "card2")
+    assert decided(replace(two, num_cards=3), cards=cards, lending=OFF).waits[3] == "it needs 3 cards, and there are 2"
+
+
+def test_a_card_with_too_little_memory_is_not_lent():
+    small = Card("card0", "serve", memory_gib=16)
+    large = replace(WAITING, memory_gib=24)
+    assert decided(RUNNING, large, cards=(small, TRAIN_CARD), chat=Chat()).actions == ()
+    assert decided(RUNNING, WAITING, cards=(small, TRAIN_CARD), chat=Chat()).actions[0].cards == ("card0",)
+
 
 settings_of_a_cluster = st.builds(
     Setting,
@@ -60,7 +144,7 @@ def standing(simulation: Simulation) -> list[int]:
     return [job.id for job in simulation.queue.jobs(*STANDING)]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(settings_of_a_cluster, stories)
 def test_whatever_happens_chat_is_answered_no_card_is_held_twice_and_all_jobs_come_to_their_end(setting, story):
     """The simulator itself looks at each second; here at the end."""
