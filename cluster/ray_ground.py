@@ -17,8 +17,8 @@ from cluster.chat_wish import read_wish, wish_lock
 from cluster.home import home_folder, write_text_once
 from cluster.job_queue import JOB_VARIABLE, QueuedJob
 from cluster.placement import CARDS_VARIABLE
-from cluster.rule import Card, Chat
-from cluster.session import Session, is_alive, read_raylets
+from cluster.rule import TRAIN, Card, Chat
+from cluster.session import Session, is_alive
 from configs.errors import ClusterError
 
 SERVE_API, JOBS_API = "/api/serve/applications/", "/api/jobs/"
@@ -35,18 +35,19 @@ class RayGround:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.client = session.dashboard()
-        self.pool_of = {card["card"]: card["pool"] for card in session.cards}
         self.stopped_s: dict[str, float] = {}
 
     def look(self) -> Sight:
         """Look at cards, chat and drivers."""
-        raylets = [raylet for raylet in read_raylets(self.client) if is_alive(raylet)]
+        nodes = self._get("/nodes?view=summary")["data"]
+        raylets = [node["raylet"] for node in nodes["summary"] if is_alive(node["raylet"])]
         application = self._get(SERVE_API).get("applications", {}).get(APPLICATION, {})
         engines = [replica for entry in application.get("deployments", {}).values() for replica in entry.get("replicas", [])]
         jobs = self._get(JOBS_API)
         drivers = {job["submission_id"]: _driver(job) for job in jobs if job.get("submission_id")}
         bounds = _bounds(application.get("deployed_app_config"))
-        return Sight(self._cards(raylets, engines), _chat(application, engines, bounds), bounds, drivers)
+        used = {node_id for node_id, told in (nodes.get("nodeLogicalResources") or {}).items() if _is_used(told)}
+        return Sight(self._cards(raylets, engines, used), _chat(application, engines, bounds), bounds, drivers)
 
     def submit(self, job: QueuedJob) -> None:
         """Start a job's process; Ray takes a submission's name only once."""
@@ -97,8 +98,9 @@ class RayGround:
         answer.raise_for_status()
         return answer.json()
 
-    def _cards(self, raylets: list[dict[str, Any]], engines: list[dict[str, Any]]) -> tuple[Card, ...]:
+    def _cards(self, raylets: list[dict[str, Any]], engines: list[dict[str, Any]], used: set[str]) -> tuple[Card, ...]:
         card_of = {raylet["nodeId"]: raylet["labels"]["card"] for raylet in raylets if "card" in raylet.get("labels", {})}
+        taken = {name for node_id, name in card_of.items() if node_id in used}
         since_s = {card_of[engine["node_id"]]: engine["start_time_s"] for engine in engines if engine.get("node_id") in card_of}
         return tuple(
             Card(
@@ -107,6 +109,7 @@ class RayGround:
                 memory_gib=float(card["memory-gib"]),
                 is_alive=card["card"] in card_of.values(),
                 engine_since_s=since_s.get(card["card"]),
+                is_foreign=card["pool"] == TRAIN and card["card"] in taken and card["card"] not in since_s,
             )
             for card in self.session.cards
         )
@@ -134,6 +137,12 @@ def _bounds(config: dict[str, Any] | None) -> tuple[int, int] | None:
     application = (config or {}).get("applications", [config])[0] or {}
     growth = next((entry.get("autoscaling_config") for entry in application.get("deployments", [])), None)
     return (growth["min_replicas"], growth["max_replicas"]) if growth else None
+
+
+def _is_used(told: str) -> bool:
+    """Whether a node's card is in use, by what Ray tells of its resources, such as `1.0/1.0 card`."""
+    found = USED_CARD.search(told)
+    return bool(found and float(found[1]))
 
 
 def _driver(job: dict[str, Any]) -> Driver:

@@ -96,7 +96,10 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
 
 
 def _restart_arbiter(session: Session) -> Session:
-    """Start the arbiter again, which nothing else depends on."""
+    """Start the arbiter again, which nothing else depends on; a killed shell may have left one."""
+    for process in session.processes:
+        for left in process.family() if process.name == ARBITER else ():
+            send_signal(left, psutil.Process.kill)
     kept = tuple(process for process in session.processes if process.name != ARBITER)
     environment = {**session.environment(), **_stack_environment(MachineConfig.model_validate(session.machine))}
     session = replace(session, processes=(*kept, _spawn(ARBITER, ARBITER_COMMAND, environment)))

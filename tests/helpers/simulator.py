@@ -118,6 +118,8 @@ class Simulation:
         self._new_arbiter()
         self.undisturbed_since_s = 0.0
         self.outranked_since_s: dict[int, float] = {}
+        self.wanted_since_s: dict[str, float] = {}
+        self.lacking_since_s = 0.0
         self.sleeps_s: list[float] = []
         self.longest_wait_s = 0.0
         self.num_answered = 0.0
@@ -143,6 +145,12 @@ class Simulation:
         """Let requests come in."""
         if self.setting.max_engines:
             self.waiting.append([self.now_s, num_requests])
+
+    def rush(self, requests_per_s: float, for_s: int) -> None:
+        """Let requests come in all the time."""
+        for _ in range(for_s):
+            self.arrive(requests_per_s)
+            self.run(1)
 
     def kill_run(self) -> None:
         """Kill the process of a job, as a dead worker does after its own attempts."""
@@ -363,8 +371,8 @@ class Simulation:
     def _check(self) -> None:
         held = [name for job in self.queue.jobs(RUNNING, LEAVING) for name in job.cards]
         assert len(held) == len(set(held)), f"a card is held twice: {held}"
-        for job in self.queue.jobs():
-            assert job.id in self.work, "a job came from nowhere"
+        if not self.setting.lending.enabled:
+            assert not [name for name in held if name.startswith(SERVE)], "a serve card is lent where none is to be"
         for spot in self.spots:
             if isinstance(spot.occupant, Run):
                 assert spot.card.name in spot.occupant.job.cards, "a job is on a card that it was not given"
@@ -379,6 +387,11 @@ class Simulation:
             wait_s = self.now_s - max(self.waiting[0][0], self.undisturbed_since_s)
             limit_s = LEAVE_WITHIN_S + RELEASE_S + START_S + SLACK_S + backlog_s
             assert wait_s <= limit_s, f"a request waits for {wait_s} s, and {limit_s} s would do"
+        lent = [spot for spot in self.spots if spot.card.pool == SERVE and isinstance(spot.occupant, Run) and self.is_alive(spot)]
+        if not (lent and any(engine.spot is None for engine in self.engines)):
+            self.lacking_since_s = self.now_s
+        wait_s = self.now_s - max(self.lacking_since_s, self.undisturbed_since_s)
+        assert wait_s <= LEAVE_WITHIN_S + SLACK_S, f"an engine waits for {wait_s} s for a card that is lent"
 
     def _check_step(self, before: dict[int, QueuedJob]) -> None:
         """Priorities are kept, and nobody is disturbed too soon."""
@@ -386,6 +399,8 @@ class Simulation:
         started = [job for job in now.values() if job.state == RUNNING and before[job.id].state != RUNNING]
         waiting = [job for job in now.values() if job.state == WAITING]
         for job in started:
+            taken = [spot.card.name for spot in self.spots if spot.card.name in job.cards and spot.occupant is not None]
+            assert not taken, f"job {job.id} is given {taken}, where somebody is"
             for other in waiting:
                 assert not (_line(other) < _line(job) and self._could_use(other, job.cards)), f"job {job.id} passed job {other.id}"
         for job in now.values():
@@ -394,6 +409,7 @@ class Simulation:
                 assert held_s >= self.setting.lending.min_hold_s, f"job {job.id} was disturbed after {held_s} s"
                 assert any(_line(other)[:2] < _line(job)[:2] for other in waiting), f"job {job.id} made room for nobody"
         self._check_outranked(now, waiting)
+        self._check_guests(waiting)
 
     def _check_outranked(self, now: dict[int, QueuedJob], waiting: list[QueuedJob]) -> None:
         """Nobody waits for ever for a card of one who ranks below."""
@@ -411,6 +427,17 @@ class Simulation:
             )
             limit_s = self.setting.lending.min_hold_s + LEAVE_WITHIN_S + RELEASE_S + START_S + SLACK_S
             assert self.now_s - since_s <= limit_s, f"job {other.id} waits behind {[job.id for job in below]}, which rank below"
+
+    def _check_guests(self, waiting: list[QueuedJob]) -> None:
+        """An engine that is a guest on a train card leaves it to a job that waits, where chat has another."""
+        placed = [engine.spot.card.pool for engine in self.engines if engine.spot]
+        hosts = [spot for spot in self.spots if spot.card.pool == TRAIN and isinstance(spot.occupant, Engine)]
+        wanted = [spot for spot in hosts if any(job.num_cards == 1 and self._could_use(job, (spot.card.name,)) for job in waiting)]
+        self.wanted_since_s = {spot.card.name: self.wanted_since_s.get(spot.card.name, self.now_s) for spot in wanted if SERVE in placed}
+        for spot in wanted:
+            since_s = max(self.wanted_since_s.get(spot.card.name, self.now_s), spot.occupant.placed_s, self.undisturbed_since_s)
+            limit_s = self.setting.lending.min_hold_s + RELEASE_S + SLACK_S
+            assert self.now_s - since_s <= limit_s, f"an engine stays on {spot.card.name}, which a job waits for"
 
     def _could_use(self, job: QueuedJob, names: tuple[str, ...]) -> bool:
         suit = [spot.card for spot in self.spots if spot.card.memory_gib >= job.memory_gib and self.is_alive(spot)]
