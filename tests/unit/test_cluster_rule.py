@@ -113,7 +113,7 @@ settings_of_a_cluster = st.builds(
     ),
 )
 jobs = st.tuples(
-    st.just("submit_job"), st.sampled_from(["train", "sweep"]), st.sampled_from([5, 30, 90]),
+    st.just("submit_job"), st.sampled_from(["train", "sweep"]), st.sampled_from([5, 30, 90, 200]),
     st.integers(-1, 1), st.sampled_from([1, 1, 1, 2]), st.sampled_from([0, 0, 32]),
 )  # fmt: skip
 happenings = st.one_of(
@@ -131,7 +131,7 @@ happenings = st.one_of(
     st.tuples(st.just("occupy")),
     st.tuples(st.just("leave_foreign")),
 )
-stories = st.lists(st.tuples(happenings, st.sampled_from([0, 1, 2, 5, 10, 25])), min_size=8, max_size=20)
+stories = st.lists(st.tuples(happenings, st.sampled_from([0, 1, 2, 5, 10, 25, 60])), min_size=8, max_size=20)
 
 
 def live_through(simulation: Simulation, story: list[tuple[tuple[Any, ...], int]]) -> None:
