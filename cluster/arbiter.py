@@ -76,8 +76,11 @@ class Arbiter:
             self._act(action, now_s)
         self.queue.explain(decision.waits)
         if seen.num_engines not in (None, decision.num_engines):
-            log.info("chat may have %d to %d engines: %s", *decision.num_engines, decision.engines_reason or "as its config says")
-            self.ground.bound(*decision.num_engines)
+            fewest, most = decision.num_engines
+            what, why = f"chat may have {fewest} to {most} engines", decision.engines_reason or "as its config says"
+            log.info("%s: %s", what, why)
+            self.ground.bound(fewest, most)
+            self.queue.note_handover("chat", what, why, now_s)
 
     def _act(self, action: Start | Leave, now_s: float) -> None:
         if isinstance(action, Leave):

@@ -11,7 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,7 +26,7 @@ BUSY_TIMEOUT_S = 30.0
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    kind TEXT NOT NULL, chatbot TEXT NOT NULL, config TEXT NOT NULL, overrides TEXT NOT NULL, folder TEXT NOT NULL,
+    kind TEXT NOT NULL, chatbot TEXT NOT NULL, config TEXT NOT NULL, folder TEXT NOT NULL,
     priority INTEGER NOT NULL, place REAL NOT NULL, num_cards INTEGER NOT NULL, memory_gib REAL NOT NULL,
     state TEXT NOT NULL DEFAULT 'waiting', reason TEXT NOT NULL DEFAULT '', is_cancelled INTEGER NOT NULL DEFAULT 0,
     num_lost INTEGER NOT NULL DEFAULT 0, run_id TEXT NOT NULL DEFAULT '',
@@ -47,8 +47,7 @@ class QueuedJob:
     kind: Literal["train", "sweep"]
     chatbot: str
     config: str
-    """The YAML's text as it was when the job was submitted: later edits do not change it."""
-    overrides: tuple[str, ...]
+    """YAML with all that was set when the job was submitted, on the command line too: later edits do not change it."""
     folder: str
     """Where it was submitted; relative paths in the config start there."""
     priority: int
@@ -90,7 +89,6 @@ class NewJob:
     kind: Literal["train", "sweep"]
     chatbot: str
     config: str
-    overrides: tuple[str, ...] = ()
     folder: str = "."
     priority: int = 0
     num_cards: int = 1
@@ -123,8 +121,7 @@ class Queue:
     def submit(self, job: NewJob, now_s: float | None = None) -> QueuedJob:
         """Put a job at the end of the line."""
         now_s = time.time() if now_s is None else now_s
-        values = {**{entry.name: getattr(job, entry.name) for entry in fields(job)}, "overrides": json.dumps(job.overrides)}
-        values |= {"place": now_s, "submitted_s": now_s, "since_s": now_s}
+        values = asdict(job) | {"place": now_s, "submitted_s": now_s, "since_s": now_s}
         with self._transaction():
             names = ", ".join(values)
             marks = ", ".join("?" * len(values))
@@ -295,7 +292,7 @@ class Queue:
 
 def _job(row: sqlite3.Row) -> QueuedJob:
     values = {name: row[name] for name in row.keys()}  # noqa: SIM118 (a Row yields values)
-    values |= {name: tuple(json.loads(values[name])) for name in ("overrides", "cards")}
+    values["cards"] = tuple(json.loads(values["cards"]))
     return QueuedJob(**{**values, **{name: bool(values[name]) for name in ("is_cancelled", "is_submitted")}})
 
 

@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from rich.table import Table
 
 from cluster.job_queue import LEAVING, RUNNING, STANDING, NewJob, Queue, QueuedJob
 from cluster.rule import RANKS, SERVE
 from cluster.session import Session
 from configs.errors import ClusterError
-from configs.loader import load_chatbot
+from configs.loader import chatbot_source, load_chatbot
 from configs.schema import LendingConfig
 from configs.space import load_sweep
 
@@ -35,8 +36,8 @@ def check_job(config: str, overrides: Sequence[str], is_sweep: bool, session: Se
         if num_cards > num_usable:
             why = f"the cluster has {num_usable} that training may use; it would wait for ever"
             raise ClusterError(f"train.num_workers={num_cards} wants as many cards", why, f"train.num_workers={max(1, num_usable)}")
-    text = Path(config).read_text(encoding="utf-8")
-    return NewJob("sweep" if is_sweep else "train", settings.name, text, tuple(overrides), str(Path.cwd()), num_cards=num_cards)
+    text = yaml.safe_dump(chatbot_source(config, overrides).values, sort_keys=False, allow_unicode=True)
+    return NewJob("sweep" if is_sweep else "train", settings.name, text, str(Path.cwd()), num_cards=num_cards)
 
 
 def queue_table(queue: Queue) -> Table:

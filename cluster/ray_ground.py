@@ -54,8 +54,8 @@ class RayGround:
         file = home_folder() / "queue" / f"{job.id}.yaml"
         write_text_once(file, job.config)
         module = MODULES[job.kind]
-        words = ["--resume", job.run_id] if job.run_id else list(job.overrides)
-        command = shlex.join([sys.executable, "-m", module, str(file), *words])
+        again = ["--resume", job.run_id] if job.run_id else []
+        command = shlex.join([sys.executable, "-m", module, str(file), *again])
         body = {
             "submission_id": job.submission,
             "entrypoint": f"cd {shlex.quote(job.folder)} && exec {command}",

@@ -34,10 +34,10 @@ def in_line(line: Queue) -> list[int]:
 
 
 def test_a_job_is_kept_as_it_was_submitted(line, home):
-    number = submit(line, overrides=("train.max_steps=3",), folder="/work", priority=2, num_cards=2)
+    number = submit(line, folder="/work", priority=2, num_cards=2)
     with Queue() as other:
         job = other.find(number)
-    assert (job.config, job.overrides, job.folder, job.priority, job.num_cards) == ("name: helpdesk", ("train.max_steps=3",), "/work", 2, 2)
+    assert (job.config, job.folder, job.priority, job.num_cards) == ("name: helpdesk", "/work", 2, 2)
     assert (job.state, job.cards, job.run_id) == (WAITING, (), "")
 
 

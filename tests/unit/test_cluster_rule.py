@@ -13,7 +13,7 @@ from configs.schema import LendingConfig
 from tests.helpers.simulator import LEAVE_WITHIN_S, RELEASE_S, START_S, Setting, Simulation
 
 HOURS_S = 3600
-NUM_STORIES = int(os.environ.get("NUM_STORIES", "60"))  # a thousand take a minute
+NUM_STORIES = int(os.environ.get("NUM_STORIES", "40"))  # a thousand take a minute
 
 LENDING = LendingConfig(enabled=True, quiet_after_s=60, min_hold_s=30)
 OFF = LendingConfig(enabled=False, quiet_after_s=60, min_hold_s=30)
