@@ -87,8 +87,8 @@ class RayGround:
             body = deepcopy(wish)
             growth = body["applications"][0]["deployments"][0]["autoscaling_config"]
             asleep = {"downscale_to_zero_delay_s": 0} if fewest < growth["min_replicas"] else {}
-            first = min(max(fewest, growth["initial_replicas"]), most)
-            growth.update(min_replicas=fewest, max_replicas=most, initial_replicas=first, **asleep)
+            growth.pop("initial_replicas", None)  # Serve would begin anew with so many, in the midst of a burst too
+            growth.update(min_replicas=fewest, max_replicas=most, **asleep)
             answer = self.client.put(SERVE_API, json=body)
         if answer.is_error:
             raise ClusterError("Ray Serve refused the number of engines", answer.text[-500:], "python -m serve CONFIG")
