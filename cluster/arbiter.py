@@ -5,12 +5,11 @@ next one goes on. Knows the order of things. Does not know how they are done: se
 """
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
-from cluster.job_queue import CANCELLED, DONE, FAILED, LEAVING, RUNNING, STANDING, WAITING, Queue, QueuedJob
+from cluster.job_queue import CANCELLED, DONE, FAILED, LEAVING, RUNNING, STANDING, WAITING, Queue, QueuedJob, clock
 from cluster.rule import Card, Chat, Job, Leave, Snapshot, Start, decide
 from configs.errors import EXIT_BAD_INPUT, EXIT_NOT_PROMOTED, EXIT_STOPPED
 from configs.schema import LendingConfig
@@ -125,8 +124,8 @@ class Arbiter:
         self.queue.lose(job.id, reason, self.lending.max_attempts, now_s)
 
     def _end(self, job: QueuedJob, state: str, reason: str, now_s: float) -> None:
-        log.info("job %d: %s; %s", job.id, state, reason)
         self.queue.end(job.id, state, reason, now_s)
+        log.info("job %d left: %s; %s", job.id, self.queue.find(job.id).state, reason)
 
 
 def _in_line(job: QueuedJob) -> Job:
@@ -142,5 +141,5 @@ def _in_line(job: QueuedJob) -> Job:
         memory_gib=job.memory_gib,
         cards=job.cards,
         since_s=job.since_s,
-        ends_at=time.strftime("%H:%M", time.localtime(ends_s)) if ends_s else "",
+        ends_at=clock(ends_s) if ends_s else "",
     )

@@ -290,6 +290,12 @@ class Queue:
         return ClusterError("the queue cannot be read or written", f"{self.file}: {error}", remedy)
 
 
+def clock(moment_s: float) -> str:
+    """Return a moment as people say it: the time, with the day where that is another one."""
+    moment = time.localtime(moment_s)
+    return time.strftime("%H:%M" if moment[:3] == time.localtime()[:3] else "%b %d %H:%M", moment)
+
+
 def _job(row: sqlite3.Row) -> QueuedJob:
     values = {name: row[name] for name in row.keys()}  # noqa: SIM118 (a Row yields values)
     values["cards"] = tuple(json.loads(values["cards"]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from rich.table import Table
 
-from cluster.job_queue import LEAVING, RUNNING, STANDING, NewJob, Queue, QueuedJob
+from cluster.job_queue import LEAVING, RUNNING, STANDING, NewJob, Queue, QueuedJob, clock
 from cluster.rule import RANKS, SERVE
 from cluster.session import Session
 from configs.errors import ClusterError
@@ -59,5 +59,5 @@ def told(job: QueuedJob) -> str:
     if job.state == RUNNING and job.num_steps:
         parts.append(f"step {job.step}/{job.num_steps}")
     if ends_s := job.ends_s():
-        parts.append(f"until about {time.strftime('%H:%M', time.localtime(ends_s))}")
+        parts.append(f"until about {clock(ends_s)}")
     return " · ".join(part for part in parts if part)

@@ -159,8 +159,6 @@ class _Hand:
                 names = [card.name for card in self.seen.cards if card.name in job.cards and card.pool == SERVE and card.is_alive]
                 self.actions.append(Leave(job.id, f"chat wants {' and '.join(names)} back: requests wait for an engine"))
                 num_missing -= len(names)
-        if not self.lending.enabled:
-            self.free = [card for card in self.free if card.pool != SERVE]
 
     def place(self, job: Job) -> None:
         """Start a job, or see to it that cards become free for it; what it waits for, nobody behind it gets."""

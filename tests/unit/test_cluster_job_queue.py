@@ -1,5 +1,7 @@
 """The line of jobs on disk: states, places, and what a second writer sees."""
 
+import time
+
 import pytest
 
 from cluster.job_queue import (
@@ -13,6 +15,7 @@ from cluster.job_queue import (
     WAITING,
     NewJob,
     Queue,
+    clock,
     note_progress,
     note_run,
 )
@@ -111,6 +114,13 @@ def test_the_end_is_guessed_from_the_pace_since_it_started(line, monkeypatch):
     assert line.find(number).ends_s() is None, "one point is no pace"
     line.note_progress(number, 60, 100, 30.0)
     assert line.find(number).ends_s() == 70.0
+
+
+def test_a_moment_of_another_day_is_told_with_the_day():
+    noon = time.mktime((*time.localtime()[:3], 12, 0, 0, 0, 0, -1))
+    assert clock(noon) == "12:00"
+    assert clock(noon + 24 * 3600).endswith(" 12:00")
+    assert len(clock(noon + 24 * 3600)) == len("Nov 24 12:00")
 
 
 def test_a_process_tells_of_itself_only_where_it_is_a_job(line, monkeypatch):
