@@ -5,7 +5,7 @@ next one goes on. Knows the order of things. Does not know how they are done: se
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
@@ -68,7 +68,7 @@ class Arbiter:
         """Look once, and do what is to be done now."""
         seen = self.ground.look()
         for job in self.queue.jobs(RUNNING, LEAVING):
-            self._follow(job, seen.drivers.get(job.submission), now_s)
+            self._follow(job, seen, now_s)
         jobs = tuple(_in_line(job) for job in self.queue.jobs(*STANDING))
         decision = decide(Snapshot(now_s, seen.cards, seen.chat, jobs), self.lending)
         for action in decision.actions:
@@ -94,8 +94,9 @@ class Arbiter:
         self.ground.submit(job)
         self.queue.mark_submitted(job.id)
 
-    def _follow(self, job: QueuedJob, driver: Driver | None, now_s: float) -> None:
+    def _follow(self, job: QueuedJob, seen: Sight, now_s: float) -> None:
         """Note what became of a job's process; see to it that there is one, or that it leaves."""
+        driver = seen.drivers.get(job.submission)
         if driver is None:
             if job.is_submitted:
                 self._end(job, WAITING, "the cluster was started anew; it goes on by itself", now_s)
@@ -112,7 +113,7 @@ class Arbiter:
             self._end(job, WAITING if job.state == LEAVING else CANCELLED, job.reason if job.state == LEAVING else "stopped by hand", now_s)
         elif driver.exit_status == 0:
             self._end(job, DONE, self.ground.words(job.submission), now_s)
-        elif driver.exit_status in (EXIT_BAD_INPUT, EXIT_NOT_PROMOTED):
+        elif driver.exit_status in (EXIT_BAD_INPUT, EXIT_NOT_PROMOTED) and _are_alive(job.cards, seen):
             self._end(job, FAILED, self.ground.words(job.submission), now_s)
         elif job.state == LEAVING:
             self._end(job, WAITING, job.reason, now_s)
@@ -126,6 +127,11 @@ class Arbiter:
     def _end(self, job: QueuedJob, state: str, reason: str, now_s: float) -> None:
         self.queue.end(job.id, state, reason, now_s)
         log.info("job %d left: %s; %s", job.id, self.queue.find(job.id).state, reason)
+
+
+def _are_alive(cards: Sequence[str], seen: Sight) -> bool:
+    """Whether a job still has all its cards; of one that has not, an error says nothing."""
+    return set(cards) <= {card.name for card in seen.cards if card.is_alive}
 
 
 def _in_line(job: QueuedJob) -> Job:

@@ -10,7 +10,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -23,6 +23,7 @@ WAITING, RUNNING, LEAVING = "waiting", "running", "leaving"
 DONE, FAILED, CANCELLED = "done", "failed", "cancelled"
 STANDING = (WAITING, RUNNING, LEAVING)
 BUSY_TIMEOUT_S = 30.0
+PROGRESS_TIMEOUT_S = 1.0
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -98,10 +99,10 @@ class NewJob:
 class Queue:
     """The line of jobs."""
 
-    def __init__(self, file: Path | str | None = None) -> None:
+    def __init__(self, file: Path | str | None = None, timeout_s: float = BUSY_TIMEOUT_S) -> None:
         self.file = file or home_folder() / "queue.db"
         try:
-            self.connection = sqlite3.connect(self.file, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+            self.connection = sqlite3.connect(self.file, timeout=timeout_s, isolation_level=None)
             self.connection.row_factory = sqlite3.Row
             self.connection.execute("PRAGMA journal_mode=WAL")
             self.connection.executescript(SCHEMA)
@@ -310,7 +311,7 @@ def note_run(run_id: str) -> None:
 
 
 def note_progress(step: int, num_steps: int) -> None:
-    """Tell the queue how far this process is, if it is one of its jobs."""
+    """Tell the queue how far this process is, if it is one of its jobs; it trains on where it cannot."""
     if job_id := os.environ.get(JOB_VARIABLE):
-        with closing(Queue()) as queue:
+        with suppress(ClusterError), closing(Queue(timeout_s=PROGRESS_TIMEOUT_S)) as queue:
             queue.note_progress(int(job_id), step, num_steps, time.time())

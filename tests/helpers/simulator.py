@@ -103,7 +103,7 @@ class Simulation:
         self.target, self.low_since_s = setting.min_engines, 0.0
         self.bounds_now = (setting.min_engines, max(1, setting.max_engines))
         self.waiting: deque[list[float]] = deque()
-        """Arrivals: when, and how many."""
+        """Arrivals: when, how many, and the seconds that one engine needs for them and those before them."""
         self.last_request_s = 0.0
         self.runs: dict[str, Run] = {}
         self.drivers: dict[str, Driver] = {}
@@ -144,7 +144,8 @@ class Simulation:
     def arrive(self, num_requests: float) -> None:
         """Let requests come in."""
         if self.setting.max_engines:
-            self.waiting.append([self.now_s, num_requests])
+            backlog = num_requests + sum(number for _, number, _ in self.waiting)
+            self.waiting.append([self.now_s, num_requests, backlog / REQUESTS_PER_S])
 
     def rush(self, requests_per_s: float, for_s: int) -> None:
         """Let requests come in all the time."""
@@ -270,7 +271,7 @@ class Simulation:
     def _serve(self) -> None:
         room = REQUESTS_PER_S * sum(engine.runs(self.now_s) for engine in self.engines)
         while self.waiting and room > 0:
-            arrived_s, number = self.waiting[0]
+            arrived_s, number, _ = self.waiting[0]
             taken = min(room, number)
             room -= taken
             self.num_answered += taken
@@ -282,7 +283,7 @@ class Simulation:
 
     def _scale(self) -> None:
         """Do as Serve's autoscaler: up at once, down after a while, within the bounds."""
-        wanted = math.ceil(sum(number for _, number in self.waiting) / REQUESTS_PER_S)
+        wanted = math.ceil(sum(number for _, number, _ in self.waiting) / REQUESTS_PER_S)
         self.low_since_s = self.now_s if wanted >= self.target else self.low_since_s
         if wanted > self.target or self.now_s - self.low_since_s >= DOWN_AFTER_S:
             self.target = wanted
@@ -383,8 +384,8 @@ class Simulation:
         if not any(spot.card.pool == SERVE and self.is_alive(spot) for spot in self.spots):
             self.disturb(START_S)
         if self.waiting:
-            backlog_s = sum(number for _, number in self.waiting) / REQUESTS_PER_S
-            wait_s = self.now_s - max(self.waiting[0][0], self.undisturbed_since_s)
+            arrived_s, _, backlog_s = self.waiting[0]
+            wait_s = self.now_s - max(arrived_s, self.undisturbed_since_s)
             limit_s = LEAVE_WITHIN_S + RELEASE_S + START_S + SLACK_S + backlog_s
             assert wait_s <= limit_s, f"a request waits for {wait_s} s, and {limit_s} s would do"
         lent = [spot for spot in self.spots if spot.card.pool == SERVE and isinstance(spot.occupant, Run) and self.is_alive(spot)]

@@ -134,6 +134,15 @@ def test_a_process_tells_of_itself_only_where_it_is_a_job(line, monkeypatch):
     assert (line.find(number).run_id, line.find(number).step, line.find(number).num_steps) == ("abc", 1, 2)
 
 
+def test_progress_that_cannot_be_told_does_not_disturb_the_training(line, home, monkeypatch):
+    number = submit(line)
+    monkeypatch.setenv(JOB_VARIABLE, str(number))
+    line.connection.execute("BEGIN IMMEDIATE")
+    note_progress(1, 2)
+    line.connection.execute("ROLLBACK")
+    assert line.find(number).step == 0
+
+
 def test_a_handover_is_told_with_its_reason(line):
     number = submit(line)
     line.begin(number, ("card0",), "card0 is lent by chat", 5)
