@@ -143,7 +143,7 @@ class _Hand:
         free = [card for card in alive if card not in self.engines and card.name not in self.holders and not card.is_foreign]
         self.free = sorted(free, key=lambda card: card.pool == SERVE)  # a train card first
         self.coming = [card for card in alive if card.name in self.holders and self.holders[card.name].state == "leaving"]
-        self.is_quiet = self.lending.enabled and chat.quiet_s >= self.lending.quiet_after_s
+        self.is_quiet = chat.quiet_s >= self.lending.quiet_after_s
 
     def give_chat_its_own(self) -> None:
         """Keep serve cards free for the engines that chat wants, and call back those that are lent."""
@@ -191,11 +191,15 @@ class _Hand:
         guests = [card for card in self.engines if card.pool == TRAIN and card.name not in self.given_back]
         idle = [card for card in self.free if card.pool == TRAIN and card.name not in started]
         num_train = len(guests) + len(idle) if chat.uses_train_cards else 0
-        most = max(1, min(chat.max_engines, len(serve) + num_train))
+        num_leaving = sum(card.pool == TRAIN for card in self.engines if card.name in self.given_back)
+        most = len(self.engines) - num_leaving if num_leaving else len(serve) + num_train
+        most = max(1, min(chat.max_engines, most))
         fewest = min(chat.min_engines, most)
         if not self.is_quiet:
             return (fewest, most), "" if most == chat.max_engines else f"{_count(len(serve) + num_train)} for engines"
         fewest = min(fewest, len(serve) - num_lent + len(guests))
+        if self.given_back:
+            fewest = min(fewest, len(self.engines) - len(self.given_back))
         return (fewest, most), f"chat is quiet, and lends {_count(num_lent)} to jobs" if num_lent else ""
 
     def _start(self, job: Job, cards: list[Card]) -> None:
@@ -210,12 +214,13 @@ class _Hand:
         self.coming = [card for card in self.coming if card not in cards]
 
     def _guests(self, job: Job) -> list[Card]:
-        """Cards that an engine can leave for a job: of quiet chat any, else those in the train pool."""
-        return [
-            card
-            for card in sorted(self.engines, key=lambda card: card.pool == SERVE)
-            if self._suits(card, job) and card.name not in self.given_back and (self.is_quiet or self._is_held_long_enough(card))
-        ]
+        """Cards that an engine can leave for a job: of quiet chat any, else those in the train pool beyond chat's own number."""
+        engines = [card for card in sorted(self.engines, key=lambda card: card.pool == SERVE) if card.name not in self.given_back]
+        found = [card for card in engines if self._suits(card, job) and (self.is_quiet or self._is_held_long_enough(card))]
+        if self.is_quiet:
+            return found
+        num_own = sum(card.pool == SERVE and card.is_alive for card in self.seen.cards) if self.lending.enabled else 1
+        return found[: max(0, len(engines) - max(1, num_own))]
 
     def _is_held_long_enough(self, card: Card) -> bool:
         return card.pool == TRAIN and self.seen.now_s - (card.engine_since_s or 0.0) >= self.lending.min_hold_s

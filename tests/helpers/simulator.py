@@ -228,7 +228,7 @@ class Simulation:
         self._require_head()
         setting = self.setting
         if fewest < min(setting.min_engines, most) and fewest < self.bounds_now[0]:
-            assert setting.lending.enabled
+            assert setting.lending.enabled or any(engine.spot and engine.spot.card.pool == TRAIN for engine in self.engines)
             assert self._quiet_s() >= setting.lending.quiet_after_s, "an engine is sent to sleep before chat was quiet long enough"
             self.sleeps_s.append(self.now_s)
         self.bounds_now = (fewest, most)
@@ -430,11 +430,14 @@ class Simulation:
             assert self.now_s - since_s <= limit_s, f"job {other.id} waits behind {[job.id for job in below]}, which rank below"
 
     def _check_guests(self, waiting: list[QueuedJob]) -> None:
-        """An engine that is a guest on a train card leaves it to a job that waits, where chat has another."""
+        """An engine that is a guest on a train card leaves it to a job that waits, where chat has more than its own number."""
         placed = [engine.spot.card.pool for engine in self.engines if engine.spot]
+        num_own = sum(spot.card.pool == SERVE and self.is_alive(spot) for spot in self.spots) if self.setting.lending.enabled else 1
         hosts = [spot for spot in self.spots if spot.card.pool == TRAIN and isinstance(spot.occupant, Engine)]
         wanted = [spot for spot in hosts if any(job.num_cards == 1 and self._could_use(job, (spot.card.name,)) for job in waiting)]
-        self.wanted_since_s = {spot.card.name: self.wanted_since_s.get(spot.card.name, self.now_s) for spot in wanted if SERVE in placed}
+        self.wanted_since_s = {
+            spot.card.name: self.wanted_since_s.get(spot.card.name, self.now_s) for spot in wanted if len(placed) > max(1, num_own)
+        }
         for spot in wanted:
             since_s = max(self.wanted_since_s.get(spot.card.name, self.now_s), spot.occupant.placed_s, self.undisturbed_since_s)
             limit_s = self.setting.lending.min_hold_s + RELEASE_S + SLACK_S
