@@ -192,15 +192,14 @@ class _Hand:
         idle = [card for card in self.free if card.pool == TRAIN and card.name not in started]
         num_train = len(guests) + len(idle) if chat.uses_train_cards else 0
         num_leaving = sum(card.pool == TRAIN for card in self.engines if card.name in self.given_back)
-        most = len(self.engines) - num_leaving if num_leaving else len(serve) + num_train
-        most = max(1, min(chat.max_engines, most))
+        room = len(self.engines) - num_leaving if num_leaving else len(serve) + num_train
+        most = max(1, min(chat.max_engines, room))
         fewest = min(chat.min_engines, most)
-        if not self.is_quiet:
-            return (fewest, most), "" if most == chat.max_engines else f"{_count(len(serve) + num_train)} for engines"
-        fewest = min(fewest, len(serve) - num_lent + len(guests))
-        if self.given_back:
-            fewest = min(fewest, len(self.engines) - len(self.given_back))
-        return (fewest, most), f"chat is quiet, and lends {_count(num_lent)} to jobs" if num_lent else ""
+        if self.is_quiet and (num_lent or self.given_back):
+            fewest = min(fewest, len(serve) - num_lent + len(guests))
+            fewest = min(fewest, len(self.engines) - len(self.given_back)) if self.given_back else fewest
+            return (fewest, most), f"chat is quiet, and leaves {_count(num_lent or num_leaving)} to jobs"
+        return (fewest, most), "" if most == chat.max_engines else f"{_count(room)} for engines"
 
     def _start(self, job: Job, cards: list[Card]) -> None:
         self.free = [card for card in self.free if card not in cards]
