@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.job_queue import DONE, FAILED, STANDING
+from cluster.job_queue import RUNNING as RUNNING_STATE
 from cluster.rule import Card, Chat, Decision, Job, Leave, Snapshot, Start, decide
 from configs.schema import LendingConfig
 from tests.helpers.simulator import LEAVE_WITHIN_S, RELEASE_S, START_S, Setting, Simulation
@@ -165,6 +166,21 @@ def test_whatever_happens_chat_is_answered_no_card_is_held_twice_and_all_jobs_co
     for job in simulation.queue.jobs():
         assert (job.state, job.num_lost == setting.lending.max_attempts) in ((DONE, False), (FAILED, True)), job
         assert job.state == FAILED or simulation.work[job.id] <= 0, "it is done, and was trained to its end"
+
+
+def test_an_arbiter_may_be_killed_at_each_of_its_words_and_deeds_while_a_lent_card_is_called_back():
+    for num_calls in range(1, 40):
+        simulation = Simulation(Setting())
+        for _ in range(2):
+            simulation.submit_job("train", 100)
+        simulation.run(45)
+        assert any(job.cards == ("serve0",) for job in simulation.queue.jobs(RUNNING_STATE)), "one is lent"
+        simulation.kill_arbiter(num_calls, 3)
+        simulation.arrive(10)
+        simulation.run(60)
+        assert not simulation.waiting
+        simulation.run(300)
+        assert not standing(simulation)
 
 
 def test_a_job_that_always_dies_is_begun_three_times_and_the_next_one_runs():
