@@ -1,5 +1,6 @@
-"""`python -m cluster up|down|status|doctor|plan`: the stack on this machine."""
+"""`python -m cluster up|down|status|doctor|plan|submit|queue|cancel|move`: the stack here, what fits its cards, the line of jobs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -7,15 +8,17 @@ import typer
 from rich.table import Table
 
 from cluster.home import home_folder
+from cluster.job_queue import Queue
 from cluster.models import read_config_file, read_model_config
 from cluster.session import read_session, require_session, token_file
 from cluster.stack import start, stop
 from configs.cli import Overrides, console, make_app, run_app
-from configs.errors import ConfigError, ModelError
+from configs.errors import ClusterError, ConfigError, ModelError
 from configs.loader import load_chatbot, load_machine
 
 app = make_app("Start, look at and end the cluster on this machine.")
 Machine = Annotated[str, typer.Argument(help="File, or a name in configs/machines.")]
+JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="Its number in `python -m cluster queue`.")]
 
 
 @app.command()
@@ -46,6 +49,59 @@ def status() -> None:
     session = require_session()
     for table in read_status(session):
         console.print(table)
+
+
+@app.command()
+def submit(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The chatbot's YAML file; later edits do not change the job.")],
+    overrides: Overrides = None,
+    priority: Annotated[int, typer.Option(help="The higher goes before, among training and among sweeps.")] = 0,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Search for better settings, as `python -m tune` does.")] = False,
+    memory_gib: Annotated[float, typer.Option("--memory-gib", min=0, help="Least memory of a card that will do, in GiB.")] = 0.0,
+) -> None:
+    """Put a training run or a sweep in line for a card; it starts by itself, and goes on after a restart of the cluster."""
+    from cluster.queue_view import check_job
+
+    session = read_session()
+    new = replace(check_job(config, overrides or [], sweep, session), priority=priority, memory_gib=memory_gib)
+    with Queue() as line:
+        job = line.submit(new)
+    until = "" if session else "; it waits for: python -m cluster up"
+    console.print(f"[green]submitted[/]  job {job.id}, {job.kind} of {job.chatbot}{until}. See: python -m cluster queue")
+
+
+@app.command()
+def queue() -> None:
+    """Show who runs, who waits and why."""
+    from cluster.queue_view import queue_table
+
+    with Queue() as line:
+        table = queue_table(line)
+    console.print(table if table.row_count else "no jobs; python -m cluster submit CONFIG")
+
+
+@app.command()
+def cancel(job: JobNumber) -> None:
+    """Take a job out of the line; one that runs saves its state and leaves."""
+    with Queue() as line:
+        left = line.cancel(job)
+    module = "tune" if left.kind == "sweep" else "train"
+    again = f"; what it saved goes on with: python -m {module} CONFIG --resume {left.run_id}" if left.run_id else ""
+    console.print(f"[green]{left.state}[/]  job {job}{again}")
+
+
+@app.command()
+def move(
+    job: JobNumber,
+    priority: Annotated[int | None, typer.Option(help="Its new priority.")] = None,
+    before: Annotated[int | None, typer.Option(metavar="JOB", help="Put it just before this one.")] = None,
+) -> None:
+    """Give a job another place in the line."""
+    if (priority is None) == (before is None):
+        raise ClusterError("one of --priority and --before is wanted", remedy=f"python -m cluster move {job} --priority 1")
+    with Queue() as line:
+        moved = line.move(job, priority, before)
+    console.print(f"[green]moved[/]  job {job}, priority {moved.priority}. See: python -m cluster queue")
 
 
 @app.command()

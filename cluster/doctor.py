@@ -96,7 +96,7 @@ def _versions() -> Iterator[Finding]:
 
 def _ports(machine: MachineConfig) -> Iterator[Finding]:
     session = read_session()
-    ours = bool(session and not session.missing())
+    ours = bool(session and not session.missing_parts())
     ports = {"Ray": machine.ray_port, "dashboard": machine.dashboard_port, "MLflow": machine.mlflow_port, "chat": ServeConfig().port}
     for name, port in ports.items():
         owner = port_owner(machine.listen_host, port)

@@ -20,6 +20,7 @@ from cluster.processes import Process
 from configs.errors import ClusterError
 from configs.schema import MachineConfig
 
+ARBITER = "arbiter"
 RAY_NAMESPACE = "tandem"  # of the named actors that drivers, workers and replicas find each other by
 
 
@@ -61,6 +62,10 @@ class Session:
     def missing(self) -> list[str]:
         """Return the names of processes that no longer run."""
         return [process.name for process in self.processes if not process.running()]
+
+    def missing_parts(self) -> list[str]:
+        """Return those without which the cluster is not whole: all but the arbiter, which only the queue needs."""
+        return [name for name in self.missing() if name != ARBITER]
 
 
 def token_file() -> Path:
@@ -107,7 +112,7 @@ def require_session() -> Session:
     if not session.ready:
         why = f"`up` is still at work, or was ended before all of it answered; see {log_folder()}"
         raise ClusterError("the cluster is not ready", why, "python -m cluster up")
-    if missing := session.missing():
+    if missing := session.missing_parts():
         raise ClusterError(f"the cluster is not whole: {', '.join(missing)} ended", f"see {log_folder()}", "python -m cluster up")
     return session
 

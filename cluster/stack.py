@@ -23,11 +23,24 @@ from cluster.cards import Card, find_cards
 from cluster.haproxy import proxy_environment
 from cluster.home import BYTES_PER_GIB, home_folder, log_folder, require_disk, write_text
 from cluster.processes import Process, free_port, port_owner, send_signal
-from cluster.session import Session, answers, is_alive, keep_session, read_raylets, read_session, require_same, token_file, write_exports
+from cluster.session import (
+    ARBITER,
+    Session,
+    answers,
+    is_alive,
+    keep_session,
+    read_raylets,
+    read_session,
+    require_same,
+    token_file,
+    write_exports,
+)
 from configs.errors import ClusterError, last_lines
 from configs.loader import ROOT
 from configs.schema import Environment, MachineConfig
 
+# The shell starts it again when it is killed; what it knew is on disk.
+ARBITER_COMMAND = ["/bin/sh", "-c", 'while :; do "$@"; sleep 1; done', "arbiter", sys.executable, "-m", "cluster.arbitrate"]
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 5
 
@@ -45,13 +58,13 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
     """
     with _lock():
         old = read_session()
-        if old and old.ready and not old.missing():
+        if old and old.ready and not old.missing_parts():
             if named:
                 require_same(old, machine)
-            return old
+            return old if not old.missing() else _restart_arbiter(old)
         if old:
             # A cluster without its head, or a card without its head, is of no use: begin afresh.
-            missing = ", ".join(old.missing())
+            missing = ", ".join(old.missing_parts())
             say(f"{missing} ended since the last `up`; starting again" if missing else "the last `up` did not finish; starting again")
             end(old)
         require_disk(machine.min_disk_free_gib)
@@ -80,6 +93,18 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
             end(session)
             raise
         return session
+
+
+def _restart_arbiter(session: Session) -> Session:
+    """Start the arbiter again, which nothing else depends on; a killed shell may have left one."""
+    for process in session.processes:
+        for left in process.family() if process.name == ARBITER else ():
+            send_signal(left, psutil.Process.kill)
+    kept = tuple(process for process in session.processes if process.name != ARBITER)
+    environment = {**session.environment(), **_stack_environment(MachineConfig.model_validate(session.machine))}
+    session = replace(session, processes=(*kept, _spawn(ARBITER, ARBITER_COMMAND, environment)))
+    keep_session(session)
+    return session
 
 
 def stop() -> int:
@@ -143,6 +168,7 @@ def _commands(machine: MachineConfig, cards: list[Card], session: Session) -> It
         # nvidia-smi counts by bus, CUDA by speed unless told: with two kinds of GPU the cards would swap.
         extra = {"CUDA_VISIBLE_DEVICES": card.gpu.index if card.gpu else "", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         yield card.name, [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role, *_raylet_arguments(machine, card)], extra
+    yield ARBITER, ARBITER_COMMAND, {}
 
 
 def _raylet_arguments(machine: MachineConfig, card: Card) -> list[str]:

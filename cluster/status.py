@@ -1,17 +1,21 @@
-"""What the cluster is doing, as tables: cards, services, jobs.
+"""What the cluster is doing, as tables: cards and who has them, services, jobs.
 
 Knows the dashboard's HTTP API. Does not change anything.
 """
 
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
 from rich.table import Table
 
+from cluster.job_queue import LEAVING, RUNNING, Queue
 from cluster.session import Session, answers, is_alive, read_raylets
 from configs.errors import ClusterError
 
 NUM_JOBS = 8
+NUM_HANDOVERS = 8
 MS_PER_S = 1000
 
 
@@ -28,16 +32,58 @@ def read_status(session: Session) -> list[Table]:
             jobs = client.get("/api/jobs/").json()
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise ClusterError("the dashboard does not answer", str(error), "python -m cluster down, then python -m cluster up") from None
-    return [_cards(session, raylets), _services(session, served), _jobs(jobs)]
+    with Queue() as queue:
+        holders = {**_engine_holders(raylets, served), **_job_holders(queue)}
+        handovers = queue.handovers(NUM_HANDOVERS)
+    tables = [_cards(session, raylets, holders), _services(session, served), _jobs(jobs)]
+    return [*tables, _handovers(handovers)] if handovers else tables
 
 
-def _cards(session: Session, raylets: list[dict[str, Any]]) -> Table:
-    table = Table("card", "pool", "accelerator", "memory", "state", title="cards", title_justify="left", box=None, pad_edge=False)
+def _cards(session: Session, raylets: list[dict[str, Any]], holders: Mapping[str, tuple[str, float, str]]) -> Table:
+    columns = ("card", "pool", "accelerator", "memory", "held by", "since", "why", "state")
+    table = Table(*columns, title="cards", title_justify="left", box=None, pad_edge=False)
     alive = {raylet.get("labels", {}).get("card") for raylet in raylets if is_alive(raylet)}
     for card in session.cards:
         state = "up" if card["card"] in alive else "[red]gone[/]"
-        table.add_row(card["card"], card["pool"], card["accelerator"], f"{card['memory-gib']} GiB", state)
+        holder, since_s, why = holders.get(card["card"], ("", 0.0, ""))
+        table.add_row(
+            card["card"],
+            card["pool"],
+            card["accelerator"],
+            f"{card['memory-gib']} GiB",
+            holder,
+            _clock(since_s) if holder else "",
+            why,
+            state,
+        )
     return table
+
+
+def _engine_holders(raylets: list[dict[str, Any]], served: Mapping[str, Any]) -> dict[str, tuple[str, float, str]]:
+    card_of = {raylet.get("nodeId"): raylet.get("labels", {}).get("card", "") for raylet in raylets}
+    deployments = [entry for application in served.values() for entry in application.get("deployments", {}).values()]
+    return {
+        card_of[engine["node_id"]]: ("chat", float(engine["start_time_s"]), f"an engine, {engine['state'].lower()}")
+        for deployment in deployments
+        for engine in deployment.get("replicas", [])
+        if engine.get("node_id") in card_of
+    }
+
+
+def _job_holders(queue: Queue) -> dict[str, tuple[str, float, str]]:
+    jobs = queue.jobs(RUNNING, LEAVING)
+    return {card: (f"job {job.id} ({job.chatbot}), {job.state}", job.since_s, job.reason) for job in jobs for card in job.cards}
+
+
+def _handovers(handovers: list[tuple[float, str, str, str]]) -> Table:
+    table = Table("time", "card", "what", "why", title="\nhandovers", title_justify="left", box=None, pad_edge=False)
+    for at_s, card, what, why in handovers:
+        table.add_row(_clock(at_s), card, what, why)
+    return table
+
+
+def _clock(moment_s: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(moment_s))
 
 
 def _services(session: Session, served: dict[str, Any]) -> Table:

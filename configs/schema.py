@@ -475,6 +475,19 @@ class CardConfig(Settings):
     """Part of the GPU's name (`RTX 5090`) or its number; a share of the CPU if empty."""
 
 
+class LendingConfig(Settings):
+    """Who may use a card, and for how long at least."""
+
+    enabled: bool = False
+    """Lend serve cards to queued jobs while chat is quiet; a request takes them back, and waits until an engine has started."""
+    quiet_after_s: float = Field(300.0, ge=0.0)
+    """How long chat must have had no request before an engine leaves its card to a job that waits, in seconds."""
+    min_hold_s: float = Field(60.0, ge=0.0)
+    """How long a job keeps its cards before one that goes before it may take them, in seconds; chat takes its own cards at once."""
+    max_attempts: int = Field(3, ge=1)
+    """How often a job is begun whose process, card or machine is lost; then it has failed."""
+
+
 class MachineConfig(Settings):
     """The cards of one machine, and where its services listen."""
 
@@ -495,7 +508,9 @@ class MachineConfig(Settings):
     min_disk_free_gib: float = Field(2.0, ge=0.0)
     """`up` and `train` refuse to start with less room than this, in GiB."""
     job_stop_wait_s: int = Field(60, ge=3)
-    """How long `ray job stop` waits for a run to save its checkpoint, in seconds."""
+    """How long a run that is asked to leave its card, or stopped by `ray job stop`, has to save its checkpoint, in seconds."""
+    lending: LendingConfig = LendingConfig()
+    """Who may use a card, and for how long at least."""
 
     @model_validator(mode="after")
     def _both_pools(self) -> Self:

@@ -13,6 +13,7 @@ from cluster.models import ensure_model, model_fingerprint
 from cluster.registry import Registry
 from cluster.session import operator_key
 from configs.schema import ModelConfig, ServeConfig
+from serve.activity import Noted
 from serve.adapters import Adapters, Base
 from serve.deploy import DEPLOYMENT
 from serve.engine import engine_arguments, engine_environment, start_engine
@@ -50,7 +51,7 @@ class Engine:
         await adapters.refresh()
         self.watcher = asyncio.create_task(adapters.watch())
         doors = Doors(KeyFile(host=settings.host, operator_secret=operator_key()), ClusterQuotas())
-        return Front(app, adapters, doors, self.feedback, settings)
+        return Noted(Front(app, adapters, doors, self.feedback, settings))
 
     async def check_health(self) -> None:
         """Tell Serve to replace this replica if its engine has died."""

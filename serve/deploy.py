@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from cluster.chat_wish import keep_wish, wish_lock
 from cluster.models import check_model, ensure_model, served_base_name
 from cluster.processes import port_owner
 from cluster.session import Session, is_alive, read_raylets
@@ -52,7 +53,11 @@ def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], 
         if _status(client) in FAILED:
             # Serve would say the same again without trying: to it, the same application is no news.
             client.delete(API)
-        answer = client.put(API, json=_wanted(config, session, num_cards))
+        with wish_lock():
+            wish = _wanted(config, session, num_cards)
+            answer = client.put(API, json=wish)
+            if answer.is_success:
+                keep_wish(wish)
     if answer.is_error:
         raise ClusterError("Ray Serve refused the application", last_lines(answer.text), "python -m cluster status")
     if wait:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from cluster.job_queue import note_progress
 from cluster.registry import Registry, Version
 from cluster.session import require_session
 from configs.cli import Overrides, console, make_app, run_app
@@ -161,6 +162,7 @@ class ProgressLines:
         if now_s - self.printed_s < LINE_EVERY_S and progress.step < progress.num_steps:
             return
         self.printed_s = now_s
+        note_progress(progress.step, progress.num_steps)
         parts = [f"step {progress.step}/{progress.num_steps}"]
         if progress.loss is not None:
             parts.append(f"loss {progress.loss:.3f}")

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from cluster.home import home_folder, require_disk
+from cluster.job_queue import note_run
 from cluster.models import check_model, ensure_model, model_fingerprint
+from cluster.placement import card_selector, is_usable
 from cluster.registry import Manifest, Registry, Version
 from cluster.session import RAY_NAMESPACE, Session, require_session
 from configs.errors import ClusterError, RegistryError, RunError, TandemError, last_lines
@@ -86,6 +88,7 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
             record.reopen()
         else:
             record = Record.begin(registry.client, config, data, base_fingerprint)
+        note_run(record.run_id)
         say(f"run {record.run_id}")
         try:
             from train.worker import Task
@@ -132,10 +135,10 @@ def connect(session: Session) -> Iterator[None]:
 
 
 def count_cards() -> int:
-    """Return how many train cards the cluster has, free or not."""
+    """Return how many cards this process may train on, free or not."""
     import ray
 
-    return sum(node["Alive"] and node["Labels"].get("pool") == "train" for node in ray.nodes())
+    return sum(node["Alive"] and is_usable(node["Labels"]) for node in ray.nodes())
 
 
 def require_cards(num_workers: int) -> None:
@@ -180,7 +183,7 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
             num_workers=config.train.num_workers,
             use_gpu=on_gpu,
             resources_per_worker={"card": 1, "CPU": 1, **({"GPU": 1} if on_gpu else {})},
-            label_selector={"pool": "train"},
+            label_selector=card_selector(),
         ),
         run_config=ray_train.RunConfig(
             name=run_id,

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import ray
 
+from cluster.placement import card_selector
 from configs.errors import ModelError, RunError
 from configs.loader import with_settings
 from configs.schema import ChatbotConfig
@@ -186,7 +187,7 @@ def start_bases(task: Task, sharing: Sharing, num_cards: int, on_gpu: bool) -> T
         num_cpus=0,
         num_gpus=1 if on_gpu else 0,
         resources={"card": BASES_SHARE},
-        label_selector={"pool": "train"},
+        label_selector=card_selector(),
         max_concurrency=2 * sharing.num_trials + 2,
         max_restarts=-1,  # it is the trials' failures that are counted
         max_task_retries=MAX_LOADS,

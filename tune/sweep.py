@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.home import home_folder, require_disk
+from cluster.job_queue import note_run
 from cluster.models import check_model, ensure_model, model_fingerprint
+from cluster.placement import card_selector
 from cluster.registry import Registry, Version
 from cluster.session import Session, require_session
 from configs.errors import RegistryError, RunError
@@ -89,6 +91,7 @@ def sweep(config: ChatbotConfig, say: Say, show: "Callable[[ChatbotConfig], Show
             record.reopen()
         else:
             record = Record.begin(registry.client, config, data, base_fingerprint, SWEEP)
+        note_run(record.run_id)
         say(f"sweep {record.run_id}, on {count_cards()} train cards" if count_cards() > 1 else f"sweep {record.run_id}")
         try:
             rows = _try_all(config, session, record, folder, data, show(config))
@@ -176,7 +179,7 @@ def _one_card(on_gpu: bool) -> Any:
     from ray import tune as ray_tune
 
     bundle = {"card": 1, "CPU": 1, **({"GPU": 1} if on_gpu else {})}
-    return ray_tune.PlacementGroupFactory([bundle], bundle_label_selector=[{"pool": "train"}])
+    return ray_tune.PlacementGroupFactory([bundle], bundle_label_selector=[card_selector()])
 
 
 def _part_of_a_card(num_trials: int) -> Any:
@@ -186,7 +189,7 @@ def _part_of_a_card(num_trials: int) -> Any:
     from tune.beside import BASES_SHARE
 
     share = int((1 - BASES_SHARE) / num_trials * 10_000) / 10_000  # Ray counts in ten thousandths
-    return ray_tune.PlacementGroupFactory([{"card": share}], bundle_label_selector=[{"pool": "train"}])
+    return ray_tune.PlacementGroupFactory([{"card": share}], bundle_label_selector=[card_selector()])
 
 
 def _conclude(

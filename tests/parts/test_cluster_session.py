@@ -20,7 +20,7 @@ import pytest
 from cluster.cards import find_cards
 from cluster.home import write_text
 from cluster.processes import Process, port_owner
-from cluster.session import Session, answers, read_session, require_session, token_file, write_exports
+from cluster.session import ARBITER, Session, answers, read_session, require_session, token_file, write_exports
 from cluster.stack import _commands, _require_free_ports, start, stop
 from configs.errors import ClusterError
 from configs.loader import ROOT
@@ -159,6 +159,33 @@ def test_processes_that_ended_are_missing(home):
     keep(home, session)
     with pytest.raises(ClusterError, match=r"(?s)the cluster is not whole: card0 ended.*Try: python -m cluster up"):
         require_session()
+
+
+def test_without_its_arbiter_the_cluster_is_whole_and_up_starts_another(home, monkeypatch):
+    """It waits for a session that is ready, as this one is."""
+    monkeypatch.setenv("TANDEM_HOME", str(home))
+    ended = replace(ended_child(), name=ARBITER)
+    settings = MachineConfig().model_dump(mode="json")
+    session = replace(session_of(Process("card0", os.getpid(), own_start()), ended), machine=settings)
+    keep(home, session)
+    write_text(token_file(), "token", mode=0o600)
+    assert require_session() == session
+    again = start(MachineConfig(), print)
+    try:
+        assert again.missing() == []
+        assert [process.name for process in again.processes] == ["card0", ARBITER]
+        assert read_session() == again
+        log = home / "logs" / "arbiter.log"
+        while "is at work" not in log.read_text():
+            time.sleep(0.05)
+        shell, arbiter = again.processes[1].pid, psutil.Process(again.processes[1].pid).children()[0]
+        arbiter.kill()
+        while log.read_text().count("is at work") < 2:
+            time.sleep(0.05)
+        assert psutil.Process(shell).children()[0].pid != arbiter.pid
+    finally:
+        for member in again.processes[1].family():
+            member.kill()
 
 
 def test_another_process_with_the_same_number_is_not_ours():

@@ -1,0 +1,151 @@
+"""Carries out the rule: looks, asks `cluster.rule`, and starts jobs, asks them to leave, and says how many engines chat may have.
+
+All that it knows between two looks is on disk (`cluster.job_queue`), written before it is done: it may be killed at any moment, and the
+next one goes on. Knows the order of things. Does not know how they are done: see `Ground`, and `cluster.ray_ground` for the real one.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
+
+from cluster.job_queue import CANCELLED, DONE, FAILED, LEAVING, RUNNING, STANDING, WAITING, Queue, QueuedJob, clock
+from cluster.rule import Card, Chat, Job, Leave, Snapshot, Start, decide
+from configs.errors import EXIT_BAD_INPUT, EXIT_NOT_PROMOTED, EXIT_STOPPED
+from configs.schema import LendingConfig
+
+LOST = -1  # the exit status of what was killed
+
+log = logging.getLogger("tandem.arbiter")
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The process of a job, as Ray tells of it."""
+
+    state: Literal["alive", "stopped", "ended"]
+    exit_status: int = LOST
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What there is to see at one moment."""
+
+    cards: tuple[Card, ...]
+    chat: Chat
+    num_engines: tuple[int, int] | None
+    """Fewest and most engines now in force; None where there is no chat."""
+    drivers: Mapping[str, Driver]
+    """By the name of their submission."""
+
+
+class Ground(Protocol):
+    """The cluster, as far as the arbiter sees and moves it."""
+
+    def look(self) -> Sight:
+        """Look at cards, chat and drivers."""
+
+    def submit(self, job: QueuedJob) -> None:
+        """Start a job's process, unless there is one by the name of its submission."""
+
+    def stop(self, submission: str) -> None:
+        """Ask a job's process to save and leave; again and again is as once."""
+
+    def words(self, submission: str) -> str:
+        """Return the last thing of note that a job's process said."""
+
+    def bound(self, fewest: int, most: int) -> None:
+        """Set how many engines chat may have."""
+
+
+class Arbiter:
+    """One arbiter at its work."""
+
+    def __init__(self, queue: Queue, ground: Ground, lending: LendingConfig) -> None:
+        self.queue, self.ground, self.lending = queue, ground, lending
+
+    def step(self, now_s: float) -> None:
+        """Look once, and do what is to be done now."""
+        seen = self.ground.look()
+        for job in self.queue.jobs(RUNNING, LEAVING):
+            self._follow(job, seen, now_s)
+        jobs = tuple(_in_line(job) for job in self.queue.jobs(*STANDING))
+        decision = decide(Snapshot(now_s, seen.cards, seen.chat, jobs), self.lending)
+        for action in decision.actions:
+            self._act(action, now_s)
+        self.queue.explain(decision.waits)
+        if seen.num_engines not in (None, decision.num_engines):
+            fewest, most = decision.num_engines
+            what, why = f"chat may have {fewest} to {most} engines", decision.engines_reason or "as its config says"
+            log.info("%s: %s", what, why)
+            self.ground.bound(fewest, most)
+            self.queue.note_handover("chat", what, why, now_s)
+
+    def _act(self, action: Start | Leave, now_s: float) -> None:
+        if isinstance(action, Leave):
+            if self.queue.ask_to_leave(action.job, action.reason, now_s):
+                log.info("job %d is asked to leave: %s", action.job, action.reason)
+                self.ground.stop(self.queue.find(action.job).submission)
+        elif job := self.queue.begin(action.job, action.cards, action.reason, now_s):
+            log.info("job %d starts on %s: %s", job.id, ", ".join(job.cards), action.reason)
+            self._submit(job)
+
+    def _submit(self, job: QueuedJob) -> None:
+        self.ground.submit(job)
+        self.queue.mark_submitted(job.id)
+
+    def _follow(self, job: QueuedJob, seen: Sight, now_s: float) -> None:
+        """Note what became of a job's process; see to it that there is one, or that it leaves."""
+        driver = seen.drivers.get(job.submission)
+        if driver is None:
+            if job.is_submitted:
+                self._end(job, WAITING, "the cluster was started anew; it goes on by itself", now_s)
+            elif job.state == LEAVING:
+                self._end(job, WAITING, job.reason, now_s)
+            else:
+                self._submit(job)  # an arbiter was killed between its word and its deed
+        elif driver.state == "alive":
+            if not job.is_submitted:
+                self.queue.mark_submitted(job.id)
+            if job.state == LEAVING:
+                self.ground.stop(job.submission)
+        elif driver.state == "stopped" or driver.exit_status == EXIT_STOPPED:
+            self._end(job, WAITING if job.state == LEAVING else CANCELLED, job.reason if job.state == LEAVING else "stopped by hand", now_s)
+        elif driver.exit_status == 0:
+            self._end(job, DONE, self.ground.words(job.submission), now_s)
+        elif driver.exit_status in (EXIT_BAD_INPUT, EXIT_NOT_PROMOTED) and _are_alive(job.cards, seen):
+            self._end(job, FAILED, self.ground.words(job.submission), now_s)
+        elif job.state == LEAVING:
+            self._end(job, WAITING, job.reason, now_s)
+        else:
+            self._lose(job, f"its process was lost: {self.ground.words(job.submission)}", now_s)
+
+    def _lose(self, job: QueuedJob, reason: str, now_s: float) -> None:
+        log.warning("job %d: %s", job.id, reason)
+        self.queue.lose(job.id, reason, self.lending.max_attempts, now_s)
+
+    def _end(self, job: QueuedJob, state: str, reason: str, now_s: float) -> None:
+        self.queue.end(job.id, state, reason, now_s)
+        log.info("job %d left: %s; %s", job.id, self.queue.find(job.id).state, reason)
+
+
+def _are_alive(cards: Sequence[str], seen: Sight) -> bool:
+    """Whether a job still has all its cards; of one that has not, an error says nothing."""
+    return set(cards) <= {card.name for card in seen.cards if card.is_alive}
+
+
+def _in_line(job: QueuedJob) -> Job:
+    """Return a job as the rule knows it."""
+    ends_s = job.ends_s()
+    return Job(
+        id=job.id,
+        kind=job.kind,
+        state=cast(Literal["waiting", "running", "leaving"], job.state),
+        priority=job.priority,
+        place=job.place,
+        num_cards=job.num_cards,
+        memory_gib=job.memory_gib,
+        cards=job.cards,
+        since_s=job.since_s,
+        ends_at=clock(ends_s) if ends_s else "",
+    )

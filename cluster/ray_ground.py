@@ -1,0 +1,154 @@
+"""The arbiter's ground on a real cluster: cards, chat and jobs through the dashboard's HTTP API.
+
+Knows Ray's and Serve's JSON. Does not import Ray, which would take seconds and memory; does not decide anything.
+"""
+
+import math
+import re
+import shlex
+import sys
+import time
+from copy import deepcopy
+from typing import Any
+
+from cluster.activity import read_quiet_s
+from cluster.arbiter import LOST, Driver, Sight
+from cluster.chat_wish import read_wish, wish_lock
+from cluster.home import home_folder, write_text_once
+from cluster.job_queue import JOB_VARIABLE, QueuedJob
+from cluster.placement import CARDS_VARIABLE
+from cluster.rule import TRAIN, Card, Chat
+from cluster.session import Session, is_alive
+from configs.errors import ClusterError
+
+SERVE_API, JOBS_API = "/api/serve/applications/", "/api/jobs/"
+APPLICATION = "chat"
+MODULES = {"train": "train", "sweep": "tune"}
+ALIVE = ("PENDING", "RUNNING")
+USED_CARD = re.compile(r"^([0-9.]+)/[0-9.]+ card", re.MULTILINE)
+STOP_AGAIN_S = 5.0
+
+
+class RayGround:
+    """A cluster that `up` started."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.client = session.dashboard()
+        self.stopped_s: dict[str, float] = {}
+
+    def look(self) -> Sight:
+        """Look at cards, chat and drivers."""
+        nodes = self._get("/nodes?view=summary")["data"]
+        raylets = [node["raylet"] for node in nodes["summary"] if is_alive(node["raylet"])]
+        application = self._get(SERVE_API).get("applications", {}).get(APPLICATION, {})
+        engines = [replica for entry in application.get("deployments", {}).values() for replica in entry.get("replicas", [])]
+        jobs = self._get(JOBS_API)
+        drivers = {job["submission_id"]: _driver(job) for job in jobs if job.get("submission_id")}
+        bounds = _bounds(application.get("deployed_app_config"))
+        used = {node_id for node_id, told in (nodes.get("nodeLogicalResources") or {}).items() if _is_used(told)}
+        return Sight(self._cards(raylets, engines, used), _chat(application, engines, bounds), bounds, drivers)
+
+    def submit(self, job: QueuedJob) -> None:
+        """Start a job's process; Ray takes a submission's name only once."""
+        file = home_folder() / "queue" / f"{job.id}.yaml"
+        write_text_once(file, job.config)
+        module = MODULES[job.kind]
+        again = ["--resume", job.run_id] if job.run_id else []
+        command = shlex.join([sys.executable, "-m", module, str(file), *again])
+        body = {
+            "submission_id": job.submission,
+            "entrypoint": f"cd {shlex.quote(job.folder)} && exec {command}",
+            "runtime_env": {"env_vars": {JOB_VARIABLE: str(job.id), CARDS_VARIABLE: ",".join(job.cards), "PYTHONUNBUFFERED": "1"}},
+            "metadata": {"tandem_job": str(job.id), "chatbot": job.chatbot},
+        }
+        answer = self.client.post(JOBS_API, json=body)
+        if answer.is_error and "already exists" not in answer.text:
+            raise ClusterError(f"Ray did not take job {job.id}", answer.text[-500:], "python -m cluster status")
+
+    def stop(self, submission: str) -> None:
+        """Ask a job's process to save and leave: Ray sends SIGTERM, and SIGKILL after `job_stop_wait_s`."""
+        if time.monotonic() - self.stopped_s.get(submission, -math.inf) >= STOP_AGAIN_S:
+            self.stopped_s[submission] = time.monotonic()
+            self.client.post(f"{JOBS_API}{submission}/stop")
+
+    def words(self, submission: str) -> str:
+        """Return the last thing of note that a job said."""
+        lines = [line for line in str(self._get(f"{JOBS_API}{submission}/logs").get("logs", "")).splitlines() if line.strip()]
+        told = [line for line in lines if line.startswith(("error: ", "done "))]
+        return (told or lines or [""])[-1][:300]
+
+    def bound(self, fewest: int, most: int) -> None:
+        """Set how many engines chat may have; it leaves at once where it may."""
+        with wish_lock():
+            wish = read_wish()
+            if wish is None:
+                return
+            body = deepcopy(wish)
+            growth = body["applications"][0]["deployments"][0]["autoscaling_config"]
+            asleep = {"downscale_to_zero_delay_s": 0} if fewest < growth["min_replicas"] else {}
+            growth.pop("initial_replicas", None)  # Serve would begin anew with so many, in the midst of a burst too
+            growth.update(min_replicas=fewest, max_replicas=most, **asleep)
+            answer = self.client.put(SERVE_API, json=body)
+        if answer.is_error:
+            raise ClusterError("Ray Serve refused the number of engines", answer.text[-500:], "python -m serve CONFIG")
+
+    def _get(self, path: str) -> Any:
+        answer = self.client.get(path)
+        answer.raise_for_status()
+        return answer.json()
+
+    def _cards(self, raylets: list[dict[str, Any]], engines: list[dict[str, Any]], used: set[str]) -> tuple[Card, ...]:
+        card_of = {raylet["nodeId"]: raylet["labels"]["card"] for raylet in raylets if "card" in raylet.get("labels", {})}
+        taken = {name for node_id, name in card_of.items() if node_id in used}
+        since_s = {card_of[engine["node_id"]]: engine["start_time_s"] for engine in engines if engine.get("node_id") in card_of}
+        return tuple(
+            Card(
+                name=card["card"],
+                pool=card["pool"],
+                memory_gib=float(card["memory-gib"]),
+                is_alive=card["card"] in card_of.values(),
+                engine_since_s=since_s.get(card["card"]),
+                is_foreign=card["pool"] == TRAIN and card["card"] in taken and card["card"] not in since_s,
+            )
+            for card in self.session.cards
+        )
+
+
+def _chat(application: dict[str, Any], engines: list[dict[str, Any]], bounds: tuple[int, int] | None) -> Chat:
+    if not application or bounds is None:
+        return Chat()
+    wish = read_wish() or application["deployed_app_config"]
+    fewest, most = _bounds(wish) or bounds
+    target = max((entry.get("target_num_replicas", 0) for entry in application.get("deployments", {}).values()), default=1)
+    running = [engine for engine in engines if engine["state"] == "RUNNING"]
+    if running:
+        quiet_s = min(read_quiet_s(engine["pid"]) for engine in running)
+    else:
+        quiet_s = 0.0 if target or not application.get("deployments") else math.inf  # a request waits, or nobody asks
+    uses_train_cards = bool(
+        wish["applications"][0]["args"]["use_train_cards"] if "applications" in wish else wish["args"]["use_train_cards"]
+    )
+    return Chat(fewest, most, uses_train_cards, target, quiet_s)
+
+
+def _bounds(config: dict[str, Any] | None) -> tuple[int, int] | None:
+    """Return the fewest and most engines of what was, or is to be, deployed."""
+    application = (config or {}).get("applications", [config])[0] or {}
+    growth = next((entry.get("autoscaling_config") for entry in application.get("deployments", [])), None)
+    return (growth["min_replicas"], growth["max_replicas"]) if growth else None
+
+
+def _is_used(told: str) -> bool:
+    """Whether a node's card is in use, by what Ray tells of its resources, such as `1.0/1.0 card`."""
+    found = USED_CARD.search(told)
+    return bool(found and float(found[1]))
+
+
+def _driver(job: dict[str, Any]) -> Driver:
+    if job["status"] in ALIVE:
+        return Driver("alive")
+    if job["status"] == "STOPPED":
+        return Driver("stopped")
+    status = 0 if job["status"] == "SUCCEEDED" else job.get("driver_exit_code")
+    return Driver("ended", LOST if status is None else int(status))

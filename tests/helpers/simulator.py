@@ -1,0 +1,485 @@
+"""A cluster in which time is a number: cards, chat with its autoscaler, jobs, and all that may die, under the real arbiter and queue.
+
+It behaves as Ray does where that matters: who asks for a card waits for it and holds it alone, an engine takes seconds to start, a run
+that is asked to leave takes its time or hangs until it is killed, Serve decides which engine leaves. It raises `AssertionError` where
+what must always be true is not.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cluster.arbiter import LOST, Arbiter, Driver, Sight
+from cluster.job_queue import LEAVING, RUNNING, STANDING, WAITING, NewJob, Queue, QueuedJob
+from cluster.rule import RANKS, SERVE, TRAIN, Card, Chat
+from configs.schema import LendingConfig
+
+REQUESTS_PER_S = 5000.0
+"""What one engine answers."""
+START_S = 8.0
+"""From the moment an engine has its card."""
+RELEASE_S = 2.0
+"""Until the memory of an engine that ended is free."""
+SETUP_S = 4.0
+LEAVE_WITHIN_S = 12.0
+SAVE_EVERY_S = 5.0
+DOWN_AFTER_S = 6.0
+SLACK_S = 4.0
+
+
+class CrashError(Exception):
+    """The arbiter was killed."""
+
+
+class HeadIsDownError(Exception):
+    """Nothing answers."""
+
+
+class QuickQueue(Queue):
+    """The real one, which does not read again what nobody changed."""
+
+    def jobs(self, *states: str) -> list[QueuedJob]:
+        if self.__dict__.setdefault("seen", {}).get("at") != self.connection.total_changes:
+            self.seen: dict[Any, Any] = {"at": self.connection.total_changes}
+        if states not in self.seen:
+            self.seen[states] = super().jobs(*states)
+        return list(self.seen[states])
+
+
+@dataclass
+class Spot:
+    """A card, and who really has it."""
+
+    card: Card
+    occupant: Any = None
+    back_s: float = 0.0
+    """When its raylet is there again."""
+
+
+@dataclass(eq=False)
+class Engine:
+    """A replica of Serve."""
+
+    spot: Spot | None = None
+    placed_s: float = math.inf
+    gone_s: float = math.inf
+
+    def runs(self, now_s: float) -> bool:
+        return now_s >= self.placed_s + START_S and self.gone_s == math.inf
+
+
+@dataclass(eq=False)
+class Run:
+    """A job's process."""
+
+    job: QueuedJob
+    spots: list[Spot] = field(default_factory=list)
+    placed_s: float = math.inf
+    leaves_s: float = math.inf
+
+
+@dataclass
+class Setting:
+    """What a simulation is made of."""
+
+    num_serve: int = 1
+    num_train: int = 1
+    min_engines: int = 1
+    max_engines: int = 1
+    uses_train_cards: bool = False
+    lending: LendingConfig = field(default_factory=lambda: LendingConfig(enabled=True, quiet_after_s=10, min_hold_s=20))
+
+
+class Simulation:
+    """The world; it is also the arbiter's ground."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.now_s = setting, 0.0
+        cards = [Card(f"serve{at}", SERVE, memory_gib=16) for at in range(setting.num_serve)]
+        cards += [Card(f"train{at}", TRAIN, memory_gib=32) for at in range(setting.num_train)]
+        self.spots = [Spot(card) for card in cards]
+        self.engines: list[Engine] = []
+        self.target, self.low_since_s = setting.min_engines, 0.0
+        self.bounds_now = (setting.min_engines, max(1, setting.max_engines))
+        self.waiting: deque[list[float]] = deque()
+        """Arrivals: when, how many, and the seconds that one engine needs for them and those before them."""
+        self.last_request_s = 0.0
+        self.runs: dict[str, Run] = {}
+        self.drivers: dict[str, Driver] = {}
+        self.work: dict[int, float] = {}
+        """Seconds of training that each job still needs, and what of them is saved."""
+        self.saved: dict[int, float] = {}
+        self.leave_s = 2.0
+        self.head_back_s = 0.0
+        self.queue = QuickQueue(":memory:")
+        self.fragile = Fragile(self)
+        self.arbiter_back_s = 0.0
+        self._new_arbiter()
+        self.undisturbed_since_s = 0.0
+        self.outranked_since_s: dict[int, float] = {}
+        self.wanted_since_s: dict[str, float] = {}
+        self.lacking_since_s = 0.0
+        self.sleeps_s: list[float] = []
+        self.longest_wait_s = 0.0
+        self.num_answered = 0.0
+
+    def _new_arbiter(self) -> None:
+        self.arbiter = Arbiter(Breakable(self.queue, self.fragile), Breakable(self, self.fragile), self.setting.lending)  # type: ignore[arg-type]
+
+    # What happens from outside.
+
+    def submit_job(self, kind: str, work_s: float, priority: int = 0, num_cards: int = 1, memory_gib: float = 0.0) -> QueuedJob | None:
+        """Submit what the whole cluster has cards for."""
+        suit = [
+            spot for spot in self.spots if spot.card.memory_gib >= memory_gib and (spot.card.pool == TRAIN or self.setting.lending.enabled)
+        ]
+        if len(suit) < num_cards:
+            return None
+        new = NewJob("train" if kind == "train" else "sweep", "bot", "", priority=priority, num_cards=num_cards, memory_gib=memory_gib)
+        job = self.queue.submit(new, now_s=self.now_s)
+        self.work[job.id] = self.saved[job.id] = work_s
+        return job
+
+    def arrive(self, num_requests: float) -> None:
+        """Let requests come in."""
+        if self.setting.max_engines:
+            backlog = num_requests + sum(number for _, number, _ in self.waiting)
+            self.waiting.append([self.now_s, num_requests, backlog / REQUESTS_PER_S])
+
+    def rush(self, requests_per_s: float, for_s: int) -> None:
+        """Let requests come in all the time."""
+        for _ in range(for_s):
+            self.arrive(requests_per_s)
+            self.run(1)
+
+    def kill_run(self) -> None:
+        """Kill the process of a job, as a dead worker does after its own attempts."""
+        for submission, run in list(self.runs.items())[:1]:
+            self._lose(submission, run)
+
+    def kill_engine(self) -> None:
+        """Kill an engine; Serve starts another."""
+        for engine in self.engines[:1]:
+            self._remove(engine)
+        self.disturb(START_S)
+
+    def kill_raylet(self, at: int, for_s: float) -> None:
+        """Let a card and all on it be gone for a while."""
+        spot = self.spots[at % len(self.spots)]
+        self._clear(spot)
+        spot.back_s = self.now_s + for_s
+        if spot.card.pool == SERVE or self.setting.uses_train_cards:
+            self.disturb(for_s + START_S)
+
+    def kill_head(self, for_s: float) -> None:
+        """Lose everything that is not on disk."""
+        for spot in self.spots:
+            self._clear(spot)
+        self.engines, self.runs, self.drivers = [], {}, {}
+        self.head_back_s = self.now_s + for_s
+        self.target, self.bounds_now = self.setting.min_engines, (self.setting.min_engines, max(1, self.setting.max_engines))
+        self.disturb(for_s + START_S)
+
+    def kill_arbiter(self, after_calls: int, for_s: float) -> None:
+        """Kill the arbiter at its so many-th word or deed from now; another comes later."""
+        self.fragile.num_left, self.fragile.for_s = after_calls, for_s
+
+    def occupy(self) -> None:
+        """Let somebody take a train card without the queue."""
+        for spot in self.spots:
+            if spot.card.pool == TRAIN and spot.occupant is None and self.is_alive(spot):
+                spot.occupant = "foreign"
+                return
+
+    def leave_foreign(self) -> None:
+        """Let all who never stood in line go."""
+        for spot in self.spots:
+            spot.occupant = None if spot.occupant == "foreign" else spot.occupant
+
+    def disturb(self, for_s: float) -> None:
+        """Chat cannot be served so long, whatever the rule says."""
+        self.undisturbed_since_s = max(self.undisturbed_since_s, self.now_s + for_s)
+
+    # The arbiter's ground.
+
+    def look(self) -> Sight:
+        self._require_head()
+        return Sight(tuple(self._seen(spot) for spot in self.spots), self._chat(), self.bounds_now, dict(self.drivers))
+
+    def submit(self, job: QueuedJob) -> None:
+        self._require_head()
+        if job.submission not in self.drivers:
+            twice = [run for run in self.runs.values() if run.job.id == job.id]
+            assert not twice, f"job {job.id} is run twice at once"
+            self.drivers[job.submission] = Driver("alive")
+            self.runs[job.submission] = Run(job)
+
+    def stop(self, submission: str) -> None:
+        self._require_head()
+        run = self.runs[submission]
+        if run.leaves_s == math.inf:
+            run.leaves_s = self.now_s + min(self.leave_s, LEAVE_WITHIN_S)
+
+    def words(self, submission: str) -> str:
+        return f"the words of {submission}"
+
+    def bound(self, fewest: int, most: int) -> None:
+        self._require_head()
+        setting = self.setting
+        if fewest < min(setting.min_engines, most) and fewest < self.bounds_now[0]:
+            assert setting.lending.enabled or any(engine.spot and engine.spot.card.pool == TRAIN for engine in self.engines)
+            assert self._quiet_s() >= setting.lending.quiet_after_s, "an engine is sent to sleep before chat was quiet long enough"
+            self.sleeps_s.append(self.now_s)
+        self.bounds_now = (fewest, most)
+
+    def _require_head(self) -> None:
+        if self.now_s < self.head_back_s:
+            raise HeadIsDownError
+
+    def _seen(self, spot: Spot) -> Card:
+        engine = spot.occupant.placed_s if isinstance(spot.occupant, Engine) else None
+        return replace(spot.card, is_alive=self.is_alive(spot), engine_since_s=engine, is_foreign=spot.occupant == "foreign")
+
+    def _chat(self) -> Chat:
+        setting = self.setting
+        return Chat(setting.min_engines, setting.max_engines, setting.uses_train_cards, self.target, self._quiet_s())
+
+    def _quiet_s(self) -> float:
+        running = [engine.placed_s + START_S for engine in self.engines if engine.runs(self.now_s)]
+        if self.waiting or (self.target and not running):
+            return 0.0
+        return self.now_s - max(self.last_request_s, *running) if running else math.inf
+
+    # Time.
+
+    def run(self, seconds: int) -> None:
+        """Let time pass, and look at each second whether all is as it must be."""
+        for _ in range(seconds):
+            self.now_s += 1
+            if self.now_s >= self.head_back_s:
+                self._serve()
+                self._scale()
+                self._place()
+                self._train()
+            self._arbitrate()
+            self._check()
+
+    def is_alive(self, spot: Spot) -> bool:
+        return self.now_s >= spot.back_s and self.now_s >= self.head_back_s
+
+    def _serve(self) -> None:
+        room = REQUESTS_PER_S * sum(engine.runs(self.now_s) for engine in self.engines)
+        while self.waiting and room > 0:
+            arrived_s, number, _ = self.waiting[0]
+            taken = min(room, number)
+            room -= taken
+            self.num_answered += taken
+            self.last_request_s = self.now_s
+            self.longest_wait_s = max(self.longest_wait_s, self.now_s - arrived_s)
+            self.waiting[0][1] -= taken
+            if self.waiting[0][1] <= 0:
+                self.waiting.popleft()
+
+    def _scale(self) -> None:
+        """Do as Serve's autoscaler: up at once, down after a while, within the bounds."""
+        wanted = math.ceil(sum(number for _, number, _ in self.waiting) / REQUESTS_PER_S)
+        self.low_since_s = self.now_s if wanted >= self.target else self.low_since_s
+        if wanted > self.target or self.now_s - self.low_since_s >= DOWN_AFTER_S:
+            self.target = wanted
+        self.target = max(self.bounds_now[0], min(self.target, self.bounds_now[1])) if self.setting.max_engines else 0
+        staying = [engine for engine in self.engines if engine.gone_s == math.inf]
+        order = [engine for engine in staying if not engine.spot]
+        order += [engine for engine in staying if engine.spot and engine.spot.card.pool == TRAIN]
+        order += [engine for engine in reversed(staying) if engine.spot and engine.spot.card.pool == SERVE]
+        for engine in order[: max(0, len(staying) - self.target)]:
+            engine.gone_s = self.now_s + RELEASE_S
+        self.engines += [Engine() for _ in range(self.target - len(staying))]
+        for engine in [engine for engine in self.engines if self.now_s >= engine.gone_s]:
+            self._remove(engine)
+
+    def _place(self) -> None:
+        # Whom Ray would serve first nobody knows: here it is never chat.
+        for run in self.runs.values():
+            wanted = [spot for spot in self._free() if spot.card.name in run.job.cards]
+            if not run.spots and len(wanted) == len(run.job.cards):
+                run.spots, run.placed_s = wanted, self.now_s
+                for spot in wanted:
+                    spot.occupant = run
+        for engine in self.engines:
+            if engine.spot is None:
+                pools = (SERVE, TRAIN) if self.setting.uses_train_cards else (SERVE,)
+                free = [spot for pool in pools for spot in self._free() if spot.card.pool == pool]
+                if free:
+                    engine.spot, engine.placed_s, free[0].occupant = free[0], self.now_s, engine
+
+    def _train(self) -> None:
+        for submission, run in list(self.runs.items()):
+            if self.now_s >= run.leaves_s:
+                hung = self.leave_s > LEAVE_WITHIN_S
+                self._finish(submission, Driver("stopped"), saved=not hung)
+            elif self.now_s >= run.placed_s + SETUP_S:
+                self.work[run.job.id] -= 1
+                if (self.now_s - run.placed_s) % SAVE_EVERY_S == 0:
+                    self.saved[run.job.id] = self.work[run.job.id]
+                if self.work[run.job.id] <= 0:
+                    self._finish(submission, Driver("ended", 0), saved=True)
+
+    def _arbitrate(self) -> None:
+        if self.now_s < self.arbiter_back_s:
+            return
+        before = {job.id: job for job in self.queue.jobs(*STANDING)}
+        try:
+            self.arbiter.step(self.now_s)
+        except HeadIsDownError:
+            return
+        except CrashError:
+            self.arbiter_back_s = self.now_s + self.fragile.for_s
+            self.disturb(self.fragile.for_s + 1)
+            self._new_arbiter()
+            return
+        self._check_step(before)
+
+    def _free(self) -> list[Spot]:
+        return [spot for spot in self.spots if spot.occupant is None and self.is_alive(spot)]
+
+    def _clear(self, spot: Spot) -> None:
+        if isinstance(spot.occupant, Engine):
+            self._remove(spot.occupant)
+        elif isinstance(spot.occupant, Run):
+            self._lose(spot.occupant.job.submission, spot.occupant)
+        spot.occupant = None
+
+    def _remove(self, engine: Engine) -> None:
+        self.engines.remove(engine)
+        if engine.spot:
+            engine.spot.occupant = None
+
+    def _lose(self, submission: str, run: Run) -> None:
+        self._finish(submission, Driver("stopped" if run.leaves_s < math.inf else "ended", LOST), saved=False)
+
+    def _finish(self, submission: str, driver: Driver, saved: bool) -> None:
+        run = self.runs.pop(submission)
+        self.drivers[submission] = driver
+        if saved:
+            self.saved[run.job.id] = self.work[run.job.id]
+        self.work[run.job.id] = self.saved[run.job.id]
+        for spot in run.spots:
+            spot.occupant = None
+
+    # What must always be true.
+
+    def _check(self) -> None:
+        held = [name for job in self.queue.jobs(RUNNING, LEAVING) for name in job.cards]
+        assert len(held) == len(set(held)), f"a card is held twice: {held}"
+        if not self.setting.lending.enabled:
+            assert not [name for name in held if name.startswith(SERVE)], "a serve card is lent where none is to be"
+        for spot in self.spots:
+            if isinstance(spot.occupant, Run):
+                assert spot.card.name in spot.occupant.job.cards, "a job is on a card that it was not given"
+        self._check_chat()
+
+    def _check_chat(self) -> None:
+        """No request waits longer than it takes to call a card back and to start an engine there, and for those before it."""
+        if not any(spot.card.pool == SERVE and self.is_alive(spot) for spot in self.spots):
+            self.disturb(START_S)
+        if self.waiting:
+            arrived_s, _, backlog_s = self.waiting[0]
+            wait_s = self.now_s - max(arrived_s, self.undisturbed_since_s)
+            limit_s = LEAVE_WITHIN_S + RELEASE_S + START_S + SLACK_S + backlog_s
+            assert wait_s <= limit_s, f"a request waits for {wait_s} s, and {limit_s} s would do"
+        lent = [spot for spot in self.spots if spot.card.pool == SERVE and isinstance(spot.occupant, Run) and self.is_alive(spot)]
+        if not (lent and any(engine.spot is None for engine in self.engines)):
+            self.lacking_since_s = self.now_s
+        wait_s = self.now_s - max(self.lacking_since_s, self.undisturbed_since_s)
+        assert wait_s <= LEAVE_WITHIN_S + SLACK_S, f"an engine waits for {wait_s} s for a card that is lent"
+
+    def _check_step(self, before: dict[int, QueuedJob]) -> None:
+        """Priorities are kept, and nobody is disturbed too soon."""
+        now = {job.id: job for job in self.queue.jobs(*STANDING)}
+        started = [job for job in now.values() if job.state == RUNNING and before[job.id].state != RUNNING]
+        waiting = [job for job in now.values() if job.state == WAITING]
+        for job in started:
+            taken = [spot.card.name for spot in self.spots if spot.card.name in job.cards and spot.occupant is not None]
+            assert not taken, f"job {job.id} is given {taken}, where somebody is"
+            for other in waiting:
+                assert not (_line(other) < _line(job) and self._could_use(other, job.cards)), f"job {job.id} passed job {other.id}"
+        for job in now.values():
+            if job.state == LEAVING and before[job.id].state == RUNNING and "goes before it" in job.reason:
+                held_s = self.now_s - before[job.id].since_s
+                assert held_s >= self.setting.lending.min_hold_s, f"job {job.id} was disturbed after {held_s} s"
+                assert any(_line(other)[:2] < _line(job)[:2] for other in waiting), f"job {job.id} made room for nobody"
+        self._check_outranked(now, waiting)
+        self._check_guests(waiting)
+
+    def _check_outranked(self, now: dict[int, QueuedJob], waiting: list[QueuedJob]) -> None:
+        """Nobody waits for ever for a card of one who ranks below."""
+        for other in waiting:
+            below = [
+                job
+                for job in now.values()
+                if job.state == RUNNING and _line(other)[:2] < _line(job)[:2] and self._could_use(other, job.cards)
+            ]
+            if not below or other.num_cards > 1:
+                self.outranked_since_s.pop(other.id, None)
+                continue
+            since_s = max(
+                self.outranked_since_s.setdefault(other.id, self.now_s), self.undisturbed_since_s, *(job.since_s for job in below)
+            )
+            limit_s = self.setting.lending.min_hold_s + LEAVE_WITHIN_S + RELEASE_S + START_S + SLACK_S
+            assert self.now_s - since_s <= limit_s, f"job {other.id} waits behind {[job.id for job in below]}, which rank below"
+
+    def _check_guests(self, waiting: list[QueuedJob]) -> None:
+        """An engine that is a guest on a train card leaves it to a job that waits, where chat has more than its own number."""
+        placed = [engine.spot.card.pool for engine in self.engines if engine.spot]
+        num_own = sum(spot.card.pool == SERVE and self.is_alive(spot) for spot in self.spots) if self.setting.lending.enabled else 1
+        hosts = [spot for spot in self.spots if spot.card.pool == TRAIN and isinstance(spot.occupant, Engine)]
+        wanted = [spot for spot in hosts if any(job.num_cards == 1 and self._could_use(job, (spot.card.name,)) for job in waiting)]
+        self.wanted_since_s = {
+            spot.card.name: self.wanted_since_s.get(spot.card.name, self.now_s) for spot in wanted if len(placed) > max(1, num_own)
+        }
+        for spot in wanted:
+            since_s = max(self.wanted_since_s.get(spot.card.name, self.now_s), spot.occupant.placed_s, self.undisturbed_since_s)
+            limit_s = self.setting.lending.min_hold_s + RELEASE_S + SLACK_S
+            assert self.now_s - since_s <= limit_s, f"an engine stays on {spot.card.name}, which a job waits for"
+
+    def _could_use(self, job: QueuedJob, names: tuple[str, ...]) -> bool:
+        suit = [spot.card for spot in self.spots if spot.card.memory_gib >= job.memory_gib and self.is_alive(spot)]
+        suit = [card for card in suit if card.pool == TRAIN or self.setting.lending.enabled]
+        return len(suit) >= job.num_cards and any(card.name in names for card in suit)
+
+
+def _line(job: QueuedJob) -> tuple[int, int, float, int]:
+    return RANKS[job.kind], -job.priority, job.place, job.id
+
+
+@dataclass
+class Fragile:
+    """When the arbiter dies."""
+
+    world: Simulation
+    num_left: int = -1
+    for_s: float = 0.0
+
+    def touch(self) -> None:
+        """Count a word or deed."""
+        self.num_left -= self.num_left >= 0
+        if self.num_left == 0:
+            self.num_left = -1
+            raise CrashError
+
+
+class Breakable:
+    """The queue or the ground as an arbiter has them that may be killed before and after each call."""
+
+    def __init__(self, real: Any, fragile: Fragile) -> None:
+        self.real, self.fragile = real, fragile
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            self.fragile.touch()
+            found = getattr(self.real, name)(*arguments)
+            self.fragile.touch()
+            return found
+
+        return call

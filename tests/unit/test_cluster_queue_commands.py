@@ -1,0 +1,62 @@
+"""`python -m cluster submit|queue|cancel|move` without a cluster: what is kept, what is shown, what is refused."""
+
+import pytest
+import yaml
+
+from cluster.job_queue import Queue, QueuedJob
+from configs.loader import ROOT
+
+HELPDESK = str(ROOT / "configs" / "helpdesk.yaml")
+
+
+def only_job() -> QueuedJob:
+    with Queue() as queue:
+        (job,) = queue.jobs()
+    return job
+
+
+def test_what_is_submitted_is_kept_with_its_settings_and_is_a_config_by_itself(command, tmp_path):
+    done = command("cluster", "submit", HELPDESK, "train.max_steps=3", "name=other", "--priority", "2", "--memory-gib", "20")
+    assert done.status == 0, done.err
+    assert "job 1, train of other; it waits for: python -m cluster up" in done.out
+    job = only_job()
+    assert (job.kind, job.priority, job.memory_gib, job.folder, job.num_cards) == ("train", 2, 20, str(tmp_path), 1)
+    (tmp_path / "job.yaml").write_text(job.config)
+    assert yaml.safe_load(job.config)["train"]["max_steps"] == 3
+    assert command("configs", "check", str(tmp_path / "job.yaml")).status == 0
+
+
+def test_the_line_is_shown_moved_and_left(command):
+    assert "no jobs" in command("cluster", "queue").out
+    for words in ((), ("--priority", "1"), ("--sweep",)):
+        assert command("cluster", "submit", HELPDESK, *words).status == 0
+    assert numbers(command("cluster", "queue").out) == ["2", "1", "3"]
+    assert command("cluster", "move", "1", "--before", "2").status == 0
+    assert numbers(command("cluster", "queue").out) == ["1", "2", "3"]
+    assert "priority -1" in command("cluster", "move", "1", "--priority", "-1").out
+    assert "cancelled" in command("cluster", "cancel", "2").out
+    assert numbers(command("cluster", "queue").out) == ["1", "3", "2"], "what ended is at the end"
+
+
+def numbers(shown: str) -> list[str]:
+    return [line.split()[0] for line in shown.splitlines()[1:]]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("submit", "nothing.yaml"), "no config file nothing.yaml"),
+        (("submit", HELPDESK, "train.max_step=3"), "did you mean train.max_steps?"),
+        (("submit", "--sweep", HELPDESK, "tune.space={}"), "tune.space"),
+        (("submit", HELPDESK, "train.num_workers=2", "train.batch_size=4"), "the cluster has 1 that training may use"),
+        (("cancel", "9"), "there is no job 9"),
+        (("move", "9", "--priority", "1"), "there is no job 9"),
+        (("move", "1"), "one of --priority and --before is wanted"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_error(command, up, words, told):
+    up()
+    done = command("cluster", *words)
+    assert done.status == 2
+    assert told in done.err
+    assert "Traceback" not in done.err

@@ -1,0 +1,103 @@
+"""What the arbiter makes of Ray's and Serve's answers, as they were seen on a real cluster; and how an engine tells that it is busy."""
+
+import asyncio
+import os
+import time
+
+import pytest
+
+from cluster.activity import read_quiet_s
+from cluster.arbiter import LOST, Driver
+from cluster.chat_wish import keep_wish
+from cluster.placement import CARDS_VARIABLE, card_selector, is_usable
+from cluster.ray_ground import _bounds, _chat, _driver, _is_used
+from cluster.rule import Chat
+from serve.activity import Noted
+
+
+def deployment(fewest: int, most: int) -> dict:
+    return {"name": "engine", "autoscaling_config": {"min_replicas": fewest, "max_replicas": most}}
+
+
+def application(target: int, *states: str, fewest: int = 1, most: int = 2) -> dict:
+    replicas = [{"state": state, "pid": os.getpid()} for state in states]
+    deployed = {"args": {"use_train_cards": True}, "deployments": [deployment(fewest, most)]}
+    return {"deployed_app_config": deployed, "deployments": {"engine": {"target_num_replicas": target, "replicas": replicas}}}
+
+
+def chat_of(found: dict) -> Chat:
+    replicas = [replica for entry in found["deployments"].values() for replica in entry["replicas"]]
+    return _chat(found, replicas, _bounds(found["deployed_app_config"]))
+
+
+@pytest.mark.parametrize(
+    ("job", "driver"),
+    [
+        ({"status": "PENDING"}, Driver("alive")),
+        ({"status": "RUNNING"}, Driver("alive")),
+        ({"status": "STOPPED", "driver_exit_code": None}, Driver("stopped")),
+        ({"status": "SUCCEEDED", "driver_exit_code": 0}, Driver("ended", 0)),
+        ({"status": "FAILED", "driver_exit_code": 2}, Driver("ended", 2)),
+        ({"status": "FAILED", "driver_exit_code": None}, Driver("ended", LOST)),
+    ],
+)
+def test_a_jobs_process_is_told_by_its_status(job, driver):
+    assert _driver(job) == driver
+
+
+def test_a_card_is_in_use_by_what_ray_tells_of_its_resources():
+    assert _is_used("1.0/1.0 CPU\n1.0/1.0 card\n0B/11.77GiB memory")
+    assert _is_used("0.0/1.0 CPU\n0.5/1.0 card (0.5 used of 1.0 reserved in placement groups)")
+    assert not _is_used("1.0/1.0 CPU\n0.0/1.0 card\n0B/11.77GiB memory")
+    assert not _is_used("1.0/1.0 CPU")
+
+
+def test_chat_is_what_the_user_deployed_whatever_bounds_are_in_force(home):
+    keep_wish({"applications": [{"args": {"use_train_cards": False}, "deployments": [deployment(1, 3)]}]})
+    found = chat_of(application(1, fewest=0, most=1))
+    assert (found.min_engines, found.max_engines, found.uses_train_cards, found.num_wanted) == (1, 3, False, 1)
+
+
+def test_chat_is_quiet_when_no_engine_is_wanted_and_busy_when_one_is_and_none_answers(home):
+    assert chat_of(application(0)).quiet_s == float("inf")
+    assert chat_of(application(1, "STARTING")).quiet_s == 0
+    assert chat_of(application(1, "RUNNING")).quiet_s == 0, "nothing is known of its requests"
+
+
+def test_an_engine_tells_of_its_requests_but_not_of_looks_at_it(home):
+    inside = asyncio.Event()
+    goes_on = asyncio.Event()
+
+    async def app(scope, receive, send):
+        inside.set()
+        await goes_on.wait()
+
+    async def tell() -> None:
+        noted = Noted(app)
+        await asyncio.sleep(0.05)
+        assert chat_of(application(1, "RUNNING")).quiet_s >= 0.05
+        for method, is_busy in (("GET", False), ("POST", True)):
+            inside.clear()
+            goes_on.clear()
+            request = asyncio.create_task(noted({"type": "http", "method": method}, None, None))
+            await inside.wait()
+            time.sleep(0.01)
+            assert (read_quiet_s(os.getpid()) == 0) == is_busy
+            goes_on.set()
+            await request
+        time.sleep(0.01)
+        assert 0 < read_quiet_s(os.getpid()) < 5
+
+    asyncio.run(tell())
+
+
+def test_a_process_trains_on_the_cards_that_it_was_given(monkeypatch):
+    labels = {"card": "card0", "pool": "serve"}, {"card": "card1", "pool": "train"}, {"card": "card2", "pool": "train"}
+    assert card_selector() == {"pool": "train"}
+    assert [is_usable(found) for found in labels] == [False, True, True]
+    monkeypatch.setenv(CARDS_VARIABLE, "card0")
+    assert card_selector() == {"card": "card0"}
+    assert [is_usable(found) for found in labels] == [True, False, False]
+    monkeypatch.setenv(CARDS_VARIABLE, "card0,card2")
+    assert card_selector() == {"card": "in(card0,card2)"}
+    assert [is_usable(found) for found in labels] == [True, False, True]
