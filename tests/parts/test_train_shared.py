@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -353,6 +354,7 @@ def test_who_asks_while_a_step_fails_gets_the_next_one(references):
 def test_what_a_killed_process_asked_for_ends_when_its_trial_joins_again(references):
     base = shared()
     base.join("a", config("a"))
+    before_each_pass(base, lambda batch: time.sleep(0.1))  # else all its steps may be done before we look
     killed = begin(base.advance, "a", NUM_STEPS)
     wait_for(lambda: base.group.members["a"].learner.step)
     base.join("a", config("a"))
