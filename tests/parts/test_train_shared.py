@@ -20,6 +20,7 @@ from data.prepare import prepare
 from serve.adapters import check_adapter
 from tests.helpers.data import chat, chatbot, write_rows
 from tests.parts.test_train_model import rows, tiny
+from tests.parts.test_train_step import one_thread  # noqa: F401 (a fixture)
 from tests.ray.stack import make_tiny_model, wait_for
 from train.group import Group, why_apart
 from train.model import add_adapter, load_base
@@ -46,14 +47,6 @@ TRIALS = {
         "lora": {"rank": 3, "target_modules": ["q_proj", "down_proj"], "num_layers": 1},
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(trial: str) -> ChatbotConfig:
