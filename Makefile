@@ -6,7 +6,7 @@ CONFIG ?= configs/helpdesk.yaml
 MODEL ?=
 export TANDEM_VENV = $(VENV)
 
-.PHONY: help setup demo down test test-serving test-others check format lock bench
+.PHONY: help setup demo down test check format lock bench
 
 help: ## list these commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,14 +20,8 @@ demo: setup ## the whole job, from nothing to a live chatbot: [MODEL=...] [CONFI
 down: ## stop what `make demo` or `python -m cluster up` started
 	@$(RUN) -m cluster down
 
-test: setup ## all tests that this machine can run, in two halves side by side, each on a stack of its own
-	@$(MAKE) --no-print-directory -k -j2 test-serving test-others
-
-test-serving:
-	@$(RUN) -m pytest tests/ray/test_[1-4]_*.py
-
-test-others:
-	@$(RUN) -m pytest --ignore-glob='tests/ray/test_[1-4]_*'
+test: setup ## all tests that this machine can run
+	@$(RUN) -m pytest
 
 check: setup ## format, lint, types, import rules
 	@$(VENV)/bin/ruff format --check .

@@ -41,9 +41,9 @@ def run(
     from train.job import train
 
     if promote:
-        from train.evaluate import require_endpoint
+        from train.evaluate import require_served
 
-        require_endpoint(settings)  # before the training, and not after hours of it
+        require_served(settings)  # before the training, and not after hours of it
     outcome = train(settings, _say, ProgressLines(), resume)
     if outcome.stop_reason:
         where = f"at step {int(outcome.metrics['step'])}" if outcome.metrics else "at once"

@@ -7,7 +7,6 @@ import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from cluster.home import home_folder
 from cluster.models import ensure_model, served_base_name
@@ -64,11 +63,12 @@ def evaluate(config: ChatbotConfig, registry: Registry, version: Version, agains
     """
     began_s = time.time()
     require_lm_eval(config.evaluation.lm_eval_tasks)
-    endpoint = require_endpoint(config)
+    served = require_served(config)
+    endpoint = served.endpoint
     base = Contender(served_base_name(config.model.name))
     own, other = contender_of(registry, version), contender_of(registry, against) if against else base
     heldout, notes = heldout_of(config, version)
-    notes += _serving_notes(config, version)
+    notes += _serving_notes(version, served.quantization)
     if against and against.tags.get("data_fingerprint") != version.tags.get("data_fingerprint"):
         notes.append(f"{against.name} was trained on other data, and may have seen some of the questions")
     general = _general(config.evaluation.general)
@@ -95,31 +95,26 @@ def evaluate(config: ChatbotConfig, registry: Registry, version: Version, agains
     return Evaluation(version, other.name, measured, differences, verdicts, notes, began_s, time.time() - began_s)
 
 
-def require_endpoint(config: ChatbotConfig) -> Endpoint:
-    """Return our own endpoint.
+@dataclass(frozen=True)
+class ServedBase:
+    """Where a chatbot's base model answers, and in which format: it may be another than the config's."""
+
+    endpoint: Endpoint
+    quantization: str
+
+
+def require_served(config: ChatbotConfig) -> ServedBase:
+    """Ask our own endpoint what it serves.
 
     Raises:
         RunError: It does not answer, refuses our key, or serves another base model.
     """
-    return _served_base(config)[0]
-
-
-def served_quantization(config: ChatbotConfig) -> str:
-    """Return the format of the base that answers now, which may be another than the config's.
-
-    Raises:
-        RunError: As for `require_endpoint`.
-    """
-    return str(_served_base(config)[1].get("quantization", config.serve.quantization))
-
-
-def _served_base(config: ChatbotConfig) -> tuple[Endpoint, dict[str, Any]]:
     endpoint = own_endpoint(config.serve, config.evaluation.num_at_once)
     models, base = served_models(endpoint), served_base_name(config.model.name)
     if base not in models:
         why = f"it serves {', '.join(list(models)[:5]) or 'nothing that this key opens'}"
         raise RunError(f"{endpoint.address} does not serve {base}", why, "python -m serve CONFIG, with this chatbot's config")
-    return endpoint, models[base]
+    return ServedBase(endpoint, str(models[base].get("quantization", config.serve.quantization)))
 
 
 def _task_differences(own: dict[str, Interval], other: dict[str, Interval]) -> dict[str, Interval]:
@@ -158,10 +153,10 @@ def heldout_of(config: ChatbotConfig, version: Version) -> tuple[list[Conversati
     return asked, notes
 
 
-def _serving_notes(config: ChatbotConfig, version: Version) -> list[str]:
+def _serving_notes(version: Version, served: str) -> list[str]:
     """Say where an adapter is served on its base in another precision than it was trained on, or is not measured whole."""
     notes = []
-    trained, served = version.tags.get("quantization", "none"), served_quantization(config)
+    trained = version.tags.get("quantization", "none")
     if SAME_BASE.get(trained, trained) != served:
         what = f"trained on {TRAINED_ON.get(trained, trained)}, served on {SERVED_AS[served]}"
         notes.append(f"{what}: python -m train parity {version.name} measures it")

@@ -16,7 +16,7 @@ from configs.schema import ChatbotConfig
 from data.ask import token_logprobs
 from data.template import NO_LOSS, TokenRow, load_tokenizer, tokenize
 from train.contenders import as_asked, spread
-from train.evaluate import SAME_BASE, contender_of, heldout_of, require_endpoint, served_quantization
+from train.evaluate import SAME_BASE, contender_of, heldout_of, require_served
 
 NUM_ROWS = 12
 NUM_LIKELIEST = 5
@@ -63,18 +63,18 @@ def compare_engines(config: ChatbotConfig, registry: Registry, version: Version)
     Raises:
         TandemError: The endpoint does not answer, or the base or the adapter cannot be loaded.
     """
-    endpoint = require_endpoint(config)
+    served_base = require_served(config)
     folder = ensure_model(config.model)
     tokenizer = load_tokenizer(folder)
     contender = contender_of(registry, version)
     heldout, _ = heldout_of(config, version)
     asked = [as_asked(entry, config.data.system_prompt, contender.system_prompt) for entry in spread(heldout, NUM_ROWS)]
     rows = [tokenize(conversation, tokenizer) for conversation in asked]
-    served = token_logprobs(endpoint, version.name, rows, NUM_LIKELIEST)
+    served = token_logprobs(served_base.endpoint, version.name, rows, NUM_LIKELIEST)
     kept = [(row, places) for row, places in zip(rows, served, strict=True) if places]
     trained_on = version.tags.get("quantization", "none")
     trained = trained_logprobs(_as_trained(config, trained_on), folder, registry.download(version), [row for row, _ in kept])
-    return _compare(trained_on, served_quantization(config), trained, [places for _, places in kept])
+    return _compare(trained_on, served_base.quantization, trained, [places for _, places in kept])
 
 
 def trained_logprobs(config: ChatbotConfig, folder: Path, adapter: Path, rows: Sequence[TokenRow]) -> list[Any]:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from configs.errors import RunError
+from configs.schema import METRICS
 
-PERPLEXITY, ACCURACY, EXACT, GENERAL, FORGOTTEN, JUDGE = "perplexity", "accuracy", "exact", "general", "forgotten", "judge"
+PERPLEXITY, ACCURACY, EXACT, GENERAL, FORGOTTEN, JUDGE = METRICS
 LOWER_IS_BETTER = frozenset({PERPLEXITY, FORGOTTEN})
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000

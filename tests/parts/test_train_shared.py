@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from data.prepare import prepare
 from serve.adapters import check_adapter
 from tests.helpers.data import chat, chatbot, write_rows
 from tests.parts.test_train_model import rows, tiny
+from tests.parts.test_train_step import one_thread  # noqa: F401 (a fixture)
 from tests.ray.stack import make_tiny_model, wait_for
 from train.group import Group, why_apart
 from train.model import add_adapter, load_base
@@ -45,14 +47,6 @@ TRIALS = {
         "lora": {"rank": 3, "target_modules": ["q_proj", "down_proj"], "num_layers": 1},
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(trial: str) -> ChatbotConfig:
@@ -353,6 +347,7 @@ def test_who_asks_while_a_step_fails_gets_the_next_one(references):
 def test_what_a_killed_process_asked_for_ends_when_its_trial_joins_again(references):
     base = shared()
     base.join("a", config("a"))
+    before_each_pass(base, lambda batch: time.sleep(0.1))  # else all its steps may be done before we look
     killed = begin(base.advance, "a", NUM_STEPS)
     wait_for(lambda: base.group.members["a"].learner.step)
     base.join("a", config("a"))
