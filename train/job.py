@@ -3,38 +3,31 @@
 Knows Ray Train and the order of things. Does not know the step.
 """
 
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cluster.home import home_folder, require_disk
-from cluster.job_queue import note_run
-from cluster.models import check_model, ensure_model, model_fingerprint
-from cluster.placement import card_selector, is_usable
-from cluster.registry import Manifest, Registry, Version
-from cluster.session import RAY_NAMESPACE, Session, require_session
-from configs.errors import ClusterError, RegistryError, RunError, TandemError, last_lines
-from configs.schema import ChatbotConfig, MachineConfig
-from data.prepare import Prepared, check_source, prepare
-from train.record import FAILED, FINISHED, STOPPED, Record, config_fingerprint, git_commit
-from train.sizing import require_room, size_prepared
+from cluster.home import home_folder
+from cluster.placement import card_selector
+from cluster.registry import Manifest, Version
+from cluster.session import Session
+from configs.errors import RunError, TandemError, last_lines
+from configs.schema import ChatbotConfig
+from train.driver import ASKED, Say, Start, make_ready, on_record, on_signals
+from train.record import FINISHED, STOPPED, config_fingerprint, git_commit
+from train.sizing import size_prepared
 
 if TYPE_CHECKING:
     from train.control import Progress
     from train.worker import Task
 
 POLL_S = 0.5
-ASKED = "the job was asked to stop"
-Say = Callable[[str], None]
-Handler = Callable[[int, FrameType | None], None]
 
 
 @dataclass(frozen=True)
@@ -59,102 +52,31 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
     Raises:
         TandemError: What the user can mend; nothing was registered.
     """
-    session = require_session()
-    require_disk(session.machine.get("min_disk_free_gib", MachineConfig().min_disk_free_gib))
-    registry = Registry(session.mlflow_url)
-    record: Record | None = None
-    if resume:
-        record, config = Record.find(registry.client, resume)
-        say(f"going on with run {resume}")
-    check_source(config.data)
-    check_model(config.model)
-    require_room(config, session.cards)
-    say(f"base model {config.model.name}")
-    folder = ensure_model(config.model)
-    data = prepare(config, folder)
-    say(f"data {data.fingerprint}: {data.num_train} conversations to train on, {data.num_heldout} held out{data.left_out}")
-    base_fingerprint = model_fingerprint(folder)
-    if record:
-        record.require_same(data, base_fingerprint)
-    sizing = size_prepared(config, folder, data, session.cards)
+    start = make_ready(config, say, resume=resume)
+    config, data = start.config, start.data
+    sizing = size_prepared(config, start.folder, data, start.session.cards)
     if sizing:
         config, step = sizing.settle(config)
         say(sizing.describe(step, data))
-    # Ray, as it connects, takes SIGTERM for itself.
-    with connect(session), on_signals(signal.default_int_handler):
-        require_cards(config.train.num_workers)
-        if record:
-            require_at_rest(record.run_id)
-            record.reopen()
-        else:
-            record = Record.begin(registry.client, config, data, base_fingerprint)
-        note_run(record.run_id)
-        say(f"run {record.run_id}")
-        try:
+    start = replace(start, config=config)
+    run_id, version = "", None
+    try:
+        with on_record(start, config.train.num_workers) as record:
+            run_id = record.run_id
+            say(f"run {run_id}")
             from train.worker import Task
 
-            task = Task(config, record.run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url, sizing)
-            checkpoint, metrics, stop_reason = _fit(task, session, show)
+            task = Task(config, run_id, str(start.folder), str(data.train_file), str(data.heldout_file), start.session.mlflow_url, sizing)
+            checkpoint, metrics, stop_reason = _fit(task, start.session, show)
             if not stop_reason:
                 say("registering the adapter")
-                manifest = make_manifest(config, record.run_id, base_fingerprint, data, checkpoint, metrics)
-                version = registry.register(manifest, checkpoint)
-        except KeyboardInterrupt:
-            with suppress(RegistryError):
-                record.end(STOPPED, ASKED)
-            return Outcome(record.run_id, {}, stop_reason=ASKED)
-        except BaseException as error:
-            with suppress(RegistryError):  # MLflow may be the very thing that failed
-                record.end(FAILED, str(error))
+                version = start.registry.register(make_manifest(start, run_id, checkpoint, metrics), checkpoint)
+    except KeyboardInterrupt:
+        if not run_id:
             raise
-    if stop_reason:
-        record.end(STOPPED, stop_reason)
-        return Outcome(record.run_id, metrics, stop_reason=stop_reason)
-    record.end(FINISHED)
-    return Outcome(record.run_id, metrics, version)
-
-
-@contextmanager
-def connect(session: Session) -> Iterator[None]:
-    """Connect to the cluster, as part of a Ray job or straight."""
-    # Ray reads these as it is imported, and talks to no cluster without them.
-    os.environ.update({key: value for key, value in session.environment().items() if key.startswith("RAY_AUTH")})
-    # Before Ray connects: a process that loads torch afterwards, in a Ray job, dies in MKL ("Cannot load libtorch_cpu.so").
-    import ray
-    import torch  # noqa: F401
-
-    inside_job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    try:
-        ray.init(address=None if inside_job else session.ray_address, namespace=RAY_NAMESPACE, log_to_driver=False, logging_level="warning")
-    except ConnectionError as error:
-        raise ClusterError("the cluster does not answer", str(error), "python -m cluster down, then python -m cluster up") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def count_cards() -> int:
-    """Return how many cards this process may train on, free or not."""
-    import ray
-
-    return sum(node["Alive"] and is_usable(node["Labels"]) for node in ray.nodes())
-
-
-def require_cards(num_workers: int) -> None:
-    """Refuse what would wait for ever: more workers than the cluster has train cards."""
-    num_cards = count_cards()
-    if num_cards < num_workers:
-        why = f"the cluster has {num_cards} of them; a worker would wait for ever"
-        raise ClusterError(f"train.num_workers={num_workers} wants as many train cards", why, f"train.num_workers={max(1, num_cards)}")
-
-
-def require_at_rest(run_id: str) -> None:
-    """Refuse to go on with a run that another process is training."""
-    from train.control import is_going_on
-
-    if is_going_on(run_id):
-        raise RunError(f"run {run_id} is still going on", "its driver is at work in this cluster", "wait for it to end, or stop its job")
+        return Outcome(run_id, {}, stop_reason=ASKED)
+    record.end(STOPPED if stop_reason else FINISHED, stop_reason or "")
+    return Outcome(run_id, metrics, version, stop_reason)
 
 
 def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> tuple[Path, dict[str, float], str | None]:
@@ -227,17 +149,6 @@ def _failure(error: Exception, run_id: str) -> TandemError:
 
 
 @contextmanager
-def on_signals(handler: Handler) -> Iterator[None]:
-    """Answer SIGTERM, which `ray job stop` sends, and SIGINT with one handler."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-@contextmanager
 def _watch(control: Any, show: Callable[["Progress"], None]) -> Iterator[Callable[[], str | None]]:
     """Show progress while the run goes on, and pass a signal to end on to the workers as a wish to stop.
 
@@ -278,22 +189,20 @@ def _watch(control: Any, show: Callable[["Progress"], None]) -> Iterator[Callabl
         watcher.join()
 
 
-def make_manifest(
-    config: ChatbotConfig, run_id: str, base_fingerprint: str, data: Prepared, checkpoint: Path, metrics: dict[str, float]
-) -> Manifest:
+def make_manifest(start: Start, run_id: str, checkpoint: Path, metrics: dict[str, float]) -> Manifest:
     """Say what an adapter was made from; `checkpoint` is its folder, `metrics` what was reported with it."""
     import json
 
-    modules = json.loads((checkpoint / "adapter_config.json").read_text())["target_modules"]
+    modules, config = json.loads((checkpoint / "adapter_config.json").read_text())["target_modules"], start.config
     return Manifest(
         chatbot=config.name,
         base_model=config.model.name,
-        base_fingerprint=base_fingerprint,
+        base_fingerprint=start.base_fingerprint,
         rank=config.train.lora.rank,
         target_modules=sorted(modules),
         quantization=config.train.quantization,
-        data_fingerprint=data.fingerprint,
-        data_sources=data.sources,
+        data_fingerprint=start.data.fingerprint,
+        data_sources=start.data.sources,
         config_fingerprint=config_fingerprint(config),
         git_commit=git_commit(),
         run_id=run_id,

@@ -57,6 +57,7 @@ def make_base(model: dict[str, Any], config: ChatbotConfig, longest_tokens: int)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     let_segments_grow()
+    _forget()
     settings = {name: value for name, value in model.items() if name not in ("architectures", "model_type", "quantization_config")}
     made = AutoConfig.for_model(model["model_type"], **settings)
     dtype, attention = pick_dtype(config.model), pick_attention(config.train, longest_tokens)

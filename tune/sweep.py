@@ -5,24 +5,19 @@ Knows Ray Tune's driver and the order of things. Does not know how a trial is tr
 
 import logging
 import os
-import signal
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.home import home_folder, require_disk
-from cluster.job_queue import note_run
-from cluster.models import check_model, ensure_model, model_fingerprint
+from cluster.home import home_folder
 from cluster.placement import card_selector
-from cluster.registry import Registry, Version
-from cluster.session import Session, require_session
-from configs.errors import RegistryError, RunError
-from configs.schema import ChatbotConfig, MachineConfig, SweepConfig
-from data.prepare import Prepared, check_source, prepare
-from train.job import ASKED, Say, connect, count_cards, make_manifest, on_signals, require_at_rest, require_cards
-from train.record import CONFIG_FILE, FAILED, FINISHED, STOPPED, SWEEP, Record
+from cluster.registry import Version
+from configs.errors import RunError
+from configs.schema import ChatbotConfig, SweepConfig
+from train.driver import ASKED, Say, Start, count_cards, make_ready, on_record
+from train.job import make_manifest
+from train.record import CONFIG_FILE, FINISHED, SWEEP, Record
 from train.sizing import size_prepared
 from tune.outcome import Row, best_row, read_rows, summary
 
@@ -68,43 +63,20 @@ def sweep(config: ChatbotConfig, say: Say, show: "Callable[[ChatbotConfig], Show
     Raises:
         TandemError: What the user can mend; nothing was registered.
     """
-    session = require_session()
-    require_disk(session.machine.get("min_disk_free_gib", MachineConfig().min_disk_free_gib))
-    registry = Registry(session.mlflow_url)
-    record: Record | None = None
-    if resume:
-        record, config = Record.find(registry.client, resume, SWEEP)
-        say(f"going on with sweep {resume}")
-    check_source(config.data)
-    check_model(config.model)
-    folder = ensure_model(config.model)
-    data = prepare(config, folder)
-    say(f"data {data.fingerprint}: {data.num_train} conversations to train on, {data.num_heldout} held out{data.left_out}")
-    base_fingerprint = model_fingerprint(folder)
-    if record:
-        record.require_same(data, base_fingerprint)
+    start = make_ready(config, say, SWEEP, resume)
     os.environ.update(SETTINGS)
-    with connect(session), on_signals(signal.default_int_handler):
-        require_cards(1)
-        if record:
-            require_at_rest(record.run_id)
-            record.reopen()
-        else:
-            record = Record.begin(registry.client, config, data, base_fingerprint, SWEEP)
-        note_run(record.run_id)
-        say(f"sweep {record.run_id}, on {count_cards()} train cards" if count_cards() > 1 else f"sweep {record.run_id}")
-        try:
-            rows = _try_all(config, session, record, folder, data, show(config))
+    sweep_id = ""
+    try:
+        with on_record(start, num_cards=1) as record:
+            sweep_id = record.run_id
+            say(f"sweep {sweep_id}, on {count_cards()} train cards" if count_cards() > 1 else f"sweep {sweep_id}")
+            rows = _try_all(start, record, show(start.config))
             say("comparing the trials")
-            outcome = _conclude(config, registry, record, rows, data, base_fingerprint)
-        except KeyboardInterrupt:
-            with suppress(RegistryError):
-                record.end(STOPPED, ASKED)
-            return Outcome(record.run_id, config.tune, stop_reason=ASKED)
-        except BaseException as error:
-            with suppress(RegistryError):
-                record.end(FAILED, str(error))
+            outcome = _conclude(start, record, rows)
+    except KeyboardInterrupt:
+        if not sweep_id:
             raise
+        return Outcome(sweep_id, start.config.tune, stop_reason=ASKED)
     record.end(FINISHED)
     return outcome
 
@@ -114,7 +86,7 @@ def sweeps_folder() -> Path:
     return home_folder() / "sweeps"
 
 
-def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Path, data: Prepared, show: "Show") -> tuple[Row, ...]:
+def _try_all(start: Start, record: Record, show: "Show") -> tuple[Row, ...]:
     """Run the trials, from where an earlier driver of this sweep left them; return what became of each."""
     from ray import tune as ray_tune
 
@@ -128,6 +100,7 @@ def _try_all(config: ChatbotConfig, session: Session, record: Record, folder: Pa
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         os.chdir(home_folder())  # a job's own folder may be unpacked anew for another card, and Tune asks where it is
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it says is in the table
+    session, config, folder, data = start.session, start.config, start.folder, start.data
     presence = make_control(record.run_id)  # while it is there, nobody else goes on with this sweep
     num_cards = count_cards()
     on_gpu = any("gpu-share" in card for card in session.cards if card["pool"] == "train")
@@ -192,15 +165,13 @@ def _part_of_a_card(num_trials: int) -> Any:
     return ray_tune.PlacementGroupFactory([{"card": share}], bundle_label_selector=[card_selector()])
 
 
-def _conclude(
-    config: ChatbotConfig, registry: Registry, record: Record, rows: tuple[Row, ...], data: Prepared, base_fingerprint: str
-) -> Outcome:
+def _conclude(start: Start, record: Record, rows: tuple[Row, ...]) -> Outcome:
     """Draw, write down and register what the trials gave."""
     from tune.plots import draw
     from tune.record import close_trials, write_summary
     from tune.trial import trial_config
 
-    figures = summary(rows)
+    config, registry, figures = start.config, start.registry, summary(rows)
     folder = sweeps_folder() / record.run_id / "summary"
     best = best_row(rows, config.tune)
     draw(folder, rows, config.tune)
@@ -211,8 +182,8 @@ def _conclude(
         raise RunError(
             "no trial came to a score", reasons or "the budget ended before the first look", "mend the reasons, or widen tune.budget"
         )
-    settings, run_id = trial_config(config, best.settings, data.num_train), run_ids[best.name]
+    settings, run_id = trial_config(config, best.settings, start.data.num_train), run_ids[best.name]
     Record(registry.client, run_id).attach(CONFIG_FILE, settings.model_dump_json(indent=2))
-    manifest = make_manifest(settings, run_id, base_fingerprint, data, best.checkpoint, best.metrics)
+    manifest = make_manifest(replace(start, config=settings), run_id, best.checkpoint, best.metrics)
     version = registry.nominate(registry.register(manifest, best.checkpoint).name)
     return Outcome(record.run_id, config.tune, rows, best, version, figures, folder)

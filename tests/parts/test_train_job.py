@@ -10,7 +10,8 @@ import ray
 from ray.train import WorkerGroupError
 
 from configs.errors import ModelError
-from train.job import _failure, _watch, on_signals
+from train.driver import on_signals
+from train.job import _failure, _watch
 
 RUN = "0" * 32
 TRACE = "Traceback:\n" + "\n\n".join(f"  frame {number}" for number in range(40)) + "\nValueError: the loss is not a number"

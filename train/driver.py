@@ -1,0 +1,153 @@
+"""What a run and a sweep have in common: what is checked and made ready first, the way to the cluster, and the record of how it ended.
+
+Knows the order of things before and after training. Does not know Ray Train or Ray Tune.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from cluster.home import require_disk
+from cluster.job_queue import note_run
+from cluster.models import check_model, ensure_model, model_fingerprint
+from cluster.placement import is_usable
+from cluster.registry import Registry
+from cluster.session import RAY_NAMESPACE, Session, require_session
+from configs.errors import ClusterError, RegistryError, RunError
+from configs.schema import ChatbotConfig, MachineConfig
+from data.prepare import Prepared, check_source, prepare
+from train.record import FAILED, RUN, STOPPED, Record
+from train.sizing import require_room
+
+ASKED = "the job was asked to stop"
+Say = Callable[[str], None]
+Handler = Callable[[int, FrameType | None], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that is known before anything trains."""
+
+    session: Session
+    registry: Registry
+    config: ChatbotConfig
+    """With `resume` the one that the run began with."""
+    folder: Path
+    """Of the base model."""
+    data: Prepared
+    base_fingerprint: str
+    kind: str = RUN
+    earlier: Record | None = None
+    """What is gone on with."""
+
+
+def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | None = None) -> Start:
+    """Check a config against this machine, and fetch its base and data.
+
+    Raises:
+        TandemError: What the user can mend; nothing was begun.
+    """
+    session = require_session()
+    require_disk(session.machine.get("min_disk_free_gib", MachineConfig().min_disk_free_gib))
+    registry = Registry(session.mlflow_url)
+    earlier: Record | None = None
+    if resume:
+        earlier, config = Record.find(registry.client, resume, kind)
+        say(f"going on with {kind} {resume}")
+    check_source(config.data)
+    check_model(config.model)
+    if kind == RUN:  # a sweep's trials may each change what decides it
+        require_room(config, session.cards)
+    say(f"base model {config.model.name}")
+    folder = ensure_model(config.model)
+    data = prepare(config, folder)
+    say(f"data {data.fingerprint}: {data.num_train} conversations to train on, {data.num_heldout} held out{data.left_out}")
+    base_fingerprint = model_fingerprint(folder)
+    if earlier:
+        earlier.require_same(data, base_fingerprint)
+    return Start(session, registry, config, folder, data, base_fingerprint, kind, earlier)
+
+
+@contextmanager
+def on_record(start: Start, num_cards: int) -> Iterator[Record]:
+    """Connect to the cluster, and keep the record of what is done there: begun or taken up, and how it ended unless that was well.
+
+    Raises:
+        KeyboardInterrupt: Somebody asked it to stop; the record says so.
+        TandemError: The cluster cannot do it, or what was done failed.
+    """
+    # Ray, as it connects, takes SIGTERM for itself.
+    with connect(start.session), on_signals(signal.default_int_handler):
+        require_cards(num_cards)
+        record = start.earlier
+        if record:
+            require_at_rest(record.run_id)
+            record.reopen()
+        else:
+            record = Record.begin(start.registry.client, start.config, start.data, start.base_fingerprint, start.kind)
+        note_run(record.run_id)
+        try:
+            yield record
+        except BaseException as error:
+            asked = isinstance(error, KeyboardInterrupt)
+            with suppress(RegistryError):  # MLflow may be the very thing that failed
+                record.end(STOPPED if asked else FAILED, ASKED if asked else str(error))
+            raise
+
+
+@contextmanager
+def connect(session: Session) -> Iterator[None]:
+    """Connect to the cluster, as part of a Ray job or straight."""
+    # Ray reads these as it is imported, and talks to no cluster without them.
+    os.environ.update({key: value for key, value in session.environment().items() if key.startswith("RAY_AUTH")})
+    # Before Ray connects: a process that loads torch afterwards, in a Ray job, dies in MKL ("Cannot load libtorch_cpu.so").
+    import ray
+    import torch  # noqa: F401
+
+    inside_job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    try:
+        ray.init(address=None if inside_job else session.ray_address, namespace=RAY_NAMESPACE, log_to_driver=False, logging_level="warning")
+    except ConnectionError as error:
+        raise ClusterError("the cluster does not answer", str(error), "python -m cluster down, then python -m cluster up") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def count_cards() -> int:
+    """Return how many cards this process may train on, free or not."""
+    import ray
+
+    return sum(node["Alive"] and is_usable(node["Labels"]) for node in ray.nodes())
+
+
+def require_cards(num_workers: int) -> None:
+    """Refuse what would wait for ever: more workers than the cluster has train cards."""
+    num_cards = count_cards()
+    if num_cards < num_workers:
+        why = f"the cluster has {num_cards} of them; a worker would wait for ever"
+        raise ClusterError(f"train.num_workers={num_workers} wants as many train cards", why, f"train.num_workers={max(1, num_cards)}")
+
+
+def require_at_rest(run_id: str) -> None:
+    """Refuse to go on with a run that another process is training."""
+    from train.control import is_going_on
+
+    if is_going_on(run_id):
+        raise RunError(f"run {run_id} is still going on", "its driver is at work in this cluster", "wait for it to end, or stop its job")
+
+
+@contextmanager
+def on_signals(handler: Handler) -> Iterator[None]:
+    """Answer SIGTERM, which `ray job stop` sends, and SIGINT with one handler."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
