@@ -29,9 +29,11 @@ LOGIT_BYTES = 12
 EVALUATION_LOGIT_BYTES = 10  # bf16, fp32, and the log-softmax, at once
 EVALUATION_TOKENS = 2048  # of a batch; micro-batches of a few short rows would leave a processor idle
 CUBLAS_BYTES = 2 * 32 * MIB  # a workspace for each of the two threads that multiply: torch's default on Hopper; elsewhere 8 MiB
-# What torch's allocator holds beyond its tensors, of what comes and goes in a step, with segments that grow. A guess, not measured yet.
-FRAGMENTATION = 0.05
-CUDA_CONTEXT_BYTES = 550 * MIB  # driver, cuBLAS and kernels of a training process on an H100. A guess, not measured yet.
+# What torch's allocator holds beyond its tensors, with segments that grow: as much as the logits in bf16, which come and go among larger
+# things, and a little more. Context: driver, cuBLAS and kernels of a training process. Both measured (results/memory-h100-..-11-23.json).
+LOST_LOGITS = BF16_BYTES / LOGIT_BYTES
+LOST_BYTES = 256 * MIB
+CUDA_CONTEXT_BYTES = 770 * MIB
 # Python with torch, transformers and Ray's worker: what the 135M model's run is above its tensors (1.90 GiB in training-cpu-..-11-22.json).
 CPU_PROCESS_BYTES = 1150 * MIB
 
@@ -134,7 +136,6 @@ class Step:
         ]
 
     def _moment(self, activations: float, gradients: float, logits: float = 0.0) -> Need:
-        comes_and_goes = activations + gradients + logits
         return Need(
             weights=weight_bytes(self.shape, self._linear_bytes, self.device),
             adapter=self._num_adapter * FP32_BYTES,
@@ -143,7 +144,7 @@ class Step:
             gradients=gradients + (self._num_adapter * FP32_BYTES if self.train.num_workers > 1 else 0),
             activations=activations,
             logits=logits,
-            lost=FRAGMENTATION * comes_and_goes + CUBLAS_BYTES if self.device.on_gpu else 0.0,
+            lost=LOST_LOGITS * self._logit_bytes() + LOST_BYTES + CUBLAS_BYTES if self.device.on_gpu else 0.0,
             process=CUDA_CONTEXT_BYTES if self.device.on_gpu else CPU_PROCESS_BYTES,
         )
 

@@ -64,14 +64,19 @@ def make_base(model: dict[str, Any], config: ChatbotConfig, longest_tokens: int)
     with init_empty_weights(include_buffers=False):
         base = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=attention)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    head = base.get_output_embeddings()
+    head, quantises = base.get_output_embeddings(), config.train.quantization == "nf4"
+    small = {name for name, layer in base.named_modules() if quantises and isinstance(layer, torch.nn.Linear) and layer is not head}
+    # Each weight of its own would leave a hole among those in 4 bit, as no real load does.
+    scratch = torch.empty(max((base.get_submodule(name).weight.numel() for name in small), default=0), dtype=dtype, device=device)
     for name, layer in list(base.named_modules()):
         for key, weight in layer.named_parameters(recurse=False):
-            value = torch.empty(weight.shape, dtype=dtype, device=device)
+            passes = name in small and key == "weight"
+            value = scratch[: weight.numel()].view(weight.shape) if passes else torch.empty(weight.shape, dtype=dtype, device=device)
             value = value.normal_(0, SPREAD) if weight.dim() > 1 else value.fill_(key == "weight")
             setattr(layer, key, torch.nn.Parameter(value, requires_grad=False))
-        if config.train.quantization == "nf4" and isinstance(layer, torch.nn.Linear) and layer is not head:
+        if name in small:
             base.set_submodule(name, _quantise(layer, config.train.double_quantization))
+    del scratch
     base.tie_weights()
     base.to(device)  # what is no weight, such as the rotation's frequencies
     base.is_loaded_in_4bit = config.train.quantization == "nf4"
