@@ -9,7 +9,8 @@ from cluster.memory import Device, Step, weight_bytes
 from cluster.shape import Shape
 
 RECOMPUTE_TIME = 1.42  # of a step without: 14,432 against 10,158 tokens/s on one H100, 8B shape, 4 rows of 2,048, Liger's kernels
-RECOMPUTE_LAUNCHES = 1.25  # of a step that waits for launches: 0.508 to 0.575 s, 0.436 to 0.612 s (sweep-shared-base-h100-..-11-23.json)
+# Of a step that waits for launches, in three shapes with rows of 512 tokens (memory-h100-..-11-23.json).
+RECOMPUTE_LAUNCHES, NF4_LAUNCHES = 1.7, 1.4
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,16 @@ class Rate:
 RATES = {
     "H100": Rate(
         train_flops_per_s=4.25e14,  # LoRA, 8B shape, 4 rows of 2,048: 14,265 tokens/s
-        launch_s=0.0155,  # 4 rows of 64 to 128 tokens: 0.508 s a step, in 32 blocks
+        # Rows of 512 tokens in three shapes, on average; twice that behind another host (sweep-shared-base-h100-..-11-23.json).
+        launch_s=0.0076,
         read_bytes_per_s=2.27e12,  # 158 tokens/s of the same shape in bf16, one request at a time
-        source="training-h100-80gb-hbm3-2026-11-22, sweep-shared-base-h100-80gb-hbm3-2026-11-23, serving-h100-80gb-hbm3-2026-11-23",
+        source="training-h100-80gb-hbm3-2026-11-22, memory-h100-80gb-hbm3-2026-11-23, serving-h100-80gb-hbm3-2026-11-23",
     ),
 }
 CPU_CORE = Rate(train_flops_per_s=5.7e10, source="training-cpu-2-cores-2026-11-22")  # LoRA on the MLP, 135M: 242 tokens/s on two cores
 # By this much the quicker of two settings is chosen on a GPU without a rate: a desk's large card, which computes a third as fast as an
 # H100 behind the same host. Nothing is told to anyone from it.
-UNKNOWN = Rate(train_flops_per_s=1.4e14, launch_s=0.0155)
+UNKNOWN = Rate(train_flops_per_s=1.4e14, launch_s=0.0076)
 
 
 def find_rate(accelerator: str, num_cpus: int = 1) -> Rate | None:
@@ -60,6 +62,8 @@ def step_flops(step: Step) -> float:
 def step_s(step: Step, rate: Rate) -> float:
     """Return the seconds of a micro-batch: what it computes takes, or what launching it takes."""
     computed, launched = step_flops(step) / rate.train_flops_per_s, rate.launch_s * step.shape.num_blocks
+    if step.train.quantization == "nf4":
+        launched *= NF4_LAUNCHES
     return max(computed * RECOMPUTE_TIME, launched * RECOMPUTE_LAUNCHES) if step.recomputes else max(computed, launched)
 
 

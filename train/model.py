@@ -93,10 +93,8 @@ def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label
     """Put a fresh adapter beside the base's linear layers, and make its forward pass compute only the logits that carry loss."""
     if gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    model = insert_adapter(base, lora)
-    if gradient_checkpointing:
-        base.disable_input_require_grads()  # PEFT asks for them too, of a base that is not quantised; a second hook could not be taken off
         base.enable_input_require_grads()
+    model = insert_adapter(base, lora)
     changes_logits = has_logit_settings(base)
     if label_smoothing or not changes_logits:
         # An instance attribute: forward() of this one model, not of its class.

@@ -151,7 +151,8 @@ def _take_off(base: Any) -> None:
         if isinstance(layer, LoraLayer):
             base.set_submodule(name, layer.get_base_layer())
     base.__dict__.pop("forward", None)
-    base.disable_input_require_grads()
+    # PEFT asks for their gradients too, and transformers then forgets the first hook.
+    base.get_input_embeddings()._forward_hooks.clear()
     base.gradient_checkpointing_disable()
 
 

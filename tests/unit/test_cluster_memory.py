@@ -28,6 +28,8 @@ GIB = 2**30
 GPU, CPU = Device(on_gpu=True), Device(on_gpu=False)
 LLAMA_FILE = json.loads((ROOT / "configs" / "shapes" / "llama3_8b.json").read_text())
 SMALL_FILE = json.loads((ROOT / "configs" / "shapes" / "smollm2_135m.json").read_text())
+ONE_B_SIZES = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+ONE_B_FILE = {**SMALL_FILE, **ONE_B_SIZES}
 LLAMA, SMALL = read_shape(LLAMA_FILE, "llama"), read_shape(SMALL_FILE, "small")
 SHAPES = {"llama": LLAMA, "small": SMALL}
 
@@ -106,6 +108,27 @@ def test_tensors_are_those_that_were_measured_on_an_h100():
         result = json.loads((ROOT / "tests" / "benchmarks" / "results" / f"{file}.json").read_text())
         measured = result["figures"][f"{name}_8b_seq2048_peak_memory_gib"]
         assert tensors_gib(Step(shape, TrainConfig(**train), rows, GPU).need()) == pytest.approx(measured, rel=0.02)
+
+
+def test_what_was_measured_on_an_h100_is_predicted_within_the_bound():
+    """At most 10 % over and 3 % under. `layers8` was not measured cleanly: its base kept all blocks' activations."""
+    result = json.loads((ROOT / "tests" / "benchmarks" / "results" / "memory-h100-80gb-hbm3-2026-11-23.json").read_text())
+    measured = {row["setting"]: row["measured_gib"] for row in result["notes"]["rows"] if "layers8" not in row["setting"]}
+    shapes = {"135m": SMALL_FILE, "1b": ONE_B_FILE, "8b": LLAMA_FILE}
+    found = {}
+    for kind, quantization in (("lora", "none"), ("qlora", "nf4")):
+        for (name, file), size in zip(shapes.items(), (8, 4, 2), strict=True):
+            shape = read_shape({**file, "vocab_size": 49152}, name)
+            for length in (512, 2048):
+                for recomputes in (False, True):
+                    train = TrainConfig(
+                        micro_batch_size=size, batch_size=size, gradient_checkpointing=recomputes, quantization=quantization
+                    )
+                    step = Step(shape, train, Rows(length, length - 1, equally_long=True), GPU)
+                    found[f"{kind}_{name}_{length}{'_recomputed' * recomputes}"] = step.need().gib
+    assert len(found) == 24
+    errors = {name: gib / measured[name] - 1 for name, gib in found.items()}
+    assert {name: error for name, error in errors.items() if not -0.03 <= error <= 0.10} == {}
 
 
 shapes = st.sampled_from(sorted(SHAPES)).map(SHAPES.get)
