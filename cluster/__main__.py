@@ -63,7 +63,8 @@ def submit(
     from cluster.queue_view import check_job
 
     session = read_session()
-    new = replace(check_job(config, overrides or [], sweep, session), priority=priority, memory_gib=memory_gib)
+    new = check_job(config, overrides or [], sweep, session)
+    new = replace(new, priority=priority, memory_gib=max(memory_gib, new.memory_gib))
     with Queue() as line:
         job = line.submit(new)
     until = "" if session else "; it waits for: python -m cluster up"

@@ -4,18 +4,24 @@ Knows configs and what the line holds. Does not know how a job is run.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 from rich.table import Table
 
+from cluster.cards import cpu_has_bf16
 from cluster.job_queue import LEAVING, RUNNING, STANDING, NewJob, Queue, QueuedJob, clock
+from cluster.memory import Rows
+from cluster.models import check_model, read_model_config
+from cluster.plan import ROUND_TOKENS, choose, place_on, require_fit, value_bytes
 from cluster.rule import RANKS, SERVE
 from cluster.session import Session
-from configs.errors import ClusterError
+from cluster.shape import read_shape
+from configs.errors import ClusterError, ModelError
 from configs.loader import chatbot_source, load_chatbot
-from configs.schema import LendingConfig
+from configs.schema import ChatbotConfig, LendingConfig
 from configs.space import load_sweep
 
 NUM_ENDED = 8
@@ -26,18 +32,39 @@ def check_job(config: str, overrides: Sequence[str], is_sweep: bool, session: Se
 
     Raises:
         ConfigError: The config is wrong.
-        ClusterError: It wants more cards than there are.
+        ModelError: Its base model cannot be had.
+        ClusterError: It wants more cards than there are, or more memory than they have.
     """
     settings = load_sweep(config, overrides) if is_sweep else load_chatbot(config, overrides)
-    num_cards = 1 if is_sweep else settings.train.num_workers
+    check_model(settings.model)
+    num_cards, memory_gib = 1 if is_sweep else settings.train.num_workers, 0.0
     if session:
         lends = LendingConfig.model_validate(session.machine.get("lending", {})).enabled
-        num_usable = sum(card["pool"] != SERVE or lends for card in session.cards)
-        if num_cards > num_usable:
-            why = f"the cluster has {num_usable} that training may use; it would wait for ever"
-            raise ClusterError(f"train.num_workers={num_cards} wants as many cards", why, f"train.num_workers={max(1, num_usable)}")
+        usable = [card for card in session.cards if card["pool"] != SERVE or lends]
+        if num_cards > len(usable):
+            why = f"the cluster has {len(usable)} that training may use; it would wait for ever"
+            raise ClusterError(f"train.num_workers={num_cards} wants as many cards", why, f"train.num_workers={max(1, len(usable))}")
+        if not is_sweep:  # each trial may change what decides it
+            memory_gib = _least_memory_gib(settings, usable, num_cards)
     text = yaml.safe_dump(chatbot_source(config, overrides).values, sort_keys=False, allow_unicode=True)
-    return NewJob("sweep" if is_sweep else "train", settings.name, text, str(Path.cwd()), num_cards=num_cards)
+    return NewJob("sweep" if is_sweep else "train", settings.name, text, str(Path.cwd()), num_cards=num_cards, memory_gib=memory_gib)
+
+
+def _least_memory_gib(config: ChatbotConfig, cards: Sequence[Mapping[str, str]], num_cards: int) -> float:
+    """Return the memory of the smallest card on which at least short rows can be trained; 0 where the plan does not know the model."""
+    try:
+        shape = read_shape(read_model_config(config.model), config.model.name)
+    except ModelError:
+        return 0.0
+    rows = Rows(ROUND_TOKENS, ROUND_TOKENS)
+    limit_gib, precision = config.train.max_memory_gib, config.model.precision
+    widths = [value_bytes(precision, "gpu-share" in card or cpu_has_bf16()) for card in cards]
+    places = [replace(place_on(dict(card), width), limit_gib=limit_gib) for card, width in zip(cards, widths, strict=True)]
+    places.sort(key=lambda place: place.memory_gib)
+    fitting = [place for place in places if choose(shape, config.train, rows, place)]
+    if len(fitting) < num_cards:
+        require_fit(shape, config, rows, places[-num_cards])
+    return min(place.memory_gib for place in fitting)
 
 
 def queue_table(queue: Queue) -> Table:

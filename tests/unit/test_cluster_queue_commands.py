@@ -1,5 +1,7 @@
 """`python -m cluster submit|queue|cancel|move` without a cluster: what is kept, what is shown, what is refused."""
 
+import json
+
 import pytest
 import yaml
 
@@ -24,6 +26,24 @@ def test_what_is_submitted_is_kept_with_its_settings_and_is_a_config_by_itself(c
     (tmp_path / "job.yaml").write_text(job.config)
     assert yaml.safe_load(job.config)["train"]["max_steps"] == 3
     assert command("configs", "check", str(tmp_path / "job.yaml")).status == 0
+
+
+def test_what_fits_no_card_is_refused_with_what_would(command, up, tmp_path):
+    shape = json.loads((ROOT / "configs" / "shapes" / "llama3_8b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    (tmp_path / "model.safetensors").touch()
+    up()
+    done = command("cluster", "submit", HELPDESK, f"model.name={tmp_path}")
+    assert done.status == 2
+    assert "this run does not fit its card" in done.err
+    with Queue() as line:
+        assert line.jobs() == []
+
+
+def test_a_job_knows_the_smallest_card_that_will_do(command, up):
+    up()
+    assert command("cluster", "submit", HELPDESK).status == 0
+    assert only_job().memory_gib == 8
 
 
 def test_the_line_is_shown_moved_and_left(command):
