@@ -130,7 +130,7 @@ def test_an_adapter_says_on_the_engine_what_it_says_in_training(stack: Stack, go
 
 
 def test_a_qlora_adapter_on_another_base_is_said_and_measured(stack: Stack, gated: Path):
-    version = stack.train(gated, "train.quantization=nf4")
+    version = stack.train(gated, "train.quantization=nf4", "train.max_steps=4", "train.checkpoint_every_steps=4")
     assert version.tags["quantization"] == "nf4"
     compared = stack.run("train", "parity", version.name)
     assert "trained on a base in nf4, served on none" in compared.stdout, compared.stderr
