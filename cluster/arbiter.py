@@ -37,6 +37,8 @@ class Sight:
     """Fewest and most engines now in force; None where there is no chat."""
     drivers: Mapping[str, Driver]
     """By the name of their submission."""
+    lost_chat: bool = False
+    """Whether there is no chat although it was asked for: the head was started anew."""
 
 
 class Ground(Protocol):
@@ -57,6 +59,9 @@ class Ground(Protocol):
     def bound(self, fewest: int, most: int) -> None:
         """Set how many engines chat may have."""
 
+    def restore_chat(self) -> None:
+        """Deploy chat again as it was."""
+
 
 class Arbiter:
     """One arbiter at its work."""
@@ -69,6 +74,11 @@ class Arbiter:
         seen = self.ground.look()
         for job in self.queue.jobs(RUNNING, LEAVING):
             self._follow(job, seen, now_s)
+        if seen.lost_chat:
+            log.info("chat is deployed again, which the cluster forgot")
+            self.ground.restore_chat()
+            self.queue.note_handover("chat", "chat is deployed again", "the cluster was started anew", now_s)
+            return
         jobs = tuple(_in_line(job) for job in self.queue.jobs(*STANDING))
         decision = decide(Snapshot(now_s, seen.cards, seen.chat, jobs), self.lending)
         for action in decision.actions:

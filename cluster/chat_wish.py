@@ -36,5 +36,10 @@ def read_wish() -> dict[str, Any] | None:
     return found
 
 
+def forget_wish() -> None:
+    """Forget it, as chat is ended on purpose."""
+    _wish_file().unlink(missing_ok=True)
+
+
 def _wish_file() -> Path:
     return home_folder() / "chat.json"

@@ -37,16 +37,22 @@ class Process:
         return process if alive else None
 
     def family(self) -> list[psutil.Process]:
-        """Return the process and all its children; where it was killed, what it left behind."""
+        """Return the process and all its children, those too that lost a parent in between; where it was killed, what it left behind."""
         if root := self.running():
-            return [*root.children(recursive=True), root]
+            children = root.children(recursive=True)
+            known = {root.pid, *(child.pid for child in children)}
+            return [*(process for process in self._session_members() if process.pid not in known), *children, root]
         with suppress(psutil.NoSuchProcess):
             if psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE:
                 return []  # another process has its number
-        left = [process for process in psutil.process_iter() if process.pid != self.pid and _session_id(process) == self.pid]
+        left = self._session_members()
         # The kernel gives a number to nobody while its session has members, so one of ours proves the rest, which may have
         # written their title over their environment. Without one the number was another's meanwhile, say before a restart.
         return left if any(_is_ours(process, self.started_s) for process in left) else []
+
+    def _session_members(self) -> list[psutil.Process]:
+        """Return what else belongs to the session that the process leads."""
+        return [process for process in psutil.process_iter() if process.pid != self.pid and _session_id(process) == self.pid]
 
 
 def _session_id(process: psutil.Process) -> int | None:

@@ -47,7 +47,8 @@ class RayGround:
         drivers = {job["submission_id"]: _driver(job) for job in jobs if job.get("submission_id")}
         bounds = _bounds(application.get("deployed_app_config"))
         used = {node_id for node_id, told in (nodes.get("nodeLogicalResources") or {}).items() if _is_used(told)}
-        return Sight(self._cards(raylets, engines, used), _chat(application, engines, bounds), bounds, drivers)
+        lost_chat = not application and read_wish() is not None
+        return Sight(self._cards(raylets, engines, used), _chat(application, engines, bounds), bounds, drivers, lost_chat)
 
     def submit(self, job: QueuedJob) -> None:
         """Start a job's process; Ray takes a submission's name only once."""
@@ -92,6 +93,13 @@ class RayGround:
             answer = self.client.put(SERVE_API, json=body)
         if answer.is_error:
             raise ClusterError("Ray Serve refused the number of engines", answer.text[-500:], "python -m serve CONFIG")
+
+    def restore_chat(self) -> None:
+        """Deploy what was deployed last."""
+        with wish_lock():
+            if (wish := read_wish()) is None:
+                return
+            self.client.put(SERVE_API, json=wish).raise_for_status()
 
     def _get(self, path: str) -> Any:
         answer = self.client.get(path)

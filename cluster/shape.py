@@ -99,7 +99,9 @@ class Shape:
         wanted = [name.rpartition(".")[2] for name in lora.target_modules]
         if unknown := [name for name in wanted if name not in layers]:
             remedy = f"train.lora.target_modules=all-linear, or some of: {', '.join(layers)}"
-            raise ModelError("train.lora.target_modules names no layer of this model", f"there is no {', '.join(unknown)}", remedy)
+            raise ModelError(
+                "train.lora.target_modules names no layer of this model", f"no linear layer is named {', '.join(unknown)}", remedy
+            )
         return {name: size for name, size in layers.items() if name in wanted}
 
     def num_adapter_weights(self, lora: LoraConfig) -> int:

@@ -20,6 +20,7 @@ import httpx
 import psutil
 
 from cluster.cards import Card, find_cards
+from cluster.chat_wish import forget_wish
 from cluster.haproxy import proxy_environment
 from cluster.home import BYTES_PER_GIB, home_folder, log_folder, require_disk, write_text
 from cluster.processes import Process, free_port, port_owner, send_signal
@@ -39,8 +40,10 @@ from configs.errors import ClusterError, last_lines
 from configs.loader import ROOT
 from configs.schema import Environment, MachineConfig
 
-# The shell starts it again when it is killed; what it knew is on disk.
-ARBITER_COMMAND = ["/bin/sh", "-c", 'while :; do "$@"; sleep 1; done', "arbiter", sys.executable, "-m", "cluster.arbitrate"]
+# A shell begins each part again that was killed: what it knew is on disk, or the arbiter sees to it. What ends by itself within seconds, as
+# on a taken port, is left alone, so that `up` can tell.
+KEEP = 'began=$(date +%s); "$@"; [ $? -lt 128 ] && [ $(($(date +%s) - began)) -lt 10 ] && exit 1; while sleep 1; do "$@"; done'
+ARBITER_COMMAND = [sys.executable, "-m", "cluster.arbitrate"]
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 5
 
@@ -111,6 +114,7 @@ def stop() -> int:
     """End what `up` started, and nothing else; return the number of processes that were ended."""
     with _lock():
         session = read_session()
+        forget_wish()
         return end(session) if session else 0
 
 
@@ -225,6 +229,8 @@ def _idle_environment() -> dict[str, str]:
         "METRICS_RECORD_INTERVAL_S": "30",
         # Every process sends its counters to its card's agent, which keeps them for Prometheus.
         "RAY_metrics_report_interval_ms": "30000",
+        # A card whose head was killed waits no longer for it than the new one takes to come.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
         # Agents look whether their raylet lives: five times in vain, and they end. `down` does not wait for that.
         "RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S": "1",
     }
@@ -236,7 +242,13 @@ def _spawn(name: str, command: list[str], extra: Mapping[str, str]) -> Process:
     environment.update({key: value for key, value in extra.items() if key != "RAY_ADDRESS"})
     with (log_folder() / f"{name}.log").open("ab") as log:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
+            ["/bin/sh", "-c", KEEP, name, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            cwd=ROOT,
+            start_new_session=True,
         )
     return Process(name, child.pid, psutil.Process(child.pid).create_time())
 

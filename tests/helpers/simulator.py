@@ -101,6 +101,7 @@ class Simulation:
         self.spots = [Spot(card) for card in cards]
         self.engines: list[Engine] = []
         self.target, self.low_since_s = setting.min_engines, 0.0
+        self.is_chat_lost = False
         self.bounds_now = (setting.min_engines, max(1, setting.max_engines))
         self.waiting: deque[list[float]] = deque()
         """Arrivals: when, how many, and the seconds that one engine needs for them and those before them."""
@@ -178,8 +179,8 @@ class Simulation:
             self._clear(spot)
         self.engines, self.runs, self.drivers = [], {}, {}
         self.head_back_s = self.now_s + for_s
-        self.target, self.bounds_now = self.setting.min_engines, (self.setting.min_engines, max(1, self.setting.max_engines))
-        self.disturb(for_s + START_S)
+        self.target, self.is_chat_lost = 0, bool(self.setting.max_engines)
+        self.disturb(math.inf)  # until the arbiter brings chat back
 
     def kill_arbiter(self, after_calls: int, for_s: float) -> None:
         """Kill the arbiter at its so many-th word or deed from now; another comes later."""
@@ -205,7 +206,15 @@ class Simulation:
 
     def look(self) -> Sight:
         self._require_head()
-        return Sight(tuple(self._seen(spot) for spot in self.spots), self._chat(), self.bounds_now, dict(self.drivers))
+        cards = tuple(self._seen(spot) for spot in self.spots)
+        if self.is_chat_lost:
+            return Sight(cards, Chat(), None, dict(self.drivers), lost_chat=True)
+        return Sight(cards, self._chat(), self.bounds_now, dict(self.drivers))
+
+    def restore_chat(self) -> None:
+        self._require_head()
+        self.is_chat_lost, self.undisturbed_since_s = False, self.now_s + START_S
+        self.target, self.bounds_now = self.setting.min_engines, (self.setting.min_engines, max(1, self.setting.max_engines))
 
     def submit(self, job: QueuedJob) -> None:
         self._require_head()
@@ -283,6 +292,8 @@ class Simulation:
 
     def _scale(self) -> None:
         """Do as Serve's autoscaler: up at once, down after a while, within the bounds."""
+        if self.is_chat_lost:
+            return
         wanted = math.ceil(sum(number for _, number, _ in self.waiting) / REQUESTS_PER_S)
         self.low_since_s = self.now_s if wanted >= self.target else self.low_since_s
         if wanted > self.target or self.now_s - self.low_since_s >= DOWN_AFTER_S:

@@ -21,7 +21,7 @@ from cluster.cards import find_cards
 from cluster.home import write_text
 from cluster.processes import Process, port_owner
 from cluster.session import ARBITER, Session, answers, read_session, require_session, token_file, write_exports
-from cluster.stack import _commands, _require_free_ports, start, stop
+from cluster.stack import _commands, _require_free_ports, _spawn, start, stop
 from configs.errors import ClusterError
 from configs.loader import ROOT
 from configs.schema import MachineConfig
@@ -185,6 +185,23 @@ def test_without_its_arbiter_the_cluster_is_whole_and_up_starts_another(home, mo
         assert psutil.Process(shell).children()[0].pid != arbiter.pid
     finally:
         for member in again.processes[1].family():
+            member.kill()
+
+
+def test_what_ends_by_itself_as_soon_as_it_began_is_left_alone_and_what_is_killed_is_begun_again(home):
+    ended, kept = _spawn("ended", ["false"], {}), _spawn("kept", ["sleep", "60"], {})
+    try:
+        while ended.running():
+            time.sleep(0.01)
+        while not (sleeper := psutil.Process(kept.pid).children()):
+            time.sleep(0.01)
+        sleeper[0].kill()
+        sleeper[0].wait()
+        while not (again := psutil.Process(kept.pid).children()) or again[0].name() != "sleep":
+            time.sleep(0.01)
+        assert again[0].pid != sleeper[0].pid
+    finally:
+        for member in kept.family():
             member.kill()
 
 

@@ -50,38 +50,25 @@ def test_a_job_registers_a_version_with_its_manifest(stack: Stack, guide):
     assert {"adapter", "config.json", "environment.txt"} <= kept
 
 
-def test_a_killed_worker_goes_on_from_its_checkpoint_with_the_same_losses(stack: Stack, config, unbroken):
-    run = stack.begin("train", str(config), *ON_THE_WAY)
+def test_workers_train_together_as_one_does_and_go_on_from_their_checkpoint_when_one_is_killed(stack: Stack, config, unbroken):
+    """Each takes its part of every batch, on a card of its own; the losses are those of one worker."""
+    num_cards = sum(card["pool"] == "train" for card in json.loads((stack.home / "cluster.json").read_text())["cards"])
+    num_workers = min(2, num_cards)
+    run = stack.begin("train", str(config), *ON_THE_WAY, f"train.num_workers={num_workers}")
     found, _ = read_until(run, RUN_ID)
     history = stack.home / "runs" / found[1]
     # The second is begun only when the first one is whole.
     wait_for(lambda: len(list(history.glob("checkpoint_*/"))) >= 2)
-    (worker,) = stack.workers("RayTrainWorker")
-    worker.kill()
-    text, _ = run.communicate(timeout=300)
-    assert run.returncode == 0, text
-    steps = [metric.step for metric in stack.registry.client.get_metric_history(found[1], "loss")]
-    assert steps.count(1) == 1, "it did not begin anew"
-    assert stack.losses(found[1]) == pytest.approx(unbroken, abs=1e-4)
-
-
-def test_two_workers_train_as_one_does_and_go_on_when_one_is_killed(stack: Stack, config, unbroken):
-    """Each takes half of every batch, on a card of its own; the losses are those of one worker."""
-    if sum(card["pool"] == "train" for card in json.loads((stack.home / "cluster.json").read_text())["cards"]) < 2:
-        pytest.skip("one train card")
-    run = stack.begin("train", str(config), *ON_THE_WAY, "train.num_workers=2")
-    found, _ = read_until(run, RUN_ID)
-    history = stack.home / "runs" / found[1]
-    wait_for(lambda: len(list(history.glob("checkpoint_*/"))) >= 2)
     workers = stack.workers("RayTrainWorker")
-    assert len(workers) == 2
-    workers[1].kill()
+    assert len(workers) == num_workers
+    workers[-1].kill()
     text, _ = run.communicate(timeout=300)
     assert run.returncode == 0, text
     steps = [metric.step for metric in stack.registry.client.get_metric_history(found[1], "loss")]
     assert steps.count(1) == 1, "it did not begin anew"
     assert stack.losses(found[1]) == pytest.approx(unbroken, rel=0.02, abs=0.02)
-    assert {file.name for file in next(iter(history.glob("checkpoint_*/"))).glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    kept = {file.name for file in next(iter(history.glob("checkpoint_*/"))).glob("rng_state_*")}
+    assert kept == ({"rng_state_0.pth", "rng_state_1.pth"} if num_workers == 2 else {"rng_state.pth"})
 
 
 def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_with_the_same_losses(stack: Stack, config, unbroken):
@@ -109,14 +96,6 @@ def test_a_finished_run_is_not_resumed(stack: Stack, config, guide):
     assert "is finished" in done.stderr
 
 
-def test_qlora_and_rslora_train_and_register(stack: Stack, config):
-    version = stack.train(
-        config, "train.quantization=nf4", "train.lora.use_rslora=true", "train.max_steps=2", "train.gradient_checkpointing=true"
-    )
-    assert version.tags["quantization"] == "nf4"
-    assert json.loads((stack.registry.download(version) / "adapter_config.json").read_text())["use_rslora"] is True
-
-
 def test_early_stopping_registers_the_best_checkpoint(stack: Stack, config):
     settings = ["train.learning_rate=0.5", "train.eval_every_steps=1", "train.early_stopping_patience=1", "train.max_steps=24"]
     version = stack.train(config, *settings, "train.num_checkpoints_kept=4")
@@ -134,5 +113,5 @@ def test_a_run_that_is_refused_says_why_at_once_and_registers_nothing(stack: Sta
     assert "Try: train.lora.target_modules=all-linear" in done.stderr
     assert "Traceback" not in done.stderr
     assert "--resume" not in done.stderr, "it would be refused again"
-    assert stack.registry.client.get_run(RUN_ID.search(done.stdout)[1]).info.status == "FAILED"
+    assert not RUN_ID.search(done.stdout), "nothing was begun"
     assert [version.name for version in stack.registry.versions()] == before

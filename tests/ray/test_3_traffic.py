@@ -19,7 +19,7 @@ import pytest
 from tests.ray.stack import Stack, wait_for
 
 NUM_AT_ONCE = 8
-NUM_CHANGES = 20
+NUM_CHANGES = 10
 
 
 def ask(stack: Stack, secret: str, name: str, text: str = "What is number 3?", **settings) -> httpx.Response:
@@ -108,7 +108,7 @@ def test_a_canary_takes_its_share_and_a_conversation_stays_with_its_version(stac
         assert answer.status_code == 200, answer.text
         return answer.headers["x-tandem-model"]
 
-    wait_for(lambda: second in {spoke(number) for number in range(6)}, timeout_s=30)
+    wait_for(lambda: second in {spoke(number) for number in range(12)}, timeout_s=30)
     before = [spoke(number) for number in range(12)]
     assert set(before) == {first, second}
     assert [spoke(number) for number in range(12)] == before

@@ -130,8 +130,11 @@ def test_an_adapter_says_on_the_engine_what_it_says_in_training(stack: Stack, go
 
 
 def test_a_qlora_adapter_on_another_base_is_said_and_measured(stack: Stack, gated: Path):
-    version = stack.train(gated, "train.quantization=nf4", "train.max_steps=4", "train.checkpoint_every_steps=4")
+    short = ("train.max_steps=4", "train.checkpoint_every_steps=4")
+    settings = ("train.quantization=nf4", "train.lora.use_rslora=true", "train.gradient_checkpointing=true")
+    version = stack.train(gated, *settings, *short)
     assert version.tags["quantization"] == "nf4"
+    assert json.loads((stack.registry.download(version) / "adapter_config.json").read_text())["use_rslora"] is True
     compared = stack.run("train", "parity", version.name)
     assert "trained on a base in nf4, served on none" in compared.stdout, compared.stderr
     assert float(re.search(r"differ by ([\d.]+) on average", compared.stdout)[1]) > 0

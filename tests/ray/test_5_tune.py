@@ -116,7 +116,7 @@ def test_a_sweep_that_is_asked_to_stop_says_how_to_go_on(stack: Stack, config):
 def test_a_run_is_not_resumed_as_a_sweep_nor_a_sweep_as_a_run(stack: Stack, config):
     """Both have a space in their config: a chatbot's config has one for the day it is searched."""
     settings = load_chatbot(config, ["tune.space={train.lora.rank: {choice: [1, 2]}}"])
-    data = Prepared(Path(), 56, 8, 560, 112, 0, 0, 0, 0, 0, 10, "0" * 16)
+    data = Prepared(Path(), 56, 8, 560, 112, 0, 0, 0, 0, 0, 10, 5, "0" * 16)
     for kind, other, words in ((RUN, "tune", "is not a sweep"), (SWEEP, "train", "is not a single run")):
         record = Record.begin(stack.registry.client, settings, data, "0" * 16, kind)
         record.end(FAILED)

@@ -65,7 +65,7 @@ def test_jobs_wait_with_a_reason_start_by_themselves_and_an_arbiter_that_is_kill
 
 
 def test_quiet_chat_lends_its_card_and_a_request_gets_it_back_and_its_answer(stack: Stack, config, both_cards, served, secret, tiny_model):
-    stack.serve(config, "serve.scaling.min_replicas=1")
+    stack.serve(config, "serve.scaling.min_replicas=1", "serve.scaling.use_train_cards=false")
     assert stack.ask(tiny_model.name, secret=secret).status_code == 200
     long = submit(stack, config, both_cards, "train.max_steps=100000", "name=long")
     guest = submit(stack, config, "train.max_steps=100000", "name=guest")

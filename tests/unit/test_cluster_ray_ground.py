@@ -1,18 +1,21 @@
 """What the arbiter makes of Ray's and Serve's answers, as they were seen on a real cluster; and how an engine tells that it is busy."""
 
 import asyncio
+import json
 import os
 import time
+from http.server import ThreadingHTTPServer
 
 import pytest
 
 from cluster.activity import read_quiet_s
 from cluster.arbiter import LOST, Driver
-from cluster.chat_wish import keep_wish
+from cluster.chat_wish import forget_wish, keep_wish
 from cluster.placement import CARDS_VARIABLE, card_selector, is_usable
-from cluster.ray_ground import _bounds, _chat, _driver, _is_used
+from cluster.ray_ground import RayGround, _bounds, _chat, _driver, _is_used
 from cluster.rule import Chat
 from serve.activity import Noted
+from tests.helpers.json_door import JsonDoor, listening
 
 
 def deployment(fewest: int, most: int) -> dict:
@@ -28,6 +31,33 @@ def application(target: int, *states: str, fewest: int = 1, most: int = 2) -> di
 def chat_of(found: dict) -> Chat:
     replicas = [replica for entry in found["deployments"].values() for replica in entry["replicas"]]
     return _chat(found, replicas, _bounds(found["deployed_app_config"]))
+
+
+def test_chat_that_was_asked_for_and_is_not_there_is_lost_until_it_is_deployed_again(home, up):
+    """What answers is a dashboard of the test's own, which has forgotten all that was deployed."""
+    deployed: list[dict] = []
+
+    class Dashboard(JsonDoor):
+        def do_GET(self) -> None:
+            empty = {"/api/jobs/": [], "/api/serve/applications/": {"applications": {}}}
+            self.send_json(200, empty.get(self.path, {"data": {"summary": [], "nodeLogicalResources": {}}}))
+
+        def do_PUT(self) -> None:
+            deployed.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_json(200, {})
+
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)) as address:
+        ground = RayGround(up(dashboard_url=address))
+        assert not ground.look().lost_chat, "nobody asked for it"
+        wish = {"applications": [{"args": {"use_train_cards": False}, "deployments": [deployment(1, 1)]}]}
+        keep_wish(wish)
+        assert ground.look().lost_chat
+        ground.restore_chat()
+        assert deployed == [wish]
+        forget_wish()
+        assert not ground.look().lost_chat, "it was ended on purpose"
+        ground.restore_chat()
+        assert deployed == [wish]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,57 @@
+"""What is killed comes back by itself: a card's raylet and the head, under a job that goes on and a chat that answers again."""
+
+from contextlib import closing
+
+import httpx
+import psutil
+
+from cluster.job_queue import CANCELLED, RUNNING, Queue, QueuedJob
+from tests.ray.stack import Stack, wait_for
+from tests.ray.test_7_queue import job, submit
+
+SAVE_EVERY = 50
+
+
+def parts(stack: Stack, name: str) -> list[psutil.Process]:
+    """Ray's own processes of this stack, by name."""
+    return [process for process in stack.workers("") if process.name() == name]
+
+
+def goes_on(stack: Stack, number: int, num_lost: int) -> QueuedJob | None:
+    """The job, once it trains again after so many losses."""
+    now = job(stack, number)
+    return now if now.state == RUNNING and now.num_lost >= num_lost and now.num_steps else None
+
+
+def test_a_job_and_chat_outlive_a_card_and_the_head(stack: Stack, config, served, secret, tiny_model):
+    stack.serve(config, "serve.scaling.min_replicas=1", "serve.scaling.use_train_cards=false")
+    number = submit(stack, config, "train.max_steps=100000", f"train.checkpoint_every_steps={SAVE_EVERY}", "name=survivor")
+    began = wait_for(lambda: (now := job(stack, number)).step > SAVE_EVERY and now, timeout_s=180)
+
+    raylets = parts(stack, "raylet")
+    of_card = next(raylet for raylet in raylets if "card1" in " ".join(raylet.cmdline()))
+    of_card.kill()
+    after_card = wait_for(lambda: goes_on(stack, number, num_lost=1), timeout_s=240)
+    assert after_card.run_id == began.run_id
+    assert after_card.first_step >= SAVE_EVERY, "it goes on from its checkpoint"
+
+    (head,) = parts(stack, "gcs_server")
+    head.kill()
+    wait_for(lambda: not head.is_running())
+    answer = wait_for(lambda: (got := ask(stack, tiny_model.name, secret)) == 200 and got, timeout_s=300)
+    assert answer == 200
+    after_head = wait_for(lambda: (now := job(stack, number)).submission != after_card.submission and now.num_steps and now, timeout_s=300)
+    assert after_head.run_id == began.run_id
+    assert after_head.first_step >= after_card.first_step
+    assert stack.run("cluster", "cancel", str(number)).returncode == 0
+    wait_for(lambda: job(stack, number).state == CANCELLED, timeout_s=120)
+    with closing(Queue(stack.home / "queue.db")) as queue:
+        assert any(what == "chat is deployed again" for _, _, what, _ in queue.handovers(100))
+
+
+def ask(stack: Stack, model: str, secret: str) -> int:
+    """Ask once; the status, or 0 where nobody answers."""
+    try:
+        return stack.ask(model, secret=secret, timeout_s=120).status_code
+    except httpx.HTTPError:
+        return 0
