@@ -5,7 +5,7 @@ from contextlib import closing
 import httpx
 import psutil
 
-from cluster.job_queue import CANCELLED, RUNNING, Queue, QueuedJob
+from cluster.job_queue import CANCELLED, Queue
 from tests.ray.stack import Stack, wait_for
 from tests.ray.test_7_queue import job, submit
 
@@ -17,23 +17,16 @@ def parts(stack: Stack, name: str) -> list[psutil.Process]:
     return [process for process in stack.workers("") if process.name() == name]
 
 
-def goes_on(stack: Stack, number: int, num_lost: int) -> QueuedJob | None:
-    """The job, once it trains again after so many losses."""
-    now = job(stack, number)
-    return now if now.state == RUNNING and now.num_lost >= num_lost and now.num_steps else None
-
-
 def test_a_job_and_chat_outlive_a_card_and_the_head(stack: Stack, config, served, secret, tiny_model):
     stack.serve(config, "serve.scaling.min_replicas=1", "serve.scaling.use_train_cards=false")
     number = submit(stack, config, "train.max_steps=100000", f"train.checkpoint_every_steps={SAVE_EVERY}", "name=survivor")
     began = wait_for(lambda: (now := job(stack, number)).step > SAVE_EVERY and now, timeout_s=180)
 
-    raylets = parts(stack, "raylet")
-    of_card = next(raylet for raylet in raylets if "card1" in " ".join(raylet.cmdline()))
+    of_card = next(raylet for raylet in parts(stack, "raylet") if "card1" in " ".join(raylet.cmdline()))
+    killed_at = job(stack, number).step
     of_card.kill()
-    after_card = wait_for(lambda: goes_on(stack, number, num_lost=1), timeout_s=240)
-    assert after_card.run_id == began.run_id
-    assert after_card.first_step >= SAVE_EVERY, "it goes on from its checkpoint"
+    after_card = wait_for(lambda: (now := job(stack, number)).step > killed_at + 2 * SAVE_EVERY and now, timeout_s=240)
+    assert (after_card.run_id, after_card.num_lost) == (began.run_id, 0), "its process outlived the card, and went on when that was back"
 
     (head,) = parts(stack, "gcs_server")
     head.kill()
@@ -42,7 +35,7 @@ def test_a_job_and_chat_outlive_a_card_and_the_head(stack: Stack, config, served
     assert answer == 200
     after_head = wait_for(lambda: (now := job(stack, number)).submission != after_card.submission and now.num_steps and now, timeout_s=300)
     assert after_head.run_id == began.run_id
-    assert after_head.first_step >= after_card.first_step
+    assert after_head.first_step >= killed_at, "it goes on from a checkpoint"
     assert stack.run("cluster", "cancel", str(number)).returncode == 0
     wait_for(lambda: job(stack, number).state == CANCELLED, timeout_s=120)
     with closing(Queue(stack.home / "queue.db")) as queue:

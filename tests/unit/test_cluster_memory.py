@@ -217,5 +217,5 @@ def test_a_model_that_the_plan_does_not_know_is_refused(changes, why):
 
 
 def test_a_layer_that_there_is_not_is_refused():
-    with pytest.raises(ModelError, match="there is no wq"):
+    with pytest.raises(ModelError, match="no linear layer is named wq"):
         LLAMA.num_adapter_weights(LoraConfig(target_modules=["q_proj", "wq"]))
