@@ -11,7 +11,7 @@ from typing import Literal, Protocol, cast
 
 from cluster.job_queue import CANCELLED, DONE, FAILED, LEAVING, RUNNING, STANDING, WAITING, Queue, QueuedJob, clock
 from cluster.rule import Card, Chat, Job, Leave, Snapshot, Start, decide
-from configs.errors import EXIT_BAD_INPUT, EXIT_NOT_PROMOTED, EXIT_STOPPED
+from configs.errors import EXIT_BAD_INPUT, EXIT_NOT_PROMOTED, EXIT_STOPPED, TandemError
 from configs.schema import LendingConfig
 
 LOST = -1  # the exit status of what was killed
@@ -73,7 +73,10 @@ class Arbiter:
         """Look once, and do what is to be done now."""
         seen = self.ground.look()
         for job in self.queue.jobs(RUNNING, LEAVING):
-            self._follow(job, seen, now_s)
+            try:
+                self._follow(job, seen, now_s)
+            except (TandemError, OSError, ValueError) as error:  # the others are looked after all the same
+                log.warning("job %d: %s", job.id, error)
         if seen.lost_chat:
             log.info("chat is deployed again, which the cluster forgot")
             self.ground.restore_chat()

@@ -35,13 +35,13 @@ def main() -> None:
         looked_s, trouble = 0.0, ""
         while True:
             time.sleep(LOOK_EVERY_S)
-            if time.monotonic() - looked_s < LOOK_IDLY_S and not queue.jobs(*STANDING):
-                continue
-            looked_s = time.monotonic()
             try:
+                if time.monotonic() - looked_s < LOOK_IDLY_S and not queue.jobs(*STANDING):
+                    continue
+                looked_s = time.monotonic()
                 arbiter.step(time.time())
                 now_trouble = ""
-            except (TandemError, httpx.HTTPError, KeyError, ValueError) as error:
+            except (TandemError, httpx.HTTPError, KeyError, OSError, ValueError) as error:
                 now_trouble = f"{type(error).__name__}: {error}"
             if now_trouble != trouble:
                 log.warning("%s", now_trouble or "all answers again")

@@ -11,11 +11,11 @@ from cluster.memory import Engine, Rows, plan_engine
 from cluster.plan import Choice, Place, choose, longest_row
 from cluster.rates import UNKNOWN, train_tokens_per_s
 from cluster.shape import Shape
+from configs.errors import ClusterError
 from configs.schema import ChatbotConfig, ServeConfig, TrainConfig
 
 TRAINED = {"none": "LoRA", "nf4": "QLoRA"}
 SERVED = {"none": "full precision", "fp8": "8 bit", "bitsandbytes": "4 bit"}
-MAX_CARDS = 8  # two to the power of so many ways are tried
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,9 @@ def _serving(shape: Shape, serve: ServeConfig, place: Place, kind: str) -> Serve
 def assign(cards: Sequence[CardOffers], num_engines: int = 1) -> Assignment:
     """Return the best way to share out training and serving: all fits, then the config's own settings, then training's speed."""
     ways = [way for way in product((True, False), repeat=len(cards)) if any(way) and way.count(False) >= num_engines]
-    assert ways, "there are too few cards"
+    if not ways:
+        why = f"{num_engines} engines always run (serve.scaling.min_replicas), and one card trains"
+        raise ClusterError(f"{len(cards)} cards are too few", why, f"serve.scaling.min_replicas={max(1, len(cards) - 1)}, or more cards")
     return max((_make(cards, way) for way in ways), key=_score)
 
 

@@ -3,6 +3,7 @@
 Knows nvidia-smi and pools. Does not know Ray: `cluster.stack` starts one raylet for each card found here.
 """
 
+import math
 import os
 import re
 import shutil
@@ -58,8 +59,9 @@ class Card:
     @property
     def labels(self) -> dict[str, str]:
         """Labels by which Ray places work."""
-        share = {"gpu-share": f"{self.gpu_share:g}"} if self.gpu else {}
-        return {"pool": self.pool, "card": self.name, "accelerator": self.accelerator, "memory-gib": str(int(self.memory_gib)), **share}
+        memory_gib = math.floor(self.memory_gib * 100) / 100
+        on_gpu = {"gpu-share": f"{self.gpu_share:g}", "bf16": str(self.gpu.has_bf16).lower()} if self.gpu else {}
+        return {"pool": self.pool, "card": self.name, "accelerator": self.accelerator, "memory-gib": f"{memory_gib:g}", **on_gpu}
 
 
 def find_gpus() -> list[Gpu]:

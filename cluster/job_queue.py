@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from cluster.home import home_folder
+from configs.cli import JOB_VARIABLE
 from configs.errors import ClusterError
 
-JOB_VARIABLE = "TANDEM_JOB"  # tells a process which job of the queue it is
 WAITING, RUNNING, LEAVING = "waiting", "running", "leaving"
 DONE, FAILED, CANCELLED = "done", "failed", "cancelled"
 STANDING = (WAITING, RUNNING, LEAVING)
@@ -126,8 +126,8 @@ class Queue:
         with self._transaction():
             names = ", ".join(values)
             marks = ", ".join("?" * len(values))
-            done = self.connection.execute(f"INSERT INTO jobs ({names}) VALUES ({marks})", tuple(values.values()))  # noqa: S608 (our names)
-            return self.find(int(done.lastrowid or 0))
+            (row,) = self._execute(f"INSERT INTO jobs ({names}) VALUES ({marks}) RETURNING id", *values.values())  # noqa: S608 (our names)
+            return self.find(int(row["id"]))
 
     def jobs(self, *states: str) -> list[QueuedJob]:
         """Return the jobs in these states, or all, as they were submitted."""
@@ -275,10 +275,11 @@ class Queue:
         self._execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._execute("COMMIT")
         except BaseException:
-            self.connection.execute("ROLLBACK")
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
             raise
-        self._execute("COMMIT")
 
     def _execute(self, statement: str, *values: Any) -> list[sqlite3.Row]:
         try:
@@ -287,7 +288,7 @@ class Queue:
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: sqlite3.Error) -> ClusterError:
-        remedy = "free space on the disk, or move the file away, and the jobs in it are forgotten"
+        remedy = "free space on the disk; or python -m cluster down, and move it away with its -wal and -shm: the jobs in it are forgotten"
         return ClusterError("the queue cannot be read or written", f"{self.file}: {error}", remedy)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.cards import Card
 from cluster.memory import Step
-from cluster.rates import RECOMPUTE_TIME, Rate, step_flops
+from cluster.rates import Rate, overhead, step_flops
 from configs.errors import ClusterError, last_lines
 from configs.loader import ROOT
 from configs.schema import ChatbotConfig
@@ -33,7 +33,7 @@ class Measured:
     def rate(self, step: Step) -> Rate:
         """Return the card's rate, as the step that was measured shows it."""
         step_s = step.num_tokens / self.tokens_per_s
-        return Rate(step_flops(step) / step_s * (RECOMPUTE_TIME if step.recomputes else 1), source="measured now")
+        return Rate(step_flops(step) / step_s * overhead(step), source="measured now")
 
 
 def measure_card(card: Card, config: ChatbotConfig, model: Mapping[str, Any]) -> Measured:
@@ -43,7 +43,8 @@ def measure_card(card: Card, config: ChatbotConfig, model: Mapping[str, Any]) ->
         ClusterError: They failed, such as for want of memory that others hold.
     """
     asked = json.dumps({"config": config.model_dump(mode="json"), "model": dict(model)})
-    place = {"CUDA_VISIBLE_DEVICES": card.gpu.index if card.gpu else "", "OMP_NUM_THREADS": str(card.num_cpus), "HF_HUB_OFFLINE": "1"}
+    num_threads = (os.cpu_count() or 1) // config.train.num_workers  # as a run has them
+    place = {"CUDA_VISIBLE_DEVICES": card.gpu.index if card.gpu else "", "OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
     ask = partial(subprocess.run, input=asked, capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT_S, check=False)
     try:
         done = ask([sys.executable, "-m", PROBE], env={**os.environ, **place})

@@ -128,7 +128,8 @@ class Step:
         """The loss, the first and the last block on the way back, the optimizer's turn, and an evaluation."""
         kept, block, grads = self._kept_bytes(), self._backward_bytes(), self._num_adapter * FP32_BYTES
         held = grads if self._accumulates else 0  # gradients of the micro-batches before
-        answers = max(self.size, EVALUATION_TOKENS / self.rows.longest_tokens) * self.rows.most_loss_tokens
+        num_rows = max(self.size, EVALUATION_TOKENS / self.rows.longest_tokens)
+        answers = num_rows * (self.rows.longest_tokens if self.shape.changes_logits else self.rows.most_loss_tokens)
         return [
             self._moment(kept, held, self._logit_bytes()),
             self._moment(kept + block, held),
@@ -188,23 +189,24 @@ class Step:
         """Queries, keys, values and the outcome; with a mask keys and values stand there once for each head."""
         shape, value = self.shape, self.device.value_bytes
         plain = not self.device.on_gpu and not self.train.packing and self.rows.longest_tokens <= MAX_PLAIN_ATTENTION_TOKENS
-        kv_width = shape.query_width if self._is_masked or plain else shape.kv_width
+        kv_width = shape.query_width if self.is_masked or plain else shape.kv_width
         found = (2 * shape.query_width + 2 * kv_width) * value + FP32_BYTES * shape.num_heads
         if shape.has_qk_norm:
             found += (shape.query_width + shape.kv_width) * value
         if plain:  # the softmax in fp32, and in the model's format
             return found + shape.num_heads * self.rows.longest_tokens * (FP32_BYTES + (value if value == BF16_BYTES else 0))
-        if self._is_masked:  # each block turns the mask of zeros and ones into one of numbers
+        if self.is_masked:  # each block turns the mask of zeros and ones into one of numbers
             found += value * (self.num_tokens if self.train.packing else self.rows.longest_tokens)
         return found
 
     @property
-    def _is_masked(self) -> bool:
+    def is_masked(self) -> bool:
+        """Whether attention needs a mask, for rows of unequal length."""
         return self.size > 1 and (self.train.packing or not self.rows.equally_long)
 
     def _mask_bytes(self) -> float:
         """The mask of zeros and ones, once for all blocks: those that are recomputed want it again."""
-        return self.num_tokens * (self.num_tokens if self.train.packing else self.rows.longest_tokens) if self._is_masked else 0
+        return self.num_tokens * (self.num_tokens if self.train.packing else self.rows.longest_tokens) if self.is_masked else 0
 
     def _mlp_bytes(self) -> float:
         """Gate, up, and their product where an adapter reads it; without fused kernels the activated gate too."""

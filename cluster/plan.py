@@ -3,16 +3,17 @@
 Knows memory and speed as `cluster.memory` and `cluster.rates` reckon them. Does not start anything, and reads no weights.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from operator import attrgetter
 
+from cluster.cards import cpu_has_bf16
 from cluster.home import BYTES_PER_GIB
 from cluster.memory import BF16_BYTES, FP32_BYTES, Device, Need, Rows, Step
 from cluster.rates import UNKNOWN, Rate, find_rate, step_s
 from cluster.shape import Shape
-from configs.errors import ClusterError
+from configs.errors import FitError
 from configs.schema import ChatbotConfig, TrainConfig
 
 # Of a card's memory, left free: a prediction may be under by 3 %, and nvidia-smi counts some that no process gets.
@@ -30,12 +31,16 @@ class Place:
     device: Device
     rate: Rate | None = None
     limit_gib: float | None = None
-    """What a training process may take, where somebody says so."""
+    """What a training process may take, where somebody says so; on part of a GPU it may be more than that part."""
+    whole_gib: float | None = None
+    """Memory of the whole GPU, where the card is a part of one."""
 
     @property
     def usable_gib(self) -> float:
         """What a training process may take."""
-        return self.limit_gib or self.memory_gib * (1 - MARGIN)
+        if self.limit_gib is None:
+            return self.memory_gib * (1 - MARGIN)
+        return min(self.limit_gib, (self.whole_gib or self.memory_gib) * (1 - MARGIN))
 
     @property
     def title(self) -> str:
@@ -53,11 +58,14 @@ class Choice:
     """Seconds of a whole batch, where the card's rate is known; else only good to compare."""
 
 
-def place_on(labels: dict[str, str], value_bytes: int) -> Place:
-    """Return the place that a running card's labels describe."""
-    on_gpu = "gpu-share" in labels
+def place_on(labels: Mapping[str, str], config: ChatbotConfig) -> Place:
+    """Return the place that a running card's labels describe, for a chatbot's precision and within its limit."""
+    on_gpu, memory_gib = "gpu-share" in labels, float(labels["memory-gib"])
+    has_bf16 = labels.get("bf16", "true") == "true" if on_gpu else cpu_has_bf16()
+    device = Device(on_gpu, value_bytes(config.model.precision, has_bf16))
     rate = find_rate(labels["accelerator"]) if on_gpu else None
-    return Place(f"{labels['card']} ({labels['accelerator']})", float(labels["memory-gib"]), Device(on_gpu, value_bytes), rate)
+    whole_gib = memory_gib / float(labels["gpu-share"]) if on_gpu else None
+    return Place(f"{labels['card']} ({labels['accelerator']})", memory_gib, device, rate, config.train.max_memory_gib, whole_gib)
 
 
 def value_bytes(precision: str, has_bf16: bool) -> int:
@@ -124,7 +132,7 @@ def require_fit(shape: Shape, config: ChatbotConfig, rows: Rows, place: Place) -
     """Return the quickest way to train on a card, or refuse with the nearest settings that fit.
 
     Raises:
-        ClusterError: Nothing fits.
+        FitError: Nothing fits.
     """
     if choice := choose(shape, config.train, rows, place):
         return choice
@@ -134,7 +142,7 @@ def require_fit(shape: Shape, config: ChatbotConfig, rows: Rows, place: Place) -
     shown = ", ".join(f"{name} {size / BYTES_PER_GIB:.1f}" for name, size in parts.items() if size)
     why = f"rows of {rows.longest_tokens:,} tokens need {need.gib:.1f} GiB ({shown}); it may take {place.usable_gib:.1f}"
     remedy = ", or ".join(_nearest(shape, config.train, rows, place)) or "a smaller model.name, or a larger card"
-    raise ClusterError(f"this run does not fit its card, {place.title}", why, remedy)
+    raise FitError(f"this run does not fit its card, {place.title}", why, remedy)
 
 
 def _nearest(shape: Shape, train: TrainConfig, rows: Rows, place: Place) -> list[str]:

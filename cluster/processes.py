@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -113,3 +114,16 @@ def quiet_port() -> int:
                 continue
             return port
     raise ClusterError("no port is free", f"all from {QUIET_PORTS[0]} to {QUIET_PORTS[-1]} are taken", "python -m cluster doctor")
+
+
+def main() -> None:
+    """End what a killed part left in the session that this process belongs to; its leader, the argument, stays."""
+    leader = int(sys.argv[1])
+    mine = {os.getpid(), leader, *(parent.pid for parent in psutil.Process().parents())}
+    for process in psutil.process_iter():
+        if process.pid not in mine and _session_id(process) == leader:
+            send_signal(process, psutil.Process.kill)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,17 +5,15 @@ Knows configs and what the line holds. Does not know how a job is run.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import yaml
 from rich.table import Table
 
-from cluster.cards import cpu_has_bf16
 from cluster.job_queue import LEAVING, RUNNING, STANDING, NewJob, Queue, QueuedJob, clock
 from cluster.memory import Rows
 from cluster.models import check_model, read_model_config
-from cluster.plan import ROUND_TOKENS, choose, place_on, require_fit, value_bytes
+from cluster.plan import ROUND_TOKENS, choose, place_on, require_fit
 from cluster.rule import RANKS, SERVE
 from cluster.session import Session
 from cluster.shape import read_shape
@@ -57,9 +55,7 @@ def _least_memory_gib(config: ChatbotConfig, cards: Sequence[Mapping[str, str]],
     except ModelError:
         return 0.0
     rows = Rows(ROUND_TOKENS, ROUND_TOKENS)
-    limit_gib, precision = config.train.max_memory_gib, config.model.precision
-    widths = [value_bytes(precision, "gpu-share" in card or cpu_has_bf16()) for card in cards]
-    places = [replace(place_on(dict(card), width), limit_gib=limit_gib) for card, width in zip(cards, widths, strict=True)]
+    places = [place_on(card, config) for card in cards]
     places.sort(key=lambda place: place.memory_gib)
     fitting = [place for place in places if choose(shape, config.train, rows, place)]
     if len(fitting) < num_cards:

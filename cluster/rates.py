@@ -11,6 +11,7 @@ from cluster.shape import Shape
 RECOMPUTE_TIME = 1.42  # of a step without: 14,432 against 10,158 tokens/s on one H100, 8B shape, 4 rows of 2,048, Liger's kernels
 # Of a step that waits for launches, in three shapes with rows of 512 tokens (memory-h100-..-11-23.json).
 RECOMPUTE_LAUNCHES, NF4_LAUNCHES = 1.7, 1.4
+MASKED_TIME = 1.2  # of a step without, of the 1B shape and the 8B shape in 4 bit, rows of 2,048 (the same file)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def find_rate(accelerator: str, num_cpus: int = 1) -> Rate | None:
 
 def step_flops(step: Step) -> float:
     """Return the useful operations of a micro-batch: forth, and back where an adapter lies behind; frozen weights take no gradient."""
-    shape, length = step.shape, step.rows.longest_tokens
+    shape = step.shape
+    length = step.num_tokens if step.train.packing and step.is_masked else step.rows.longest_tokens  # the mask is computed whole
     block = 2 * shape.num_linear_weights / shape.num_blocks + 2 * length * shape.query_width  # a token's way forth
     on_the_way_back = min(step.train.lora.num_layers or shape.num_blocks, shape.num_blocks)
     blocks = step.num_tokens * block * (shape.num_blocks + on_the_way_back)
@@ -61,10 +63,15 @@ def step_flops(step: Step) -> float:
 
 def step_s(step: Step, rate: Rate) -> float:
     """Return the seconds of a micro-batch: what it computes takes, or what launching it takes."""
-    computed, launched = step_flops(step) / rate.train_flops_per_s, rate.launch_s * step.shape.num_blocks
-    if step.train.quantization == "nf4":
-        launched *= NF4_LAUNCHES
-    return max(computed * RECOMPUTE_TIME, launched * RECOMPUTE_LAUNCHES) if step.recomputes else max(computed, launched)
+    computed, launched = step_flops(step) / rate.train_flops_per_s * overhead(step), rate.launch_s * step.shape.num_blocks
+    launched *= NF4_LAUNCHES if step.train.quantization == "nf4" else 1
+    return max(computed, launched * RECOMPUTE_LAUNCHES if step.recomputes else launched)
+
+
+def overhead(step: Step) -> float:
+    """Return how many times longer a step computes for what is done twice, and for masks."""
+    masked = MASKED_TIME if step.is_masked and step.device.on_gpu else 1.0
+    return masked * (RECOMPUTE_TIME if step.recomputes else 1.0)
 
 
 def train_tokens_per_s(step: Step, rate: Rate) -> float:

@@ -11,14 +11,17 @@ import time
 from copy import deepcopy
 from typing import Any
 
+import httpx
+
 from cluster.activity import read_quiet_s
 from cluster.arbiter import LOST, Driver, Sight
 from cluster.chat_wish import read_wish, wish_lock
-from cluster.home import home_folder, write_text_once
-from cluster.job_queue import JOB_VARIABLE, QueuedJob
+from cluster.home import home_folder, write_text
+from cluster.job_queue import QueuedJob
 from cluster.placement import CARDS_VARIABLE
 from cluster.rule import TRAIN, Card, Chat
 from cluster.session import Session, is_alive
+from configs.cli import JOB_VARIABLE
 from configs.errors import ClusterError
 
 SERVE_API, JOBS_API = "/api/serve/applications/", "/api/jobs/"
@@ -53,14 +56,16 @@ class RayGround:
     def submit(self, job: QueuedJob) -> None:
         """Start a job's process; Ray takes a submission's name only once."""
         file = home_folder() / "queue" / f"{job.id}.yaml"
-        write_text_once(file, job.config)
+        write_text(file, job.config)
         module = MODULES[job.kind]
         again = ["--resume", job.run_id] if job.run_id else []
         command = shlex.join([sys.executable, "-m", module, str(file), *again])
+        environment = {JOB_VARIABLE: str(job.id), CARDS_VARIABLE: ",".join(job.cards), "PYTHONUNBUFFERED": "1"}
+        environment["BASE_MODEL_NAME"] = ""  # what was set when it was submitted is in its config
         body = {
             "submission_id": job.submission,
             "entrypoint": f"cd {shlex.quote(job.folder)} && exec {command}",
-            "runtime_env": {"env_vars": {JOB_VARIABLE: str(job.id), CARDS_VARIABLE: ",".join(job.cards), "PYTHONUNBUFFERED": "1"}},
+            "runtime_env": {"env_vars": environment},
             "metadata": {"tandem_job": str(job.id), "chatbot": job.chatbot},
         }
         answer = self.client.post(JOBS_API, json=body)
@@ -75,7 +80,11 @@ class RayGround:
 
     def words(self, submission: str) -> str:
         """Return the last thing of note that a job said."""
-        lines = [line for line in str(self._get(f"{JOBS_API}{submission}/logs").get("logs", "")).splitlines() if line.strip()]
+        try:
+            said = str(self._get(f"{JOBS_API}{submission}/logs").get("logs", ""))
+        except (httpx.HTTPError, ValueError):
+            return "its log cannot be had"
+        lines = [line for line in said.splitlines() if line.strip()]
         told = [line for line in lines if line.startswith(("error: ", "done "))]
         return (told or lines or [""])[-1][:300]
 

@@ -40,9 +40,17 @@ from configs.errors import ClusterError, last_lines
 from configs.loader import ROOT
 from configs.schema import Environment, MachineConfig
 
-# A shell begins each part again that was killed: what it knew is on disk, or the arbiter sees to it. What ends by itself within seconds, as
-# on a taken port, is left alone, so that `up` can tell.
-KEEP = 'began=$(date +%s); "$@"; [ $? -lt 128 ] && [ $(($(date +%s) - began)) -lt 10 ] && exit 1; while sleep 1; do "$@"; done'
+# A shell begins each part again that was killed, after the rest of it was ended: what it knew is on disk, or the arbiter sees to it. What
+# ends by itself within seconds, as on a taken port, is left alone, so that `up` can tell; what goes on ending is begun ever more slowly.
+KEEP = """
+began=$(date +%s); "$@"; [ $? -lt 128 ] && [ $(($(date +%s) - began)) -lt 10 ] && exit 1
+pause=1
+while sleep $pause; do
+    PYTHON -m cluster.processes $$
+    began=$(date +%s); "$@"
+    if [ $(($(date +%s) - began)) -ge 30 ]; then pause=1; elif [ $pause -lt 30 ]; then pause=$((pause * 2)); fi
+done
+""".replace("PYTHON", shlex.quote(sys.executable))
 ARBITER_COMMAND = [sys.executable, "-m", "cluster.arbitrate"]
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 5
@@ -88,7 +96,7 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
                     _wait(session, lambda up: answers(f"{up.dashboard_url}/api/version"), "Ray's dashboard")
                 # One after the other: two that start at once may choose the same socket, and one of them dies.
                 _wait(session, _has_its_raylets, f"the raylet of {name}")
-            _wait(session, lambda up: answers(f"{up.mlflow_url}/health"), "MLflow")
+            _wait(session, lambda up: answers(f"{up.mlflow_url}/health"), "MLflow", "mlflow")
             write_exports(session)
             session = replace(session, ready=True)
             keep_session(session)
@@ -120,9 +128,14 @@ def stop() -> int:
 
 def end(session: Session) -> int:
     """End the processes of a session and all their children, and forget the session."""
+    shells = [shell for process in session.processes if (shell := process.running())]
+    for shell in shells:
+        send_signal(shell, psutil.Process.suspend)  # or it would begin again what is ended here
     family = [member for process in session.processes for member in process.family()]
     for member in reversed(family):
         send_signal(member, psutil.Process.terminate)
+    for shell in shells:
+        send_signal(shell, psutil.Process.resume)
     _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
     for member in alive:
         send_signal(member, psutil.Process.kill)
@@ -253,15 +266,16 @@ def _spawn(name: str, command: list[str], extra: Mapping[str, str]) -> Process:
     return Process(name, child.pid, psutil.Process(child.pid).create_time())
 
 
-def _wait(session: Session, ready: Callable[[Session], bool], what: str) -> None:
+def _wait(session: Session, ready: Callable[[Session], bool], what: str, part: str | None = None) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not ready(session):
         dead = session.missing()
         if dead or time.monotonic() > deadline:
-            name = dead[0] if dead else session.processes[-1].name
+            name = dead[0] if dead else part or session.processes[-1].name
             problem = f"{name} ended while starting" if dead else f"{what} did not answer within {START_TIMEOUT_S} s"
             log = log_folder() / f"{name}.log"
-            raise ClusterError(problem, f"last lines of {log}:\n{last_lines(log.read_text(errors='replace'))}", "python -m cluster doctor")
+            said = last_lines(log.read_text(errors="replace")) if log.exists() else ""
+            raise ClusterError(problem, f"last lines of {log}:\n{said}", "python -m cluster doctor")
         time.sleep(0.2)
 
 

@@ -39,7 +39,7 @@ def parse_cards(text: str, precision: str) -> list[Place]:
     for number, (name, memory_gib) in enumerate(cards):
         on_gpu = not name.lower().endswith("cpu")
         shown = f"{name} #{names[: number + 1].count(name)}" if names.count(name) > 1 else name
-        device = Device(on_gpu, value_bytes(precision, has_bf16=True))
+        device = Device(on_gpu, value_bytes(precision, has_bf16=on_gpu or cpu_has_bf16()))
         places.append(Place(shown, memory_gib, device, find_rate(name) if on_gpu else None))
     return places
 

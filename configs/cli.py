@@ -3,6 +3,7 @@
 Knows typer and the error tree. Does not know any command.
 """
 
+import os
 import re
 import sys
 from typing import Annotated, Any
@@ -11,7 +12,18 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from configs.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ConfigError, TandemError
+from configs.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_UNAVAILABLE,
+    ClusterError,
+    ConfigError,
+    FitError,
+    RegistryError,
+    TandemError,
+)
+
+JOB_VARIABLE = "TANDEM_JOB"  # tells a process which job of the queue it is
 
 UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 
@@ -39,12 +51,16 @@ def make_app(help_text: str, default: str | None = None) -> typer.Typer:
 
 
 def run_app(app: typer.Typer, module: str) -> None:
-    """Run a command line as `python -m MODULE`; a `TandemError` ends it with status 2 and no traceback."""
+    """Run a command line as `python -m MODULE`; a `TandemError` ends it with status 2 and no traceback.
+
+    A job of the queue tells apart what comes back by itself, and is begun again then.
+    """
     try:
         app(prog_name=f"python -m {module}")
     except TandemError as error:
         print_error(error)
-        sys.exit(EXIT_BAD_INPUT)
+        mends_itself = isinstance(error, ClusterError | RegistryError) and not isinstance(error, FitError)
+        sys.exit(EXIT_UNAVAILABLE if mends_itself and JOB_VARIABLE in os.environ else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
 

@@ -5,6 +5,7 @@
     ├── DataError             conversations that cannot be read or used
     ├── ModelError            a base model that cannot be had or does not suit
     ├── ClusterError          cards, ports, disk, or a service that is not there
+    │   └── FitError          a job for which no card has the memory
     ├── RegistryError         a chatbot, version or alias that is not in the registry
     ├── RunError              a training run that failed or cannot be resumed
     └── AccessError           a key that is not there, or a place that must not be open without one
@@ -14,6 +15,7 @@ Raise one of these for whatever a user can mend; let everything else be a traceb
 
 EXIT_BAD_INPUT = 2
 EXIT_NOT_PROMOTED = 3
+EXIT_UNAVAILABLE = 75  # of a queued job: a service was away, which comes back by itself
 EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 143
 
@@ -50,6 +52,10 @@ class ModelError(TandemError):
 
 class ClusterError(TandemError):
     """Cards, ports, disk, or a service that is not there."""
+
+
+class FitError(ClusterError):
+    """A job for which no card has the memory."""
 
 
 class RegistryError(TandemError):

@@ -49,15 +49,14 @@ def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], 
         num_cards = _num_cards(config, read_raylets(client))
     say("fetching the base model")
     ensure_model(config.model)  # here, where its progress and its errors are seen, and not in the replica
-    with _dashboard(session) as client:
+    with _dashboard(session) as client, wish_lock():
         if _status(client) in FAILED:
             # Serve would say the same again without trying: to it, the same application is no news.
             client.delete(API)
-        with wish_lock():
-            wish = _wanted(config, session, num_cards)
-            answer = client.put(API, json=wish)
-            if answer.is_success:
-                keep_wish(wish)
+        wish = _wanted(config, session, num_cards)
+        answer = client.put(API, json=wish)
+        if answer.is_success:
+            keep_wish(wish)
     if answer.is_error:
         raise ClusterError("Ray Serve refused the application", last_lines(answer.text), "python -m cluster status")
     if wait:

@@ -6,7 +6,7 @@ Knows Ray Train and the order of things. Does not know the step.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from cluster.home import home_folder
-from cluster.placement import card_selector
+from cluster.placement import card_selector, is_usable
 from cluster.registry import Manifest, Version
 from cluster.session import Session
 from configs.errors import RunError, TandemError, last_lines
@@ -58,7 +58,8 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
     if sizing:
         config, step = sizing.settle(config)
         say(sizing.describe(step, data))
-    start = replace(start, config=config)
+    else:
+        say("plan: it does not know this model; what is `auto` is the whole batch at once, with nothing recomputed")
     run_id, version = "", None
     try:
         with on_record(start, config.train.num_workers) as record:
@@ -96,7 +97,7 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
     control = make_control(run_id)
     keep_best = bool(config.train.early_stopping_patience)
     ranking = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"} if keep_best else {}
-    on_gpu = any("gpu-share" in card for card in session.cards if card["pool"] == "train")
+    on_gpu = any("gpu-share" in card for card in session.cards if is_usable(card))
     num_threads = max(1, (psutil.cpu_count() or 1) // config.train.num_workers)
     trainer = Trainer(
         train_worker,

@@ -123,7 +123,9 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
 def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int = NUM_STEPS) -> Figures:
     """Train so many steps after a warm-up, evaluate a batch, and leave the base as it was; the config's size is settled."""
-    train = config.train.model_copy(update={"max_steps": NUM_WARMUP_STEPS + num_steps})
+    train = config.train.model_copy(
+        update={"max_steps": NUM_WARMUP_STEPS + num_steps, "eval_every_steps": None, "early_stopping_patience": None}
+    )
     config, clock = config.model_copy(update={"train": train}), _Clock()
     _forget()
     try:

@@ -8,18 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.cards import cpu_has_bf16
+from cluster.home import BYTES_PER_GIB
 from cluster.memory import Rows, Step
 from cluster.models import read_config_file, read_model_config
-from cluster.plan import ROUND_TOKENS, Place, choose, place_on, require_fit, settle, value_bytes
+from cluster.placement import is_usable
+from cluster.plan import ROUND_TOKENS, Place, choose, place_on, require_fit, settle
 from cluster.plan_table import show_size
-from cluster.rates import train_tokens_per_s
+from cluster.rates import step_s
 from cluster.shape import Shape, read_shape
 from configs.errors import ModelError
 from configs.schema import ChatbotConfig, TrainConfig
 from data.prepare import Prepared
 
 S_PER_MINUTE = 60
+ADAPTER_BYTES = 16  # a weight in fp32, its gradient and two moments
 MAX_BATCH_TOKENS = 8192  # of several adapters on one base together, as `train.group.Group` cuts its batches
 
 
@@ -42,9 +44,12 @@ class Sizing:
 
     def settle_base(self, config: ChatbotConfig, num_adapters: int) -> ChatbotConfig:
         """Return the config with activations recomputed where so many adapters on one base would not fit otherwise."""
+        if config.train.gradient_checkpointing != "auto":
+            return config
         at_once = max(1, min(num_adapters * config.train.batch_size, MAX_BATCH_TOKENS // self.rows.longest_tokens))
         together = config.train.model_copy(update={"batch_size": at_once, "num_workers": 1, "micro_batch_size": at_once})
-        choice = choose(self.shape, together, self.rows, self.place)
+        others_gib = (num_adapters - 1) * self.shape.num_adapter_weights(config.train.lora) * ADAPTER_BYTES / BYTES_PER_GIB
+        choice = choose(self.shape, together, self.rows, replace(self.place, limit_gib=max(0.1, self.place.usable_gib - others_gib)))
         recomputes = choice is None or choice.step.recomputes
         return config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": recomputes})})
 
@@ -57,9 +62,10 @@ class Sizing:
         words = f"plan: {show_size(step)}; about {step.need().gib:.1f} of the {self.place.memory_gib:.4g} GiB of {self.place.name}"
         if self.place.rate is None or not self.place.device.on_gpu:
             return words
-        num_rows = step.train.count_steps(data.num_train) * step.train.batch_size
-        num_tokens = num_rows * data.num_train_tokens / data.num_train
-        return f"{words}; {num_tokens / train_tokens_per_s(step, self.place.rate) / S_PER_MINUTE:.0f} min without pauses"
+        mean = Rows(round(data.num_train_tokens / data.num_train), round(data.num_loss_tokens / data.num_train))
+        num_micro_batches = step.train.batch_size // step.train.num_workers // step.size
+        seconds = step.train.count_steps(data.num_train) * num_micro_batches * step_s(replace(step, rows=mean), self.place.rate)
+        return f"{words}; {seconds / S_PER_MINUTE:.0f} min without pauses"
 
 
 def make_sizing(config: ChatbotConfig, model: Mapping[str, Any], rows: Rows, cards: Sequence[dict[str, str]]) -> Sizing | None:
@@ -69,16 +75,16 @@ def make_sizing(config: ChatbotConfig, model: Mapping[str, Any], rows: Rows, car
         config: The chatbot.
         model: Its base model's config.json.
         rows: What is trained on.
-        cards: Labels of a cluster's cards; of the train cards the smallest counts.
+        cards: Labels of a cluster's cards; of those that this process may train on the smallest counts.
     """
     try:
         shape = read_shape(model, config.model.name)
     except ModelError:
         return None
-    smallest = min((card for card in cards if card["pool"] == "train"), key=lambda card: float(card["memory-gib"]))
-    has_bf16 = "gpu-share" in smallest or cpu_has_bf16()
-    place = place_on(smallest, value_bytes(config.model.precision, has_bf16))
-    return Sizing(shape, rows, replace(place, limit_gib=config.train.max_memory_gib))
+    smallest = min((card for card in cards if is_usable(card)), key=lambda card: float(card["memory-gib"]), default=None)
+    if smallest is None:
+        return None  # who asks for a card tells that there is none
+    return Sizing(shape, rows, place_on(smallest, config))
 
 
 def size_prepared(config: ChatbotConfig, model_folder: Path, data: Prepared, cards: Sequence[dict[str, str]]) -> Sizing | None:

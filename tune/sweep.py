@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.home import home_folder
-from cluster.placement import card_selector
+from cluster.placement import card_selector, is_usable
 from cluster.registry import Version
 from configs.errors import RunError
 from configs.schema import ChatbotConfig, SweepConfig
@@ -103,7 +103,7 @@ def _try_all(start: Start, record: Record, show: "Show") -> tuple[Row, ...]:
     session, config, folder, data = start.session, start.config, start.folder, start.data
     presence = make_control(record.run_id)  # while it is there, nobody else goes on with this sweep
     num_cards = count_cards()
-    on_gpu = any("gpu-share" in card for card in session.cards if card["pool"] == "train")
+    on_gpu = any("gpu-share" in card for card in session.cards if is_usable(card))
     sharing = choose_sharing(config, data, folder, on_gpu)
     num_beside, sizing = sharing.num_trials, size_prepared(config, folder, data, session.cards)
     if sizing and num_beside > 1:

@@ -148,7 +148,8 @@ class Way:
 
     def _burst(self, until_s: float) -> None:
         while time.monotonic() < until_s:
-            asked = Asked(time.monotonic(), was_asleep=not self.stack.workers("ServeReplica"))
+            was_asleep = not self.stack.workers("ServeReplica")
+            asked = Asked(time.monotonic(), was_asleep)
             self.asked.append(asked)
             self.num_asking += 1
             try:
@@ -176,8 +177,8 @@ class Way:
         figures: dict[str, float] = {
             "requests": len(self.asked),
             "failed": sum(bool(one.error) for one in self.asked),
-            "ttft_awake_p50_s": median(awake),
-            "ttft_awake_p95_s": quantiles(awake, n=20)[-1],
+            "ttft_awake_p50_s": median(awake) if awake else float("nan"),
+            "ttft_awake_p95_s": quantiles(awake, n=20)[-1] if len(awake) > 1 else float("nan"),
             "steps_done": self.watch.steps_done(),
             "steps_lost": self.watch.steps_lost(),
             "train_card_busy_share": self.watch.train_busy / self.watch.looks,

@@ -112,6 +112,7 @@ def test_labels_say_pool_card_accelerator_and_memory():
         "accelerator": "NVIDIA-GeForce-RTX-5060-Ti",
         "memory-gib": "15",
         "gpu-share": "1",
+        "bf16": "true",
     }
 
 

@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from cluster.job_queue import Queue, QueuedJob
+from configs.cli import JOB_VARIABLE
+from configs.errors import EXIT_UNAVAILABLE
 from configs.loader import ROOT
 
 HELPDESK = str(ROOT / "configs" / "helpdesk.yaml")
@@ -80,3 +82,10 @@ def test_what_cannot_be_is_one_clear_error(command, up, words, told):
     assert done.status == 2
     assert told in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_job_whose_cluster_is_away_is_begun_again_and_what_is_wrong_is_not(command, monkeypatch):
+    assert command("train", HELPDESK).status == 2
+    monkeypatch.setenv(JOB_VARIABLE, "1")
+    assert command("train", HELPDESK).status == EXIT_UNAVAILABLE
+    assert command("train", HELPDESK, "train.max_step=3").status == 2

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from cluster.models import read_config_file
-from configs.errors import ClusterError
+from cluster.placement import CARDS_VARIABLE
+from configs.errors import ClusterError, FitError
 from configs.loader import ROOT, load_chatbot
 from configs.schema import ChatbotConfig
 from data.prepare import Prepared
@@ -50,6 +51,16 @@ def test_the_smallest_train_card_and_the_rows_own_length_count(config, folder):
         sizes.append(step.size)
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
+
+
+def test_a_job_of_the_queue_is_sized_for_the_cards_that_it_was_given(config, folder, monkeypatch):
+    monkeypatch.setenv(CARDS_VARIABLE, "card0")
+    nf4 = config.model_copy(update={"train": config.train.model_copy(update={"quantization": "nf4"})})
+    sizing = size_prepared(nf4, folder, data(512, 512), MIXED)
+    assert sizing.place.memory_gib == 15
+    assert sizing.settle(nf4)[1].need().gib <= 15
+    with pytest.raises(FitError):
+        size_prepared(config, folder, data(512, 512), MIXED).settle(config)
 
 
 def test_what_is_settled_stays_settled(config, folder):
