@@ -1,6 +1,6 @@
 """What is killed comes back by itself: a card's raylet and the head, under a job that goes on and a chat that answers again."""
 
-from contextlib import closing
+from contextlib import closing, suppress
 
 import httpx
 import psutil
@@ -12,9 +12,13 @@ from tests.ray.test_7_queue import job, submit
 SAVE_EVERY = 50
 
 
-def parts(stack: Stack, name: str) -> list[psutil.Process]:
-    """Ray's own processes of this stack, by name."""
-    return [process for process in stack.workers("") if process.name() == name]
+def parts(stack: Stack, name: str, words: str = "") -> list[psutil.Process]:
+    """Ray's own processes of this stack, by name and what their command line says; some may end meanwhile."""
+    found = []
+    for process in stack.workers(words):
+        with suppress(psutil.Error):
+            found += [process] if process.name() == name else []
+    return found
 
 
 def test_a_job_and_chat_outlive_a_card_and_the_head(stack: Stack, config, served, secret, tiny_model):
@@ -22,11 +26,11 @@ def test_a_job_and_chat_outlive_a_card_and_the_head(stack: Stack, config, served
     number = submit(stack, config, "train.max_steps=100000", f"train.checkpoint_every_steps={SAVE_EVERY}", "name=survivor")
     began = wait_for(lambda: (now := job(stack, number)).step > SAVE_EVERY and now, timeout_s=180)
 
-    of_card = next(raylet for raylet in parts(stack, "raylet") if "card1" in " ".join(raylet.cmdline()))
+    (of_card,) = parts(stack, "raylet", "card1")
     assert began.cards == ("card1",)
     killed_at = job(stack, number).step
     of_card.kill()
-    wait_for(lambda: any("card1" in " ".join(raylet.cmdline()) for raylet in parts(stack, "raylet") if raylet.pid != of_card.pid))
+    wait_for(lambda: [raylet for raylet in parts(stack, "raylet", "card1") if raylet.pid != of_card.pid])
     after_card = wait_for(lambda: (now := job(stack, number)).step > killed_at + 2 * SAVE_EVERY and now, timeout_s=240)
     assert (after_card.run_id, after_card.num_lost) == (began.run_id, 0), "its process outlived the card, and went on when that was back"
 
