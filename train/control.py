@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.session import RAY_NAMESPACE
 from configs.errors import TandemError
@@ -54,8 +55,10 @@ class Control:
 
 
 def make_control(run_id: str) -> Any:
-    """Start the actor of a run; it takes no card and ends with its driver."""
-    return ray.remote(Control).options(name=f"run-{run_id}", namespace=RAY_NAMESPACE, num_cpus=0, get_if_exists=True).remote()
+    """Start the actor of a run; it takes no card, and ends with its driver, on whose machine it is: a card that dies leaves it alone."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    settings = {"name": f"run-{run_id}", "namespace": RAY_NAMESPACE, "num_cpus": 0, "get_if_exists": True}
+    return ray.remote(Control).options(scheduling_strategy=here, **settings).remote()
 
 
 def find_control(run_id: str) -> Any:

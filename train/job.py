@@ -17,7 +17,7 @@ from cluster.home import home_folder
 from cluster.placement import card_selector, is_usable
 from cluster.registry import Manifest, Version
 from cluster.session import Session
-from configs.errors import RunError, TandemError, last_lines
+from configs.errors import ClusterError, RunError, TandemError, last_lines
 from configs.schema import ChatbotConfig
 from train.driver import ASKED, Say, Start, make_ready, on_record, on_signals
 from train.record import FINISHED, STOPPED, config_fingerprint, git_commit
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from train.worker import Task
 
 POLL_S = 0.5
+DEATHS = ("ActorDiedError", "ActorUnavailableError", "NodeDiedError", "OwnerDiedError", "WorkerCrashedError")
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def _failure(error: Exception, run_id: str) -> TandemError:
         if isinstance(cause, TandemError):
             return cause
     why = last_lines(str(error))
+    if any(name in str(error) for name in DEATHS):
+        return ClusterError("a part of the cluster died under the training", why, f"python -m train CONFIG --resume {run_id}")
     if not any((home_folder() / "runs" / run_id).glob("checkpoint_*/")):  # Ray keeps a file of that name beside them
         return RunError("training failed before its first checkpoint", why, "mend the reason, then begin anew")
     return RunError(

@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray.train import WorkerGroupError
 
-from configs.errors import ModelError
+from configs.errors import ClusterError, ModelError
 from train.driver import on_signals
 from train.job import _failure, _watch
 
@@ -20,6 +20,13 @@ TRACE = "Traceback:\n" + "\n\n".join(f"  frame {number}" for number in range(40)
 def test_what_the_user_can_mend_is_told_as_the_worker_found_it(home):
     found = ModelError("train.packing does not suit this model", "its layers mix rows", "train.packing=false")
     assert _failure(WorkerGroupError(TRACE, {1: found}), RUN) is found
+
+
+def test_what_died_under_a_run_is_told_apart_from_what_the_run_did(home):
+    """The first begins a job of the queue again, the second ends it."""
+    died = WorkerGroupError("ray.exceptions.ActorDiedError: The actor died because its node has died.", {0: RuntimeError("x")})
+    assert isinstance(_failure(died, RUN), ClusterError)
+    assert not isinstance(_failure(WorkerGroupError(TRACE, {0: ValueError("x")}), RUN), ClusterError)
 
 
 def test_other_failures_tell_the_workers_last_lines(home):
