@@ -32,7 +32,8 @@ def test_a_job_and_chat_outlive_a_card_and_the_head(stack: Stack, config, served
     of_card.kill()
     wait_for(lambda: [raylet for raylet in parts(stack, "raylet", "card1") if raylet.pid != of_card.pid])
     after_card = wait_for(lambda: (now := job(stack, number)).step > killed_at + 2 * SAVE_EVERY and now, timeout_s=240)
-    assert (after_card.run_id, after_card.num_lost) == (began.run_id, 0), "its process outlived the card, and went on when that was back"
+    assert after_card.run_id == began.run_id
+    assert after_card.num_lost <= 1, "it goes on when the card is back, or is begun again on another, by what of it was there"
 
     (head,) = parts(stack, "gcs_server")
     killed_at = job(stack, number).step
