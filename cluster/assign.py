@@ -82,7 +82,7 @@ def offers_of(shape: Shape, config: ChatbotConfig, place: Place) -> CardOffers:
     limited = replace(place, limit_gib=config.train.max_memory_gib)
     training = [_training(shape, config.train, rows, limited, kind) for kind in _own_first(config.train.quantization, TRAINED)]
     kinds = _own_first(config.serve.quantization, SERVED) if place.device.on_gpu else ["none"]
-    return CardOffers(place, tuple(training), tuple(_serving(shape, config.serve, place, kind) for kind in kinds))
+    return CardOffers(limited, tuple(training), tuple(_serving(shape, config.serve, place, kind) for kind in kinds))
 
 
 def _own_first(own: str, kinds: dict[str, str]) -> list[str]:

@@ -4,7 +4,6 @@ Knows words and units. Does not reckon anything.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from rich.table import Table
 
@@ -35,10 +34,9 @@ def make_tables(shape: Shape, config: ChatbotConfig, cards: Sequence[CardOffers]
     """Make a table for each card, of all that it could do."""
     tables = []
     for number, card in enumerate(cards):
-        limited = replace(card.place, limit_gib=config.train.max_memory_gib)
         table = Table(*COLUMNS, title=f"{chr(10) if number else ''}{card.place.title}", title_justify="left", box=None, pad_edge=False)
         for trained in card.training:
-            table.add_row(TRAINED[trained.quantization], *_training(shape, config, limited, trained))
+            table.add_row(TRAINED[trained.quantization], *_training(shape, config, card.place, trained))
         for served in card.serving:
             table.add_row(show_served(served, card.place), *_serving(shape, card.place, served))
         tables.append(table)

@@ -10,7 +10,6 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +123,7 @@ class Way:
 
     def _trace(self) -> None:
         """Quiet, then a burst, so many times."""
-        watcher = threading.Thread(target=self._again, args=(self._look,), daemon=True)
+        watcher = threading.Thread(target=self._look, daemon=True)
         watcher.start()
         whole_s = self.minutes * 60 / NUM_BURSTS
         for number in range(NUM_BURSTS):
@@ -139,12 +138,9 @@ class Way:
         self.over.set()
         watcher.join()
 
-    def _again(self, step: Callable[[], None]) -> None:
-        while not self.over.wait(1.0):
-            step()
-
     def _look(self) -> None:
-        self.watch.look(self._jobs(), self.num_asking)
+        while not self.over.wait(1.0):
+            self.watch.look(self._jobs(), self.num_asking)
 
     def _burst(self, until_s: float) -> None:
         while time.monotonic() < until_s:
