@@ -1,8 +1,8 @@
-"""`python -m cluster up|down|status|doctor|plan|submit|queue|cancel|move`: the stack here, what fits its cards, the line of jobs."""
+"""`python -m cluster up|down|status|doctor|plan|backup|restore|submit|queue|cancel|move`: the stack here, what fits its cards, jobs."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -16,8 +16,14 @@ from configs.cli import Overrides, console, make_app, run_app
 from configs.errors import ClusterError, ConfigError, ModelError
 from configs.loader import load_chatbot, load_machine
 
+if TYPE_CHECKING:
+    from cluster.backup import Contents
+
+BYTES_PER_MIB = 2**20
+
 app = make_app("Start, look at and end the cluster on this machine.")
 Machine = Annotated[str, typer.Argument(help="File, or a name in configs/machines.")]
+ArchiveFile = Annotated[Path, typer.Argument(metavar="FILE", help="Such as tandem.tar.gz.")]
 JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="Its number in `python -m cluster queue`.")]
 
 
@@ -103,6 +109,34 @@ def move(
     with Queue() as line:
         moved = line.move(job, priority, before)
     console.print(f"[green]moved[/]  job {job}, priority {moved.priority}. See: python -m cluster queue")
+
+
+@app.command()
+def backup(file: ArchiveFile) -> None:
+    """Write all that cannot be made again into one file, also while the cluster runs; it holds the token and keys, so guard it."""
+    from cluster.backup import back_up
+
+    with console.status("copying"):
+        held = back_up(file)
+    console.print(f"[green]backup[/]  {file}: {_told(held)}")
+
+
+@app.command()
+def restore(
+    file: ArchiveFile,
+    replace: Annotated[bool, typer.Option("--replace", help="Move aside what is in the home folder.")] = False,
+) -> None:
+    """Put a backup into the home folder, whole or not at all; the cluster must be down."""
+    from cluster.restore import restore as put_back
+
+    with console.status("unpacking and checking"):
+        held, aside = put_back(file, replace)
+    console.print(f"[green]restored[/]  {home_folder()}: {_told(held)}, taken {held.made_at} by Tandem {held.tandem}")
+    console.print(f"{f'          what was there lies in {aside}; ' if aside else '          '}now: python -m cluster up")
+
+
+def _told(held: "Contents") -> str:
+    return f"{len(held.files)} files, {held.num_bytes / BYTES_PER_MIB:.1f} MiB"
 
 
 @app.command()

@@ -67,7 +67,7 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
     Raises:
         ClusterError: No room, a port is taken, a process did not come up, or a cluster with other settings is up.
     """
-    with _lock():
+    with alone():
         old = read_session()
         if old and old.ready and not old.missing_parts():
             if named:
@@ -120,7 +120,7 @@ def _restart_arbiter(session: Session) -> Session:
 
 def stop() -> int:
     """End what `up` started, and nothing else; return the number of processes that were ended."""
-    with _lock():
+    with alone():
         session = read_session()
         forget_wish()
         return end(session) if session else 0
@@ -145,15 +145,15 @@ def end(session: Session) -> int:
 
 
 @contextmanager
-def _lock() -> Iterator[None]:
-    """Let one `up` or `down` at a time touch the session."""
+def alone() -> Iterator[None]:
+    """Let one `up`, `down` or `restore` at a time touch the session."""
     import fcntl
 
     with (home_folder() / "cluster.lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ClusterError("another `up` or `down` is at work", f"it holds {stream.name}", "wait for it to end") from None
+            raise ClusterError("another `up`, `down` or `restore` is at work", f"it holds {stream.name}", "wait for it to end") from None
         yield
 
 
