@@ -19,7 +19,7 @@ from cluster.backup import FOLDER, FORMAT, MANIFEST, Content, Contents, kept_ent
 from cluster.home import home_folder
 from cluster.job_queue import Queue
 from cluster.session import read_session
-from cluster.stack import alone
+from cluster.stack import session_lock
 from configs.errors import ClusterError
 
 MAX_MANIFEST_BYTES = 256 * 2**20
@@ -36,7 +36,7 @@ def restore(source: Path, replace: bool = False) -> tuple[Contents, Path | None]
         ClusterError: The cluster is up, the home folder is not empty, or the archive is not whole.
     """
     home = home_folder()
-    with alone():
+    with session_lock():
         _require_down()
         there = kept_entries(home)
         if there and not replace:

@@ -67,7 +67,7 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
     Raises:
         ClusterError: No room, a port is taken, a process did not come up, or a cluster with other settings is up.
     """
-    with alone():
+    with session_lock():
         old = read_session()
         if old and old.ready and not old.missing_parts():
             if named:
@@ -120,7 +120,7 @@ def _restart_arbiter(session: Session) -> Session:
 
 def stop() -> int:
     """End what `up` started, and nothing else; return the number of processes that were ended."""
-    with alone():
+    with session_lock():
         session = read_session()
         forget_wish()
         return end(session) if session else 0
@@ -145,7 +145,7 @@ def end(session: Session) -> int:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def session_lock() -> Iterator[None]:
     """Let one `up`, `down` or `restore` at a time touch the session."""
     import fcntl
 
