@@ -154,6 +154,25 @@ def doctor(machine: Machine = "auto", overrides: Overrides = None) -> None:
 
 
 @app.command()
+def manifests(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The chatbot's YAML file.")],
+    overrides: Overrides = None,
+    machine: Annotated[str, typer.Option(metavar="MACHINE", help="File, or a name in configs/machines.")] = "kubernetes",
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write them; printed, if empty.")] = None,
+) -> None:
+    """Make Kubernetes manifests for KubeRay: a cluster, jobs that train and tune, and a service that chats."""
+    from cluster.manifests import ask_application, make_manifests, show, write
+
+    chatbot, settings = load_chatbot(config, overrides or []), load_machine(machine)
+    made = make_manifests(chatbot, settings, ask_application(config, overrides or [], settings.deploy.serve))
+    if out is None:
+        print(show([entry for objects in made.values() for entry in objects]), end="")
+        return
+    for file in write(made, out):
+        console.print(f"[green]wrote[/]  {file}", soft_wrap=True)
+
+
+@app.command()
 def plan(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="The chatbot's YAML file.")],
     overrides: Overrides = None,

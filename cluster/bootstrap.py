@@ -20,7 +20,7 @@ PYTHONS = {"lock-cpu.txt": ((3, 11),), "lock-gpu.txt": ((3, 11), (3, 12))}
 
 
 def choose_lock() -> Path:
-    """Return the lock for this machine: the GPU set where nvidia-smi finds a GPU, or what TANDEM_SET says (`cpu`, `gpu`), as for an image."""
+    """Return the lock for this machine: the GPU set where nvidia-smi finds a GPU; TANDEM_SET (`cpu`, `gpu`) chooses for another's."""
     if wanted := os.environ.get("TANDEM_SET"):
         return ROOT / f"lock-{wanted}.txt"
     has_gpu = False
