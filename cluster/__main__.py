@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from cluster.deploy_commands import add_commands
 from cluster.home import home_folder, log_folder
 from cluster.job_queue import Queue
 from cluster.models import read_config_file, read_model_config
@@ -17,14 +18,8 @@ from configs.errors import ClusterError, ConfigError, ModelError
 from configs.loader import load_chatbot, load_machine
 from configs.schema import is_loopback
 
-if TYPE_CHECKING:
-    from cluster.backup import Contents
-
-BYTES_PER_MIB = 2**20
-
 app = make_app("Start, look at and end the cluster on this machine.")
 Machine = Annotated[str, typer.Argument(help="File, or a name in configs/machines.")]
-ArchiveFile = Annotated[Path, typer.Argument(metavar="FILE", help="Such as tandem.tar.gz.")]
 JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="Its number in `python -m cluster queue`.")]
 
 
@@ -141,34 +136,6 @@ def move(
 
 
 @app.command()
-def backup(file: ArchiveFile) -> None:
-    """Write all that cannot be made again into one file, also while the cluster runs; it holds the token and keys, so guard it."""
-    from cluster.backup import back_up
-
-    with console.status("copying"):
-        held = back_up(file)
-    console.print(f"[green]backup[/]  {file}: {_told(held)}")
-
-
-@app.command()
-def restore(
-    file: ArchiveFile,
-    replace: Annotated[bool, typer.Option("--replace", help="Move aside what is in the home folder.")] = False,
-) -> None:
-    """Put a backup into the home folder, whole or not at all; the cluster must be down."""
-    from cluster.restore import restore as put_back
-
-    with console.status("unpacking and checking"):
-        held, aside = put_back(file, replace)
-    console.print(f"[green]restored[/]  {home_folder()}: {_told(held)}, taken {held.made_at} by Tandem {held.tandem}")
-    console.print(f"{f'          what was there lies in {aside}; ' if aside else '          '}now: python -m cluster up")
-
-
-def _told(held: "Contents") -> str:
-    return f"{len(held.files)} files, {held.num_bytes / BYTES_PER_MIB:.1f} MiB"
-
-
-@app.command()
 def doctor(machine: Machine = "auto", overrides: Overrides = None) -> None:
     """Check the machine, with a remedy on each line that fails; exit status 1 if one does."""
     from cluster.doctor import examine
@@ -180,25 +147,6 @@ def doctor(machine: Machine = "auto", overrides: Overrides = None) -> None:
         table.add_row(marks[finding.mark], finding.what, finding.found, finding.remedy)
     console.print(table)
     raise typer.Exit(any(finding.mark == "fail" for finding in findings))
-
-
-@app.command()
-def manifests(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The chatbot's YAML file.")],
-    overrides: Overrides = None,
-    machine: Annotated[str, typer.Option(metavar="MACHINE", help="File, or a name in configs/machines.")] = "kubernetes",
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write them; printed, if empty.")] = None,
-) -> None:
-    """Make Kubernetes manifests for KubeRay: a cluster, jobs that train and tune, and a service that chats."""
-    from cluster.manifests import ask_application, make_manifests, show, write
-
-    chatbot, settings = load_chatbot(config, overrides or []), load_machine(machine)
-    made = make_manifests(chatbot, settings, ask_application(config, overrides or [], settings.deploy.serve))
-    if out is None:
-        print(show([entry for objects in made.values() for entry in objects]), end="")
-        return
-    for file in write(made, out):
-        console.print(f"[green]wrote[/]  {file}", soft_wrap=True)
 
 
 @app.command()
@@ -236,6 +184,9 @@ def plan(
     for line in (show_model(shape, settings), *make_tables(shape, settings, offers), "", *show_assignment(best, settings)):
         console.print(line)
     raise typer.Exit(not best.fits)
+
+
+add_commands(app)
 
 
 if __name__ == "__main__":

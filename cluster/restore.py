@@ -3,6 +3,7 @@
 Knows the archive that `cluster.backup` writes, and that no cluster may run on it. Trusts nothing in it before its checksum.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -62,6 +63,12 @@ def _require_down() -> None:
     session = read_session()
     if session and any(process.running() for process in session.processes):
         raise ClusterError("the cluster is up", "it would go on writing what is replaced", "python -m cluster down")
+    with (home_folder() / "mlflow.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            why = "it would go on writing what is replaced"
+            raise ClusterError("MLflow runs on this home folder", why, "end `python -m cluster run mlflow`") from None
 
 
 def _move_aside(entries: list[Path], home: Path) -> Path | None:

@@ -573,8 +573,8 @@ class MachineConfig(Settings):
     def _both_pools(self) -> Self:
         if self.cards == "auto":
             return self
-        # Where other machines may join, they may bring the other pool.
-        if not self.cards or (is_loopback(self.listen_host) and {card.pool for card in self.cards} != {"serve", "train"}):
+        # Where other machines may join, they may bring the other pool, or all cards.
+        if is_loopback(self.listen_host) and {card.pool for card in self.cards} != {"serve", "train"}:
             raise ValueError("cards: at least one card of each pool is needed, serve and train")
         return self
 
