@@ -28,6 +28,7 @@ SERVE_API, JOBS_API = "/api/serve/applications/", "/api/jobs/"
 APPLICATION = "chat"
 MODULES = {"train": "train", "sweep": "tune"}
 ALIVE = ("PENDING", "RUNNING")
+ENTRYPOINT = "Running entrypoint for job"  # Ray's own first line of a job's log
 USED_CARD = re.compile(r"^([0-9.]+)/[0-9.]+ card", re.MULTILINE)
 STOP_AGAIN_S = 5.0
 
@@ -84,9 +85,9 @@ class RayGround:
             said = str(self._get(f"{JOBS_API}{submission}/logs").get("logs", ""))
         except (httpx.HTTPError, ValueError):
             return "its log cannot be had"
-        lines = [line for line in said.splitlines() if line.strip()]
+        lines = [line for line in said.splitlines() if line.strip() and ENTRYPOINT not in line]
         told = [line for line in lines if line.startswith(("error: ", "done "))]
-        return (told or lines or [""])[-1][:300]
+        return (told or lines or ["it said nothing"])[-1][:300]
 
     def bound(self, fewest: int, most: int) -> None:
         """Set how many engines chat may have; it leaves at once where it may."""
