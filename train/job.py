@@ -72,7 +72,8 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
             checkpoint, metrics, stop_reason = _fit(task, start.session, show)
             if not stop_reason:
                 say("registering the adapter")
-                version = start.registry.register(make_manifest(start, run_id, checkpoint, metrics), checkpoint)
+                made = start.registry.of_run(run_id) if resume else None  # by a driver that was killed then
+                version = made or start.registry.register(make_manifest(start, run_id, checkpoint, metrics), checkpoint)
     except KeyboardInterrupt:
         if not run_id:
             raise

@@ -42,8 +42,8 @@ VICTIMS = {
     "engine": ("", "ServeReplica", True, False),
     "engine core": ("", "EngineCore", True, False),
     "arbiter": ("python", "cluster.arbitrate", False, False),
-    "train card's raylet": ("raylet", "pool=train", False, True),
-    "head's raylet": ("raylet", "pool=serve", True, True),
+    "train card's raylet": ("raylet", '"pool": "train"', False, True),
+    "head's raylet": ("raylet", '"pool": "serve"', True, True),
     "head": ("gcs_server", "", True, True),
     "MLflow": ("python", "mlflow server", False, True),
 }

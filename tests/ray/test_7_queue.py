@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 import pytest
 
 from cluster.job_queue import CANCELLED, DONE, FAILED, RUNNING, STANDING, WAITING, Queue, QueuedJob
+from configs.cli import JOB_VARIABLE
 from tests.ray.stack import Stack, wait_for
 from tests.ray.test_5_tune import num_looks
 
@@ -104,6 +105,15 @@ def test_a_line_of_jobs_goes_on_by_itself_whoever_leaves_or_is_killed(stack: Sta
         ended = wait_for(lambda: (now := job(stack, sweep)).state not in STANDING and now, timeout_s=240)
         assert (ended.state, ended.num_lost) == (DONE, 0)
         assert "the candidate" in ended.reason
+
+
+def test_a_job_that_had_ended_when_its_cluster_was_killed_is_done(stack: Stack, config, guide, monkeypatch):
+    monkeypatch.setenv(JOB_VARIABLE, "1")
+    done = stack.run("train", str(config), "--resume", guide.run_id)
+    assert done.returncode == 0, done.stderr
+    assert "had ended before" in done.stdout
+    monkeypatch.delenv(JOB_VARIABLE)
+    assert stack.run("train", str(config), "--resume", guide.run_id).returncode == 2, "for others there is nothing left to do"
 
 
 def test_quiet_chat_lends_its_card_and_a_request_gets_it_back_and_its_answer(stack: Stack, config, both_cards, chat):
