@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import median
 
 import httpx
-import psutil
 from bench import loss_history, steps_lost, write_result
 
 from cluster.cards import find_gpus
@@ -47,6 +46,8 @@ VICTIMS = {
     "head": ("gcs_server", "", True, True),
     "MLflow": ("python", "mlflow server", False, True),
 }
+
+OF_A_JOB = ("trainer", "driver")
 
 
 @dataclass
@@ -125,19 +126,20 @@ class Chaos:
         time.sleep(SETTLES_S)
         before |= {job.id: job for job in self.jobs() if job.id in before}
         try:
-            wait_for(lambda: self._goes_on(kill, chosen, before), timeout_s=RECOVERS_WITHIN_S)
+            wait_for(lambda: self._goes_on(kill, before) and self._is_whole(victim, chosen.pid, len(found)), timeout_s=RECOVERS_WITHIN_S)
         except AssertionError:
             self.lost.append(f"{victim}, killed {len(self.kills)}.: not all goes on after {RECOVERS_WITHIN_S:g} s")
         kill.back_s = time.time()
         console.print(f"{victim}: all goes on after {kill.back_s - kill.at_s:.1f} s")
 
-    def _goes_on(self, kill: Kill, victim: psutil.Process, before: dict[int, QueuedJob]) -> bool:
-        """Whether chat answers, the jobs get on, and there is another in the victim's place."""
+    def _goes_on(self, kill: Kill, before: dict[int, QueuedJob]) -> bool:
+        """Whether chat answers, and the jobs get on."""
         chats = any(one.is_answered and one.sent_s > kill.at_s for one in self.asked[-50:])
-        trains = all(job.step > before[job.id].step or job.state not in STANDING for job in self.jobs() if job.id in before)
-        is_part = kill.victim not in ("trainer", "driver")  # those end with their job
-        name, words, *_ = VICTIMS[kill.victim]
-        return chats and trains and (not is_part or any(part.pid != victim.pid for part in self.stack.parts(name, words)))
+        return chats and all(job.step > before[job.id].step or job.state not in STANDING for job in self.jobs() if job.id in before)
+
+    def _is_whole(self, victim: str, pid: int, number: int) -> bool:
+        """Whether there are as many again as before; the processes of a job end with it, and are as many as jobs."""
+        return victim in OF_A_JOB or sum(part.pid != pid for part in self.stack.parts(*VICTIMS[victim][:2])) >= number
 
     def jobs(self, *states: str) -> list[QueuedJob]:
         """The line as it is."""
