@@ -195,7 +195,7 @@ def make_tiny_model(folder: Path) -> Path:
 def make_config(folder: Path, model: Path, chat_port: int) -> Path:
     """A chatbot on the tiny model, with rows enough for some dozen steps.
 
-    A run has one checkpoint, its last: Ray Train takes one each two seconds, however short the steps are.
+    A run has one checkpoint, its last: Ray Train takes two a second at most, however short the steps are.
     """
     rows = [
         chat(f"What is number {number}?", f"It is {number * 7 % 100}.", split="heldout" if number % 8 == 0 else "train")

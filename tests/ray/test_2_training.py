@@ -90,12 +90,6 @@ def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_with_the_same_losses(s
     assert stack.losses(run_id) == pytest.approx(unbroken, abs=1e-4)
 
 
-def test_a_finished_run_is_not_resumed(stack: Stack, config, guide):
-    done = stack.run("train", str(config), "--resume", guide.run_id)
-    assert done.returncode == 2
-    assert "is finished" in done.stderr
-
-
 def test_early_stopping_registers_the_best_checkpoint(stack: Stack, config):
     settings = ["train.learning_rate=0.5", "train.eval_every_steps=1", "train.early_stopping_patience=1", "train.max_steps=24"]
     version = stack.train(config, *settings, "train.num_checkpoints_kept=4")
