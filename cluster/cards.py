@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from cluster.home import BYTES_PER_GIB
+from cluster.placement import HEAD
 from configs.errors import ClusterError
 from configs.schema import CardConfig, MachineConfig
 
@@ -50,6 +51,7 @@ class Card:
     memory_gib: float
     gpu: Gpu | None = None
     gpu_share: float = 1.0
+    machine: str = HEAD
 
     @property
     def accelerator(self) -> str:
@@ -61,7 +63,14 @@ class Card:
         """Labels by which Ray places work."""
         memory_gib = math.floor(self.memory_gib * 100) / 100
         on_gpu = {"gpu-share": f"{self.gpu_share:g}", "bf16": str(self.gpu.has_bf16).lower()} if self.gpu else {}
-        return {"pool": self.pool, "card": self.name, "accelerator": self.accelerator, "memory-gib": f"{memory_gib:g}", **on_gpu}
+        return {
+            "machine": self.machine,
+            "pool": self.pool,
+            "card": self.name,
+            "accelerator": self.accelerator,
+            "memory-gib": f"{memory_gib:g}",
+            **on_gpu,
+        }
 
 
 def find_gpus() -> list[Gpu]:

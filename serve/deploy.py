@@ -16,9 +16,9 @@ from cluster.models import check_model, ensure_model, served_base_name
 from cluster.processes import port_owner
 from cluster.session import Session, is_alive, read_raylets
 from configs.errors import AccessError, ClusterError, last_lines
-from configs.schema import ChatbotConfig, ServeConfig
+from configs.schema import ChatbotConfig, ServeConfig, is_loopback
 from data.feedback_store import check_store
-from serve.keys import KeyFile, is_loopback
+from serve.keys import KeyFile
 
 APPLICATION, DEPLOYMENT = "chat", "engine"
 BEHIND_HAPROXY = ("127.0.0.1", "localhost", "0.0.0.0")  # noqa: S104 (names, not sockets)

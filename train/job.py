@@ -18,10 +18,11 @@ from cluster.home import home_folder
 from cluster.placement import card_selector, is_usable
 from cluster.registry import Manifest, Version
 from cluster.session import Session
+from cluster.versions import git_commit
 from configs.errors import ClusterError, RunError, TandemError, last_lines
 from configs.schema import ChatbotConfig
 from train.driver import ASKED, Say, Start, make_ready, on_record, on_signals
-from train.record import FINISHED, STOPPED, config_fingerprint, git_commit
+from train.record import FINISHED, STOPPED, config_fingerprint
 from train.sizing import size_prepared
 
 if TYPE_CHECKING:
