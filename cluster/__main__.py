@@ -1,4 +1,4 @@
-"""`python -m cluster up|join|leave|down|status|doctor|plan|submit|queue|cancel|move`: the stack, what fits its cards, jobs."""
+"""`python -m cluster up|join|leave|down|status|doctor|plan|submit|...`: the stack, what fits its cards, jobs, and deployment elsewhere."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cluster.deploy_commands import add_commands
 from cluster.home import home_folder, log_folder
 from cluster.job_queue import Queue
 from cluster.models import read_config_file, read_model_config
@@ -183,6 +184,9 @@ def plan(
     for line in (show_model(shape, settings), *make_tables(shape, settings, offers), "", *show_assignment(best, settings)):
         console.print(line)
     raise typer.Exit(not best.fits)
+
+
+add_commands(app)
 
 
 if __name__ == "__main__":

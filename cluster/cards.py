@@ -110,6 +110,8 @@ def find_cards(machine: MachineConfig, gpus: list[Gpu] | None = None) -> list[Ca
     """
     gpus = find_gpus() if gpus is None else gpus
     wanted = _auto(gpus) if machine.cards == "auto" else machine.cards
+    if not wanted:
+        return []
     num_cpus, memory_gib = max(1, (os.cpu_count() or 1) // len(wanted)), psutil.virtual_memory().total / BYTES_PER_GIB / len(wanted)
     cards: list[Card] = []
     left = {gpu.index: gpu for gpu in gpus}

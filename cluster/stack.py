@@ -24,6 +24,8 @@ from cluster.cards import Card, find_cards
 from cluster.chat_wish import forget_wish
 from cluster.haproxy import proxy_environment
 from cluster.home import BYTES_PER_GIB, home_folder, log_folder, require_disk, write_text
+from cluster.kuberay import head_arguments, pod_environment
+from cluster.placement import HEAD
 from cluster.processes import Process, free_port, port_owner, send_signal
 from cluster.session import (
     ARBITER,
@@ -102,7 +104,7 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
                 process = spawn(name, command, {**shared, **extra})
                 session = replace(session, processes=(*session.processes, process))
                 keep_session(session)  # at once: an `up` that is killed leaves what the next `up` or `down` ends
-                if name == cards[0].name:
+                if name == (cards[0].name if cards else HEAD):
                     wait_until(session, lambda up: answers(f"{up.dashboard_url}/api/version"), "Ray's dashboard")
                 # One after the other: two that start at once may choose the same socket, and one of them dies.
                 wait_until(session, _has_its_raylets, f"the raylet of {name}")
@@ -156,14 +158,14 @@ def end(session: Session) -> int:
 
 @contextmanager
 def session_lock() -> Iterator[None]:
-    """Let one `up` or `down` at a time touch the session."""
+    """Let one `up`, `down` or `restore` at a time touch the session."""
     import fcntl
 
     with (home_folder() / "cluster.lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ClusterError("another `up` or `down` is at work", f"it holds {stream.name}", "wait for it to end") from None
+            raise ClusterError("another `up`, `down` or `restore` is at work", f"it holds {stream.name}", "wait for it to end") from None
         yield
 
 
@@ -183,19 +185,26 @@ def _plan(machine: MachineConfig, cards: list[Card]) -> Session:
 def _commands(machine: MachineConfig, cards: list[Card], session: Session) -> Iterator[tuple[str, list[str], dict[str, str]]]:
     """Yield name, command and extra environment of each process, in the order of their start."""
     if not Environment().mlflow_tracking_uri:
-        folder = home_folder() / "mlflow"
-        folder.mkdir(exist_ok=True)
-        server = ["server", "--host", LOOPBACK, "--port", str(machine.mlflow_port), "--workers", "1"]
-        stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
-        yield MLFLOW, [sys.executable, "-m", "mlflow", *server, *stores], {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        yield MLFLOW, *mlflow_command(LOOPBACK, machine.mlflow_port)
     head = ["--head", "--port", str(machine.ray_port), "--dashboard-host", machine.listen_host]
-    head += ["--dashboard-port", str(machine.dashboard_port), "--temp-dir", str(ray_folder())]
+    head += ["--dashboard-port", str(machine.dashboard_port), "--temp-dir", str(ray_folder()), *head_arguments()]
+    if not cards:
+        yield HEAD, [*RAY_START, *head, *_bare_arguments(machine)], {"CUDA_VISIBLE_DEVICES": ""}
     for number, card in enumerate(cards):
         yield raylet_part(machine, card, head if number == 0 else ["--address", session.ray_address])
     yield ARBITER, ARBITER_COMMAND, {}
     if not is_loopback(machine.listen_host):
         target = "" if Environment().mlflow_tracking_uri else session.mlflow_url
         yield GATE, gate_command(machine.listen_host, machine.mlflow_port, target, "door"), {}
+
+
+def mlflow_command(host: str, port: int) -> tuple[list[str], dict[str, str]]:
+    """Return the command of MLflow on this home folder, and its environment; artifacts are named by paths inside that folder alone."""
+    folder = home_folder() / "mlflow"
+    folder.mkdir(exist_ok=True)
+    server = ["server", "--host", host, "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
+    return [sys.executable, "-m", "mlflow", *server, *stores], {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def gate_command(host: str, port: int, target: str, end: str) -> list[str]:
@@ -213,12 +222,23 @@ def raylet_part(machine: MachineConfig, card: Card, role: list[str]) -> tuple[st
 def _raylet_arguments(machine: MachineConfig, card: Card) -> list[str]:
     """Return the arguments that give a raylet its card and nothing else. One job at a time owns the resource `card`."""
     return [
-        "--node-ip-address", machine.listen_host,
         "--labels", ",".join(f"{key}={value}" for key, value in card.labels.items()),
         "--resources", json.dumps({"card": 1}),
         "--num-cpus", str(card.num_cpus),
         "--num-gpus", "1" if card.gpu else "0",
         "--memory", str(int(card.memory_gib * BYTES_PER_GIB)) if not card.gpu else str(psutil.virtual_memory().total // 2),
+        *_common_arguments(machine),
+    ]  # fmt: skip
+
+
+def _bare_arguments(machine: MachineConfig) -> list[str]:
+    """Return the arguments of a head without a card: drivers and Ray's own actors run there."""
+    return ["--labels", f"machine={HEAD}", "--num-gpus", "0", *_common_arguments(machine)]
+
+
+def _common_arguments(machine: MachineConfig) -> list[str]:
+    return [
+        "--node-ip-address", machine.listen_host,
         "--object-store-memory", str(int(machine.object_store_gib * BYTES_PER_GIB)),
         "--dashboard-agent-listen-port", str(free_port()),
         "--ray-client-server-port", str(free_port()),
@@ -251,6 +271,7 @@ def stack_environment(machine: MachineConfig) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        **pod_environment(),
     }
 
 

@@ -497,6 +497,48 @@ class LendingConfig(Settings):
     """How often a job is begun whose process, card or machine is lost; then it has failed."""
 
 
+class PoolConfig(Settings):
+    """The pods of one pool on Kubernetes, each with one card."""
+
+    min_cards: int = Field(1, ge=0)
+    """Pods that always run."""
+    max_cards: int = Field(1, ge=1)
+    """Most pods; the autoscaler starts them when work waits for a card, and ends those that are idle."""
+    num_cpus: int = Field(4, ge=1)
+    """CPU cores of a pod."""
+    memory_gib: int = Field(16, ge=1)
+    """Memory of a pod, in GiB."""
+    gpu: str | None = "nvidia.com/gpu"
+    """Kubernetes' name for the GPU that a pod gets one of; a card is the pod's CPUs if empty."""
+    node_labels: dict[str, str] = {}
+    """Labels that a node must have, to choose a kind of GPU."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_cards > self.max_cards:
+            raise ValueError(f"min_cards={self.min_cards} is over max_cards={self.max_cards}")
+        return self
+
+
+class DeployConfig(Settings):
+    """What `python -m cluster manifests` needs to know of a Kubernetes cluster."""
+
+    image: str = Field("tandem:gpu", min_length=1)
+    """Image of the pods with cards, as the nodes pull it."""
+    head_image: str = Field("tandem:cpu", min_length=1)
+    """Image of the head and of MLflow, which compute nothing."""
+    serve: PoolConfig = PoolConfig()
+    """Pods that answer."""
+    train: PoolConfig = PoolConfig()
+    """Pods that train."""
+    storage_class: str | None = None
+    """Class of the volume that all pods share, which must allow ReadWriteMany; the cluster's default if empty."""
+    storage_gib: int = Field(100, ge=1)
+    """Size of that volume, in GiB."""
+    secret: Name = "tandem"  # noqa: S105 (its name)
+    """Name of the Secret with `auth_token`, `redis_password`, and whatever of `.env` is wanted."""
+
+
 class MachineConfig(Settings):
     """The cards of one machine, and where its services listen."""
 
@@ -524,13 +566,15 @@ class MachineConfig(Settings):
     """How long a run that is asked to leave its card, or stopped by `ray job stop`, has to save its checkpoint, in seconds."""
     lending: LendingConfig = LendingConfig()
     """Who may use a card, and for how long at least."""
+    deploy: DeployConfig = DeployConfig()
+    """What `python -m cluster manifests` needs to know of a Kubernetes cluster."""
 
     @model_validator(mode="after")
     def _both_pools(self) -> Self:
         if self.cards == "auto":
             return self
-        # Where other machines may join, they may bring the other pool.
-        if not self.cards or (is_loopback(self.listen_host) and {card.pool for card in self.cards} != {"serve", "train"}):
+        # Where other machines may join, they may bring the other pool, or all cards.
+        if is_loopback(self.listen_host) and {card.pool for card in self.cards} != {"serve", "train"}:
             raise ValueError("cards: at least one card of each pool is needed, serve and train")
         return self
 
