@@ -23,7 +23,7 @@ from cluster.cards import Card, find_cards
 from cluster.chat_wish import forget_wish
 from cluster.haproxy import proxy_environment
 from cluster.home import BYTES_PER_GIB, home_folder, log_folder, require_disk, write_text
-from cluster.processes import Process, free_port, port_owner, send_signal
+from cluster.processes import Process, free_port, port_owner, quiet_port, send_signal
 from cluster.session import (
     ARBITER,
     Session,
@@ -52,6 +52,7 @@ while sleep $pause; do
 done
 """.replace("PYTHON", shlex.quote(sys.executable))
 ARBITER_COMMAND = [sys.executable, "-m", "cluster.arbitrate"]
+TARGETS_FILE = "prom_metrics_service_discovery.json"  # Ray keeps it in its folder
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 5
 
@@ -222,6 +223,8 @@ def _stack_environment(machine: MachineConfig) -> dict[str, str]:
         "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
         "RAY_prestart_worker_first_driver": "0",
         **_idle_environment(),
+        # Ray's own are the same for every cluster of a machine: the second would show the first one's metrics.
+        **{name: str(quiet_port()) for name in ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT")},
         # A replica answers in the loop that its requests come in: no streamed token goes from one thread to another.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine

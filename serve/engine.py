@@ -1,12 +1,14 @@
 """vLLM's engine and its own OpenAI application, for the versions of vLLM that Tandem runs with.
 
-Knows vLLM's import paths and arguments; besides it, only `serve.tools` and `serve.cpu_lora` import vLLM. Does not know Ray.
+Knows vLLM's import paths and arguments; besides it, only `serve.tools`, `serve.cpu_lora` and `serve.engine_metrics` import vLLM.
+Does not know Ray.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from cluster.metrics import is_in_cluster
 from configs.schema import ModelConfig, ServeConfig
 from serve.adapters import Adapters
 from serve.tools import OFF
@@ -75,13 +77,19 @@ async def start_engine(arguments: list[str], adapters: Adapters) -> tuple[Any, A
     build_app, init_app_state, make_arg_parser = _entry_points()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     engine_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    engine = AsyncLLM.from_vllm_config(engine_config)
+    engine = AsyncLLM.from_vllm_config(engine_config, stat_loggers=[_statistics()] if is_in_cluster() else None)
     tasks = await engine.get_supported_tasks()
     # Before init_app_state, which asks once for the resolvers there are.
     LoRAResolverRegistry.register_resolver("tandem", _make_resolver(adapters))
     app = build_app(args, supported_tasks=tasks)
     await init_app_state(engine, app.state, args, supported_tasks=tasks)
     return engine, app
+
+
+def _statistics() -> Any:
+    from serve.engine_metrics import EngineStats
+
+    return EngineStats
 
 
 def _entry_points() -> tuple[Any, Any, Any]:
