@@ -16,9 +16,32 @@ PREFIX = "ray_"
 SUFFIXES = ("_bucket", "_count", "_sum")
 
 # Ray's agents take each value for the middle of its bucket: sums of histograms are as good as their buckets are narrow.
-FIRST_TOKEN_S = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 60.0)
-TOKEN_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
-FRONT_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2.0)
+FIRST_TOKEN_S = (
+    0.0005,
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    0.75,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    5.0,
+    10.0,
+    20.0,
+    60.0,
+)
+TOKEN_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 LOAD_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -67,20 +90,17 @@ def _in_ray(metric: Metric) -> Any:
 
 
 REQUESTS = Metric(
-    "tandem_requests_total", "counter", "requests", ("key", "status"), "Requests to the chat endpoint, by name of the key and HTTP status."
-)
+    "tandem_requests_total", "counter", "requests", ("key", "route", "status"),
+    "Requests to the chat endpoint, by name of the key (none where none was shown) and HTTP status; 499 is a client who left.",
+)  # fmt: skip
 TOKENS = Metric("tandem_tokens_total", "counter", "tokens", ("model", "kind"), "Tokens of prompts and answers, by version.")
 FIRST_TOKEN = Metric(
-    "tandem_first_token_seconds", "histogram", "seconds", ("model",),
-    "From a request's arrival at the engine's process to the first piece of its answer: framework and engine.", buckets=FIRST_TOKEN_S,
+    "tandem_first_token_seconds", "histogram", "seconds", ("model", "part"),
+    "Time to a stream's first token: whole, as the client sees it; engine, from its queue on; framework, the rest.", buckets=FIRST_TOKEN_S,
 )  # fmt: skip
 PER_TOKEN = Metric(
-    "tandem_per_token_seconds", "histogram", "seconds", ("model",),
-    "Mean time of an answer's tokens after the first, as they leave the engine's process.", buckets=TOKEN_S,
-)  # fmt: skip
-FRONT = Metric(
-    "tandem_front_seconds", "histogram", "seconds", (),
-    "The framework's part before the engine: key, bounds, quotas, name, adapter.", buckets=FRONT_S,
+    "tandem_per_token_seconds", "histogram", "seconds", ("model", "part"),
+    "Time of each later token of a stream, its mean: whole, engine and framework.", buckets=TOKEN_S,
 )  # fmt: skip
 QUOTA_USED = Metric("tandem_quota_used_ratio", "gauge", "share", ("key", "quota"), "Used share of a key's requests or tokens a minute.")
 ADAPTERS_LOADED = Metric("tandem_adapters_loaded", "gauge", "adapters", (), "Versions that an engine has fetched and checked.")
@@ -119,17 +139,13 @@ GATE_DECIDED = Metric(
     "tandem_gate_decided_timestamp_seconds", "gauge", "seconds since 1970", ("chatbot", "decision"), "When a gate last decided so.", ARBITER
 )
 
-FIRST_TOKEN_VLLM, PER_TOKEN_VLLM = "ray_vllm_time_to_first_token_seconds", "ray_vllm_request_time_per_output_token_seconds"
-QUEUE_VLLM = "ray_vllm_request_queue_time_seconds"
 ENGINE = ("model_name",)
 NODE_LABELS = ("ip",)
 TABLE = (
-    REQUESTS, TOKENS, FIRST_TOKEN, PER_TOKEN, FRONT, QUOTA_USED, ADAPTERS_LOADED, ADAPTER_LOAD,
+    REQUESTS, TOKENS, FIRST_TOKEN, PER_TOKEN, QUOTA_USED, ADAPTERS_LOADED, ADAPTER_LOAD,
     TRAIN_TOKENS, TRAIN_STEPS, STEPS_LOST, TRAIN_LOSS, EVAL_LOSS,
     CARD_UP, CARD_BUSY, CARD_LENT, HANDOVERS, JOBS, JOB_WAITS, JOB_LOSSES, GATE_DECISIONS, GATE_DECIDED,
-    Metric(FIRST_TOKEN_VLLM, "histogram", "seconds", ENGINE, "The engine's part of the first token.", VLLM, FIRST_TOKEN_S),
-    Metric(PER_TOKEN_VLLM, "histogram", "seconds", ENGINE, "The engine's part of the others.", VLLM, TOKEN_S),
-    Metric(QUEUE_VLLM, "histogram", "seconds", ENGINE, "A request's wait for its place in a batch.", VLLM, FIRST_TOKEN_S),
+    Metric("ray_vllm_request_queue_time_seconds", "histogram", "seconds", ENGINE, "Waits for a place in a batch.", VLLM, FIRST_TOKEN_S),
     Metric("ray_vllm_num_requests_running", "gauge", "requests", ENGINE, "Requests that the engine computes.", VLLM),
     Metric("ray_vllm_num_requests_waiting", "gauge", "requests", ENGINE, "Requests that wait for the engine.", VLLM),
     Metric("ray_vllm_kv_cache_usage_perc", "gauge", "share", ENGINE, "Used share of the key-value cache.", VLLM),

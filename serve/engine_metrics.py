@@ -6,14 +6,20 @@ Ray's agents take a histogram's values one by one: what no board of ours shows i
 
 from typing import Any
 
-from vllm.v1.metrics.ray_wrappers import RayCounterWrapper, RayGaugeWrapper, RayHistogramWrapper, RayPrometheusStatLogger
+from vllm.v1.metrics.ray_wrappers import (
+    RayCounterWrapper,
+    RayGaugeWrapper,
+    RayHistogramWrapper,
+    RayPrometheusMetric,
+    RayPrometheusStatLogger,
+)
 
 from cluster.metrics import PREFIX, TABLE, VLLM
 
 SHOWN = {metric.name.removeprefix(PREFIX).removesuffix("_total"): metric for metric in TABLE if metric.shown_by == VLLM}
 
 
-class _Shown:
+class _Shown(RayPrometheusMetric):  # type: ignore[misc]
     """Whether a metric is one of the table; the others take their values, and keep nothing."""
 
     def __init__(self, name: str, *args: Any, **kwargs: Any) -> None:
