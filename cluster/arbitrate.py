@@ -17,7 +17,7 @@ from cluster.home import home_folder
 from cluster.job_queue import STANDING, Queue
 from cluster.ray_ground import RayGround
 from cluster.session import Session, read_session
-from cluster.stack import TARGETS_FILE, ray_folder
+from cluster.stack import ray_folder
 from configs.errors import TandemError
 from configs.schema import MachineConfig
 
@@ -35,7 +35,7 @@ def main() -> None:
         session = _wait_for_session()
         machine = MachineConfig.model_validate(session.machine)
         arbiter, exporter = Arbiter(queue, RayGround(session), machine.lending), Exporter(queue)
-        serve_metrics(exporter, machine.listen_host, ray_folder() / TARGETS_FILE)
+        serve_metrics(exporter, machine.listen_host, ray_folder())
         log.info("the arbiter is at work")
         looked_s, trouble = 0.0, ""
         while True:

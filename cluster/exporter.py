@@ -32,6 +32,7 @@ from cluster.rule import SERVE, SWEEP, TRAIN, Card
 
 CHAT, OTHER = "chat", "other"
 HOLDERS = (CHAT, TRAIN, SWEEP, OTHER)
+RAYS = {"ray.json": "prom_metrics_service_discovery.json", "ray_boards": "session_latest/metrics/grafana/dashboards"}
 LONGEST_LOOK_S = 30.0  # between two looks; what was longer was an outage, and nobody knows who had the cards in it
 Family = CounterMetricFamily | GaugeMetricFamily
 Values = dict[tuple[str, ...], float]  # by labels, in the table's order
@@ -93,14 +94,18 @@ def _family(metric: Metric, values: Mapping[Any, float]) -> Family:
     return family
 
 
-def serve_metrics(exporter: Exporter, host: str, of_ray: Path) -> None:
-    """Show the metrics on a free port, and leave word of it for Prometheus, with a way to the targets of Ray's own, `of_ray`."""
+def serve_metrics(exporter: Exporter, host: str, ray_folder: Path) -> None:
+    """Show the metrics on a free port, and leave in `monitoring` in the home folder what Prometheus and Grafana read.
+
+    That is this address, and the ways to what Ray keeps in its own folder: its list of nodes, and its boards.
+    """
     registry = CollectorRegistry()
     registry.register(exporter)
     server, _ = start_http_server(0, host, registry)
-    folder = home_folder() / "targets"
+    folder = home_folder() / "monitoring"
     target = {"labels": {"job": "arbiter"}, "targets": [f"{host}:{server.server_port}"]}
     write_text(folder / "arbiter.json", json.dumps([target]))
-    link = folder / "ray.json"
-    link.unlink(missing_ok=True)
-    link.symlink_to(of_ray)
+    for name, place in RAYS.items():
+        link = folder / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(ray_folder / place)

@@ -52,7 +52,6 @@ while sleep $pause; do
 done
 """.replace("PYTHON", shlex.quote(sys.executable))
 ARBITER_COMMAND = [sys.executable, "-m", "cluster.arbitrate"]
-TARGETS_FILE = "prom_metrics_service_discovery.json"  # Ray keeps it in its folder
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 5
 
