@@ -1,4 +1,4 @@
-"""Draws the README's pictures of the boards: a real stack on a tiny model, five minutes of chat and jobs, and what Prometheus answers.
+"""Draws the README's pictures of the boards: a real stack on a tiny model, some minutes of chat and jobs, and what Prometheus answers.
 
     PYTHONPATH=. python tests/helpers/board_pictures.py
 
@@ -85,29 +85,34 @@ def chatting(stack: Stack, models: list[str], secrets: list[str]) -> Iterator[No
             thread.join()
 
 
+def take(stack: Stack, config: Path, models: list[str], folder: Path) -> None:
+    """Let a stack that serves work for some minutes, and draw what Prometheus saw."""
+    secrets = [stack.make_key("alice"), stack.make_key("bob", "--rpm", "20"), "sk-unknown"]
+    wait_for(lambda: all(stack.ask(model, secret=secrets[0]).status_code == 200 for model in models))
+    with own_prometheus(folder, stack.home, "5s") as prometheus:
+        begin_s = time.time()
+        for words in (["train.num_workers=2", "name=long"], ["name=short"]):
+            done = stack.run("cluster", "submit", str(config), "train.max_steps=100000", *words)
+            assert done.returncode == 0, done.stderr
+        with chatting(stack, models, secrets):
+            time.sleep(CHAT_S)
+        time.sleep(REST_S)
+        for name, panels in PICTURES.items():
+            draw(prometheus, panels, begin_s, FOLDER / "boards" / f"{name}.png")
+    for number in ("1", "2"):
+        stack.run("cluster", "cancel", number)
+
+
 def main() -> None:
-    """Start all, let it work, draw, and end all."""
+    """Start all, let it work, and end all."""
     with tempfile.TemporaryDirectory() as name, own_stack(Path(name) / "stack") as stack:
         folder = Path(name)
         model = make_tiny_model(folder / "tiny-model")
         config = make_config(stack.folder, model, stack.ports["chat"])
-        with own_prometheus(folder / "prometheus", stack.home, "5s") as prometheus:
-            version = stack.train(config, "name=helpdesk")
-            stack.serve(config, "serve.scaling.min_replicas=1", "serve.scaling.use_train_cards=false")
-            secrets = [stack.make_key("alice"), stack.make_key("bob", "--rpm", "20"), "sk-unknown"]
-            assert stack.run("serve", "promote", version.name).returncode == 0
-            wait_for(lambda: stack.ask("helpdesk", secret=secrets[0]).status_code == 200)
-            begin_s = time.time()
-            for words in (["train.num_workers=2", "name=long"], ["name=short"]):
-                done = stack.run("cluster", "submit", str(config), "train.max_steps=100000", *words)
-                assert done.returncode == 0, done.stderr
-            with chatting(stack, ["helpdesk", model.name], secrets):
-                time.sleep(CHAT_S)
-            time.sleep(REST_S)
-            draw(prometheus, PICTURES["chat"], begin_s, FOLDER / "boards" / "chat.png")
-            draw(prometheus, PICTURES["cards"], begin_s, FOLDER / "boards" / "cards.png")
-            for number in ("1", "2"):
-                stack.run("cluster", "cancel", number)
+        version = stack.train(config, "name=helpdesk")
+        stack.serve(config, "serve.scaling.min_replicas=1", "serve.scaling.use_train_cards=false")
+        assert stack.run("serve", "promote", version.name).returncode == 0
+        take(stack, config, ["helpdesk", model.name], folder / "prometheus")
 
 
 if __name__ == "__main__":
