@@ -91,7 +91,7 @@ def _in_ray(metric: Metric) -> Any:
 
 REQUESTS = Metric(
     "tandem_requests_total", "counter", "requests", ("key", "route", "status"),
-    "Requests to the chat endpoint, by name of the key (none where none was shown) and HTTP status; 499 is a client who left.",
+    "Requests that reached an engine, by name of the key (none where none was shown) and HTTP status; 499 is a client who left.",
 )  # fmt: skip
 TOKENS = Metric("tandem_tokens_total", "counter", "tokens", ("model", "kind"), "Tokens of prompts and answers, by version.")
 FIRST_TOKEN = Metric(
