@@ -69,8 +69,8 @@ class Arbiter:
     def __init__(self, queue: Queue, ground: Ground, lending: LendingConfig) -> None:
         self.queue, self.ground, self.lending = queue, ground, lending
 
-    def step(self, now_s: float) -> None:
-        """Look once, and do what is to be done now."""
+    def step(self, now_s: float) -> Sight:
+        """Look once, and do what is to be done now; return what was seen."""
         seen = self.ground.look()
         for job in self.queue.jobs(RUNNING, LEAVING):
             try:
@@ -81,7 +81,7 @@ class Arbiter:
             log.info("chat is deployed again, which the cluster forgot")
             self.ground.restore_chat()
             self.queue.note_handover("chat", "chat is deployed again", "the cluster was started anew", now_s)
-            return
+            return seen
         jobs = tuple(_in_line(job) for job in self.queue.jobs(*STANDING))
         decision = decide(Snapshot(now_s, seen.cards, seen.chat, jobs), self.lending)
         for action in decision.actions:
@@ -93,6 +93,7 @@ class Arbiter:
             log.info("%s: %s", what, why)
             self.ground.bound(fewest, most)
             self.queue.note_handover("chat", what, why, now_s)
+        return seen
 
     def _act(self, action: Start | Leave, now_s: float) -> None:
         if isinstance(action, Leave):

@@ -15,11 +15,13 @@ from cluster.session import operator_key
 from configs.schema import ModelConfig, ServeConfig
 from serve.activity import Noted
 from serve.adapters import Adapters, Base
+from serve.counted import count_request
 from serve.deploy import DEPLOYMENT
 from serve.engine import engine_arguments, engine_environment, start_engine
 from serve.feedback import FeedbackDesk
 from serve.front import Doors, Front
 from serve.keys import KeyFile
+from serve.observed import Watch
 from serve.quotas import ClusterQuotas
 from serve.tools import choose_tool_parser
 
@@ -47,11 +49,14 @@ class Engine:
         parser = await asyncio.to_thread(choose_tool_parser, folder, self.serve.tool_parser)
         settings = self.serve.model_copy(update={"tool_parser": parser})
         arguments = engine_arguments(self.model, settings, folder, self.base_name, self.gpu_share)
-        self.engine, app = await start_engine(arguments, adapters)
+        watch = Watch([count_request])
+        self.engine, app = await start_engine(arguments, adapters, watch)
         await adapters.refresh()
         self.watcher = asyncio.create_task(adapters.watch())
         doors = Doors(KeyFile(host=settings.host, operator_secret=operator_key()), ClusterQuotas())
-        return Noted(Front(app, adapters, doors, self.feedback, settings))
+        front = Front(app, adapters, doors, self.feedback, settings)
+        front.watch = watch
+        return Noted(front)
 
     async def check_health(self) -> None:
         """Tell Serve to replace this replica if its engine has died."""

@@ -6,13 +6,20 @@ Knows the shapes of OpenAI's and Anthropic's requests, answers and errors, as vL
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from serve.refusal import RefusedError, Scope
 
 CONVERSATION_HEADER = b"x-tandem-conversation"
 ANTHROPIC_KEY_HEADER = b"x-api-key"
 OWN_WORD = ("system", "developer")
+
+
+class Usage(NamedTuple):
+    """The tokens of one request."""
+
+    num_prompt_tokens: int
+    num_answer_tokens: int
 
 
 @dataclass(frozen=True)
@@ -87,16 +94,19 @@ class Protocol:
             return refusal.body()
         return {"type": "error", "error": {"type": ANTHROPIC_ERRORS.get(refusal.status, "api_error"), "message": refusal.message}}
 
-    def num_tokens(self, answer: Any) -> int | None:
+    def usage(self, answer: Any) -> Usage | None:
         """Return the tokens of prompt and answer that an answer states, or the event of a stream that does."""
         try:
-            usage = (answer.get("response") or answer)["usage"]
-            return int(usage["total_tokens"]) if "total_tokens" in usage else sum(int(usage.get(kind) or 0) for kind in ANTHROPIC_USAGE)
+            stated = (answer.get("response") or answer)["usage"]
+            num_prompt, num_answer = (sum(int(stated.get(kind) or 0) for kind in kinds) for kinds in (PROMPT_USAGE, ANSWER_USAGE))
+            return Usage(num_prompt, int(stated["total_tokens"]) - num_prompt if "total_tokens" in stated else num_answer)
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
 
 
-ANTHROPIC_USAGE = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
+# What OpenAI's chats, OpenAI's responses and Anthropic's messages call them; an answer has those of one of the three.
+PROMPT_USAGE = ("prompt_tokens", "input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+ANSWER_USAGE = ("completion_tokens", "output_tokens")
 ANTHROPIC_ERRORS = {
     400: "invalid_request_error",
     401: "authentication_error",

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from train.control import Progress
 from train.host import Host
+from train.tally import Tally, last_logged_step
 from train.worker import Task
 
 
@@ -47,6 +48,8 @@ def train_beside(base: Base, task: Task, host: Host, checkpoint: Any = None) -> 
             found = base.join(task.run_id, task.config, Path(folder))
     else:
         found = base.join(task.run_id, task.config)
+    tally = Tally(task.config.name)
+    tally.begin(int(found["step"]), int(found["num_tokens"]), last_logged_step(client, task.run_id))
     try:
         while found["step"] < found["num_steps"]:
             found = base.advance(task.run_id, every - int(found["step"]) % every)
@@ -54,6 +57,8 @@ def train_beside(base: Base, task: Task, host: Host, checkpoint: Any = None) -> 
             step, now_ms = int(found["step"]), int(time.time() * 1000)
             curves = [Metric(name, found[name], now_ms, step) for name in ("loss", "eval_loss", "tokens_per_s")]
             client.log_batch(task.run_id, metrics=curves)
+            tally.count(step, int(found["num_tokens"]))
+            tally.show(found)
             with tempfile.TemporaryDirectory(prefix="tandem-train-") as scratch:
                 folder = Path(scratch) / "checkpoint"
                 base.save(task.run_id, folder)

@@ -157,7 +157,7 @@ def test_all_else_is_handed_on_as_it_came(ask, engine):
         (b"x-request-id", b"forged"),
     ]
     ask("POST", "/v1/chat/completions", {**ASKED, "model": "helpdesk:1"}, [*sent, *lengths])
-    assert engine.request == {**ASKED, "model": "helpdesk:1"}
+    assert engine.request == {**ASKED, "model": "helpdesk:1", "stream_options": {"include_usage": True}}
     *others, (name, completion_id), length = engine.scopes[-1]["headers"]
     assert (others, length) == (sent, (b"content-length", str(len(engine.bodies[-1])).encode()))
     assert name == b"x-request-id"
