@@ -12,9 +12,12 @@ from contextlib import contextmanager
 import httpx
 
 from cluster.arbiter import Arbiter
+from cluster.cards import find_cards
 from cluster.home import home_folder
 from cluster.job_queue import STANDING, Queue
+from cluster.logs import SYSTEM, set_up, streams
 from cluster.ray_ground import RayGround
+from cluster.sampler import Sampler
 from cluster.session import read_session
 from configs.errors import TandemError
 from configs.schema import MachineConfig
@@ -29,13 +32,15 @@ def main() -> None:
     """Look, and do what is to be done, until ended."""
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up()
     with _alone(), Queue() as queue:
-        arbiter = _make(queue)
+        arbiter, sampler = _make(queue)
         log.info("the arbiter is at work")
         looked_s, trouble = 0.0, ""
         while True:
             time.sleep(LOOK_EVERY_S)
             try:
+                sampler.sample()
                 if time.monotonic() - looked_s < LOOK_IDLY_S and not queue.jobs(*STANDING):
                     continue
                 looked_s = time.monotonic()
@@ -48,12 +53,13 @@ def main() -> None:
                 trouble = now_trouble
 
 
-def _make(queue: Queue) -> Arbiter:
-    """Wait until the cluster is up: this process is a part of it."""
+def _make(queue: Queue) -> tuple[Arbiter, Sampler]:
+    """Wait until the cluster is up, which this process is a part of; return who carries out the rule, and who looks at the machine."""
     while (session := read_session()) is None or not session.ready:
         time.sleep(LOOK_EVERY_S)
     machine = MachineConfig.model_validate(session.machine)
-    return Arbiter(queue, RayGround(session), machine.lending)
+    sampler = Sampler(streams().logger(SYSTEM), find_cards(machine), session.processes, machine.logs.sample_every_s)
+    return Arbiter(queue, RayGround(session), machine.lending), sampler
 
 
 @contextmanager

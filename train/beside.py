@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from train.control import Progress
 from train.host import Host
+from train.run_log import run_logger
 from train.worker import Task
 
 
@@ -41,6 +42,7 @@ def train_beside(base: Base, task: Task, host: Host, checkpoint: Any = None) -> 
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
+    log = run_logger(task)
     client, every = MlflowClient(task.mlflow_url), task.config.train.checkpoint_every_steps
     if checkpoint:
         with checkpoint.as_directory() as folder:
@@ -54,6 +56,7 @@ def train_beside(base: Base, task: Task, host: Host, checkpoint: Any = None) -> 
             step, now_ms = int(found["step"]), int(time.time() * 1000)
             curves = [Metric(name, found[name], now_ms, step) for name in ("loss", "eval_loss", "tokens_per_s")]
             client.log_batch(task.run_id, metrics=curves)
+            log.info("trained", **found)
             with tempfile.TemporaryDirectory(prefix="tandem-train-") as scratch:
                 folder = Path(scratch) / "checkpoint"
                 base.save(task.run_id, folder)
