@@ -271,6 +271,8 @@ def stack_environment(machine: MachineConfig) -> dict[str, str]:
         "RAY_ROTATION_BACKUP_COUNT": str(machine.logs.num_files_kept),
         # A replica answers in the loop that its requests come in: no streamed token goes from one thread to another.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        # What Serve's own proxy is wrapped in; a replica asks for it too, and is told otherwise by `serve.app`.
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
         "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",

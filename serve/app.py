@@ -22,6 +22,7 @@ from serve.engine import engine_arguments, engine_environment, start_engine
 from serve.feedback import FeedbackDesk
 from serve.front import Doors, Front
 from serve.keys import KeyFile
+from serve.last_words import guard_streams
 from serve.observed import Watch
 from serve.quotas import ClusterQuotas
 from serve.request_log import request_log
@@ -56,6 +57,8 @@ class Engine:
         self.engine, app = await start_engine(arguments, adapters, watch)
         await adapters.refresh()
         self.watcher = asyncio.create_task(adapters.watch())
+        # After the engine's processes: each would hold the guardian's line open too.
+        await asyncio.to_thread(guard_streams)
         doors = Doors(KeyFile(host=settings.host, operator_secret=operator_key()), ClusterQuotas())
         front = Front(app, adapters, doors, self.feedback, settings)
         front.watch = watch
@@ -83,6 +86,8 @@ def build(args: dict[str, Any]) -> Any:
     gpu_share: float | None = args["gpu_share"]
     on_gpu = gpu_share is not None
     num_requests = serve.max_num_seqs + serve.max_waiting_requests + NUM_ARRIVING
+    # Streams of a replica are guarded without a word in between; see `serve.last_words`.
+    environment = engine_environment(serve, on_gpu, num_threads=os.cpu_count() or 1) | {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ""}
     deployment = ray_serve.deployment(
         ray_serve.ingress()(Engine),
         name=DEPLOYMENT,
@@ -97,7 +102,7 @@ def build(args: dict[str, Any]) -> Any:
             "resources": {"card": 1},
             "label_selector": {"pool": "serve"},
             "fallback_strategy": [{"label_selector": {"pool": "train"}}] if args["use_train_cards"] else [],
-            "runtime_env": {"env_vars": engine_environment(serve, on_gpu, num_threads=os.cpu_count() or 1)},
+            "runtime_env": {"env_vars": environment},
         },
     )
     return deployment.bind(args["model"], args["serve"], args["base_name"], gpu_share)

@@ -37,6 +37,8 @@ class Protocol:
     usage_is_asked_for: bool = False
     """Whether a stream states its usage only where `stream_options` asks for it, in an event that says nothing else."""
     has_anthropics_errors: bool = False
+    names_events: bool = False
+    """Whether the events of a stream have names."""
     id_prefix: str | None = None
     """What an answer's id begins with, where vLLM takes it from the request's body; None where it takes it from a header."""
     kinds_of_turns: tuple[str, ...] | None = None
@@ -94,6 +96,12 @@ class Protocol:
             return refusal.body()
         return {"type": "error", "error": {"type": ANTHROPIC_ERRORS.get(refusal.status, "api_error"), "message": refusal.message}}
 
+    def error_event(self, refusal: RefusedError) -> bytes:
+        """Return the event by which the route's own client learns that a stream under way has failed."""
+        name = "event: error\n" if self.names_events else ""
+        body = {"type": "error", **self.error_body(refusal)} if self.names_events else self.error_body(refusal)
+        return f"{name}data: {json.dumps(body)}\n\n".encode()
+
     def usage(self, answer: Any) -> Usage | None:
         """Return the tokens of prompt and answer that an answer states, or the event of a stream that does."""
         try:
@@ -121,8 +129,12 @@ ANTHROPIC_ERRORS = {
 _CHAT = Protocol("messages", None, b'"choices":[]', b"data: {", usage_is_asked_for=True, is_kept=True)
 _COMPLETIONS = Protocol(None, None, b'"choices":[]', b"data: {", usage_is_asked_for=True)
 _KINDS = ("message", "function_call", "function_call_output", "reasoning")
-_RESPONSES = Protocol("input", "instructions", b"event: response.completed\n", b".delta\n", id_prefix="resp_", kinds_of_turns=_KINDS)
-_MESSAGES = Protocol("messages", "system", b"event: message_delta\n", b"event: content_block_delta\n", has_anthropics_errors=True)
+_RESPONSES = Protocol(
+    "input", "instructions", b"event: response.completed\n", b".delta\n", names_events=True, id_prefix="resp_", kinds_of_turns=_KINDS
+)
+_MESSAGES = Protocol(
+    "messages", "system", b"event: message_delta\n", b"event: content_block_delta\n", names_events=True, has_anthropics_errors=True
+)
 PROTOCOLS = {
     "/v1/chat/completions": _CHAT,
     "/v1/completions": _COMPLETIONS,
