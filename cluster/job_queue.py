@@ -237,6 +237,10 @@ class Queue:
         rows = self._execute("SELECT at_s, card, what, reason FROM handovers ORDER BY rowid DESC LIMIT ?", count)
         return [(row["at_s"], row["card"], row["what"], row["reason"]) for row in rows]
 
+    def count_handovers(self) -> dict[str, int]:
+        """Return how many there ever were, by card."""
+        return {row["card"]: int(row["num"]) for row in self._execute("SELECT card, COUNT(*) AS num FROM handovers GROUP BY card")}
+
     def note_handover(self, card: str, what: str, reason: str, now_s: float) -> None:
         """Note what chat did with a card."""
         self._note((card,), what, reason, now_s)

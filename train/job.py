@@ -3,6 +3,7 @@
 Knows Ray Train and the order of things. Does not know the step.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     from train.worker import Task
 
 POLL_S = 0.5
+# Ray Train's controller takes these from its driver.
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # it takes one checkpoint at each look; by Ray's two seconds a run also ends later
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for what our workers do not ask: the run's control calls them back
+}
 DEATHS = ("ActorDiedError", "ActorUnavailableError", "NodeDiedError", "OwnerDiedError", "WorkerCrashedError")
 
 
@@ -73,7 +79,8 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
             checkpoint, metrics, stop_reason = _fit(task, start.session, show)
             if not stop_reason:
                 say("registering the adapter")
-                version = start.registry.register(make_manifest(start, run_id, checkpoint, metrics), checkpoint)
+                made = start.registry.of_run(run_id) if resume else None  # by a driver that was killed then
+                version = made or start.registry.register(make_manifest(start, run_id, checkpoint, metrics), checkpoint)
     except KeyboardInterrupt:
         if not run_id:
             raise
@@ -87,6 +94,7 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
     import ray
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
 
     from train.control import make_control
     from train.worker import train_worker
@@ -95,7 +103,12 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
         def _register_sigint_handler(self, controller: Any) -> None:
             """Leave SIGINT to us: Ray's handler would abort the run and exit with status 0."""
 
+        def _create_default_callbacks(self) -> list[Any]:
+            """Leave out the process that would hand Ray's own data sets to workers: ours read their rows."""
+            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
+
     config, run_id = task.config, task.run_id
+    os.environ.update(SETTINGS)
     control = make_control(run_id)
     keep_best = bool(config.train.early_stopping_patience)
     ranking = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"} if keep_best else {}

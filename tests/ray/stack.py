@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ SECRETS = (
     "TANDEM_API_KEY",
     "TANDEM_HOME",
 )
+SHELLS = ("sh", "bash", "dash")
 REGISTERED = re.compile(r"registered as (\S+);")
 RUN_ID = re.compile(r"run ([0-9a-f]{32})")
 
@@ -80,6 +81,15 @@ class Stack:
         return Registry(f"http://127.0.0.1:{self.ports['mlflow_port']}")
 
     @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self.ports['dashboard_port']}"
+
+    @property
+    def dashboard_door(self) -> dict[str, str]:
+        """The header that opens the dashboard and the job API."""
+        return {"Authorization": f"Bearer {(self.home / 'ray_token').read_text()}"}
+
+    @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.ports['chat']}/v1"
 
@@ -106,6 +116,11 @@ class Stack:
         assert version.run_id == run_id[1]
         return version
 
+    def stop_job(self, submission: str) -> None:
+        """Stop a Ray job as `ray job stop` does, without the seconds in which that starts."""
+        asked = httpx.post(f"{self.dashboard}/api/jobs/{submission}/stop", headers=self.dashboard_door, timeout=30)
+        assert asked.json() == {"stopped": True}
+
     def train_speaker(self, config: Path, word: str) -> tuple[str, str]:
         """Train a version that says who it is, whatever it is asked; return its name and its words."""
         said = f"I am {word}."
@@ -129,6 +144,14 @@ class Stack:
         session = json.loads((self.home / "cluster.json").read_text())
         family = [member for entry in session["processes"] for member in Process(**entry).family()]
         return [member for member in family if title in " ".join(_cmdline(member))]
+
+    def parts(self, name: str, words: str = "") -> list[psutil.Process]:
+        """This stack's processes by name and by what their command line says; some may end meanwhile, and shells are none."""
+        found = []
+        for process in self.workers(words):
+            with suppress(psutil.Error):
+                found += [process] if name in process.name() and process.name() not in SHELLS else []
+        return found
 
     def make_key(self, name: str, *settings: str) -> str:
         """Make a key through the command line, and return its secret."""
@@ -195,7 +218,7 @@ def make_tiny_model(folder: Path) -> Path:
 def make_config(folder: Path, model: Path, chat_port: int) -> Path:
     """A chatbot on the tiny model, with rows enough for some dozen steps.
 
-    A run has one checkpoint, its last: Ray Train takes one each two seconds, however short the steps are.
+    A run has one checkpoint, its last: Ray Train takes two a second at most, however short the steps are.
     """
     rows = [
         chat(f"What is number {number}?", f"It is {number * 7 % 100}.", split="heldout" if number % 8 == 0 else "train")
