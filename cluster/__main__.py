@@ -1,4 +1,4 @@
-"""`python -m cluster up|down|status|doctor|plan|submit|queue|cancel|move`: the stack here, what fits its cards, the line of jobs."""
+"""`python -m cluster up|join|leave|down|status|doctor|plan|submit|...`: the stack, what fits its cards, jobs, and deployment elsewhere."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from cluster.home import home_folder
+from cluster.deploy_commands import add_commands
+from cluster.home import home_folder, log_folder
 from cluster.job_queue import Queue
 from cluster.models import read_config_file, read_model_config
 from cluster.session import read_session, require_session, token_file
@@ -15,6 +16,7 @@ from cluster.stack import start, stop
 from configs.cli import Overrides, console, make_app, run_app
 from configs.errors import ClusterError, ConfigError, ModelError
 from configs.loader import load_chatbot, load_machine
+from configs.schema import is_loopback
 
 app = make_app("Start, look at and end the cluster on this machine.")
 Machine = Annotated[str, typer.Argument(help="File, or a name in configs/machines.")]
@@ -31,6 +33,34 @@ def up(machine: Machine = "auto", overrides: Overrides = None) -> None:
     console.print(f"[green]up[/]  {len(session.cards)} cards{' (was up already)' if session == before else ''}")
     console.print(f"    dashboard  {session.dashboard_url}\n    MLflow     {session.mlflow_url}")
     console.print(f"    token      {token_file()}; for Ray's own commands: source {home_folder() / 'env'}")
+    if not is_loopback(config.listen_host):
+        console.print(f"    machines   python -m cluster join {config.listen_host}:{config.mlflow_port}, with the same token")
+
+
+@app.command()
+def join(
+    head: Annotated[str, typer.Argument(metavar="HEAD_ADDRESS", help="HOST or HOST:PORT, as `up` told it there.")],
+    machine: Machine = "auto",
+    overrides: Overrides = None,
+) -> None:
+    """Bring this machine's cards into the cluster of another, whose token is here: in TANDEM_TOKEN, or as a copy of its file."""
+    from cluster.join import head_gate, own_address
+    from cluster.join import join as join_head
+
+    gate = head_gate(head)
+    config = load_machine(machine, [f"listen_host={own_address(gate)}", *(overrides or [])])
+    with console.status("joining the cluster") as spinner:
+        session = join_head(gate, config, lambda step: spinner.update(f"{step} ..."))
+    console.print(f"[green]joined[/]  {session.machine_name}: {', '.join(card['card'] for card in session.cards)}")
+    console.print(f"    dashboard  {session.dashboard_url}\n    logs       {log_folder()}\n    to end it  python -m cluster leave")
+
+
+@app.command()
+def leave() -> None:
+    """End what `join` started here; the cluster goes on without this machine's cards."""
+    if (session := read_session()) and not session.head:
+        raise ClusterError("this machine joined no cluster", "it is the head of one", "python -m cluster down ends it")
+    down()
 
 
 @app.command()
@@ -46,9 +76,24 @@ def status() -> None:
     """Show cards, services and jobs."""
     from cluster.status import read_status
 
-    session = require_session()
+    session = require_session(only_head=False)
     for table in read_status(session):
         console.print(table)
+
+
+@app.command()
+def logs(
+    streams: Annotated[
+        list[str] | None, typer.Argument(metavar="[STREAM]...", help="training, inference, system, api; all, if empty.")
+    ] = None,
+    last: Annotated[int, typer.Option(min=0, help="Newest lines to show.")] = 20,
+    find: Annotated[str, typer.Option(metavar="TEXT", help="Only lines with this in them, such as a request's id.")] = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as new lines come, until Ctrl-C.")] = False,
+) -> None:
+    """Show what was logged: coloured on a terminal, else one JSON object a line."""
+    from cluster.log_view import show
+
+    show(streams or [], last, find, follow)
 
 
 @app.command()
@@ -154,6 +199,9 @@ def plan(
     for line in (show_model(shape, settings), *make_tables(shape, settings, offers), "", *show_assignment(best, settings)):
         console.print(line)
     raise typer.Exit(not best.fits)
+
+
+add_commands(app)
 
 
 if __name__ == "__main__":

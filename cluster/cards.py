@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from cluster.home import BYTES_PER_GIB
+from cluster.placement import HEAD
 from configs.errors import ClusterError
 from configs.schema import CardConfig, MachineConfig
 
@@ -50,6 +51,7 @@ class Card:
     memory_gib: float
     gpu: Gpu | None = None
     gpu_share: float = 1.0
+    machine: str = HEAD
 
     @property
     def accelerator(self) -> str:
@@ -61,7 +63,14 @@ class Card:
         """Labels by which Ray places work."""
         memory_gib = math.floor(self.memory_gib * 100) / 100
         on_gpu = {"gpu-share": f"{self.gpu_share:g}", "bf16": str(self.gpu.has_bf16).lower()} if self.gpu else {}
-        return {"pool": self.pool, "card": self.name, "accelerator": self.accelerator, "memory-gib": f"{memory_gib:g}", **on_gpu}
+        return {
+            "machine": self.machine,
+            "pool": self.pool,
+            "card": self.name,
+            "accelerator": self.accelerator,
+            "memory-gib": f"{memory_gib:g}",
+            **on_gpu,
+        }
 
 
 def find_gpus() -> list[Gpu]:
@@ -101,6 +110,8 @@ def find_cards(machine: MachineConfig, gpus: list[Gpu] | None = None) -> list[Ca
     """
     gpus = find_gpus() if gpus is None else gpus
     wanted = _auto(gpus) if machine.cards == "auto" else machine.cards
+    if not wanted:
+        return []
     num_cpus, memory_gib = max(1, (os.cpu_count() or 1) // len(wanted)), psutil.virtual_memory().total / BYTES_PER_GIB / len(wanted)
     cards: list[Card] = []
     left = {gpu.index: gpu for gpu in gpus}

@@ -150,6 +150,12 @@ class Registry:
                     raise
             return _version(self.client.create_model_version(manifest.chatbot, source, run_id=manifest.run_id, tags=tags))
 
+    def of_run(self, run_id: str) -> Version | None:
+        """Return the version that a run was registered as, if it was."""
+        with mlflow_errors(self.url):
+            found = self.client.search_model_versions(f"run_id = '{run_id}'")
+        return _version(found[0]) if found else None
+
     def standings(self) -> dict[str, Standing]:
         """Return how each chatbot stands: one small request, equal to the last one's answer if `versions` would be."""
         return {

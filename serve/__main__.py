@@ -57,6 +57,19 @@ def ui(
     run_ui(load_chatbot(config, overrides or []))
 
 
+@app.command(hidden=True)
+def application(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The chatbot's YAML file.")],
+    overrides: Overrides = None,
+    num_cards: Annotated[int, typer.Option(min=1, help="Cards that engines may take.")] = 1,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Whether a card is a GPU.")] = False,
+) -> None:
+    """Print as JSON what Ray Serve is to run, for `python -m cluster manifests`."""
+    from serve.deploy import serve_application
+
+    print(json.dumps(serve_application(load_chatbot(config, overrides or []), 1.0 if gpu else None, num_cards)))
+
+
 @app.command()
 def promote(version: VersionName) -> None:
     """Make a version live: requests for the chatbot's name go to it within two seconds, and no engine restarts."""

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.metrics import ADAPTER_LOAD, ADAPTERS_LOADED
 from cluster.registry import ADAPTER_FILES, CANARY, LIVE, MANIFEST_FILE, VERSION_NAME, Registry, Standing, Version
 
 REFRESH_S = 1.0
 MIN_REFRESH_S = 0.2
 REGISTRY_TIMEOUT_S = 10.0
-log = logging.getLogger("tandem.serve")
+log = logging.getLogger("tandem.inference")
 
 
 class UnknownNameError(Exception):
@@ -66,6 +67,7 @@ class Adapters:
                     fetching = asyncio.create_task(self._fetch_answering())
             except Exception:  # no fault of one adapter may end the watch over all of them
                 log.exception("a look at the registry failed")
+            ADAPTERS_LOADED.set(len(self._folders))
             await asyncio.sleep(REFRESH_S)
 
     async def refresh(self) -> None:
@@ -165,6 +167,7 @@ class Adapters:
             if not self._is_ours(version):
                 made_for = version.tags.get("base_model", "another base model")
                 raise BrokenAdapterError(f"it was made for {made_for}, and this engine serves {self.base.name} ({self.base.fingerprint})")
+            began_s = time.perf_counter()
             try:
                 folder = await asyncio.to_thread(self.registry.download, version)
             except Exception as error:  # MLflow raises its own, requests' and the system's
@@ -177,6 +180,7 @@ class Adapters:
             if prompt:
                 self._system_prompts[version.name] = prompt
             self._folders[version.name] = folder
+            ADAPTER_LOAD.observe(time.perf_counter() - began_s)
 
 
 def _draw(conversation: str, canary: str) -> float:

@@ -16,9 +16,9 @@ from cluster.models import check_model, ensure_model, served_base_name
 from cluster.processes import port_owner
 from cluster.session import Session, is_alive, read_raylets
 from configs.errors import AccessError, ClusterError, last_lines
-from configs.schema import ChatbotConfig, ServeConfig
+from configs.schema import ChatbotConfig, ServeConfig, is_loopback
 from data.feedback_store import check_store
-from serve.keys import KeyFile, is_loopback
+from serve.keys import KeyFile
 
 APPLICATION, DEPLOYMENT = "chat", "engine"
 BEHIND_HAPROXY = ("127.0.0.1", "localhost", "0.0.0.0")  # noqa: S104 (names, not sockets)
@@ -187,15 +187,25 @@ def _details(client: httpx.Client) -> dict[str, Any]:
 
 
 def _wanted(config: ChatbotConfig, session: Session, num_cards: int) -> dict[str, Any]:
-    scaling = config.serve.scaling
-    cards = [card for card in session.cards if card["pool"] == "serve" or scaling.use_train_cards]
+    cards = [card for card in session.cards if card["pool"] == "serve" or config.serve.scaling.use_train_cards]
     shares = [float(card["gpu-share"]) for card in cards if "gpu-share" in card]
+    return serve_application(config, min(shares) if shares else None, num_cards)
+
+
+def serve_application(config: ChatbotConfig, gpu_share: float | None, num_cards: int) -> dict[str, Any]:
+    """Return what Ray Serve is to run, in the form of its declarative API.
+
+    Args:
+        config: The chatbot.
+        gpu_share: The part of a GPU that a card is; None for cards without one.
+        num_cards: How many cards engines may take.
+    """
     arguments = {
         "model": config.model.model_dump(mode="json"),
         "serve": config.serve.model_dump(mode="json", exclude={"scaling"}),
         "base_name": served_base_name(config.model.name),
-        "gpu_share": min(shares) if shares else None,
-        "use_train_cards": scaling.use_train_cards,
+        "gpu_share": gpu_share,
+        "use_train_cards": config.serve.scaling.use_train_cards,
     }
     application = {"name": APPLICATION, "route_prefix": "/", "import_path": "serve.app:build", "args": arguments}
     return {

@@ -6,13 +6,20 @@ Knows the shapes of OpenAI's and Anthropic's requests, answers and errors, as vL
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from serve.refusal import RefusedError, Scope
 
 CONVERSATION_HEADER = b"x-tandem-conversation"
 ANTHROPIC_KEY_HEADER = b"x-api-key"
 OWN_WORD = ("system", "developer")
+
+
+class Usage(NamedTuple):
+    """The tokens of one request."""
+
+    num_prompt_tokens: int
+    num_answer_tokens: int
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class Protocol:
     usage_is_asked_for: bool = False
     """Whether a stream states its usage only where `stream_options` asks for it, in an event that says nothing else."""
     has_anthropics_errors: bool = False
+    names_events: bool = False
+    """Whether the events of a stream have names."""
     id_prefix: str | None = None
     """What an answer's id begins with, where vLLM takes it from the request's body; None where it takes it from a header."""
     kinds_of_turns: tuple[str, ...] | None = None
@@ -87,16 +96,25 @@ class Protocol:
             return refusal.body()
         return {"type": "error", "error": {"type": ANTHROPIC_ERRORS.get(refusal.status, "api_error"), "message": refusal.message}}
 
-    def num_tokens(self, answer: Any) -> int | None:
+    def error_event(self, refusal: RefusedError) -> bytes:
+        """Return the event by which the route's own client learns that a stream under way has failed."""
+        name = "event: error\n" if self.names_events else ""
+        body = {"type": "error", **self.error_body(refusal)} if self.names_events else self.error_body(refusal)
+        return f"{name}data: {json.dumps(body)}\n\n".encode()
+
+    def usage(self, answer: Any) -> Usage | None:
         """Return the tokens of prompt and answer that an answer states, or the event of a stream that does."""
         try:
-            usage = (answer.get("response") or answer)["usage"]
-            return int(usage["total_tokens"]) if "total_tokens" in usage else sum(int(usage.get(kind) or 0) for kind in ANTHROPIC_USAGE)
+            stated = (answer.get("response") or answer)["usage"]
+            num_prompt, num_answer = (sum(int(stated.get(kind) or 0) for kind in kinds) for kinds in (PROMPT_USAGE, ANSWER_USAGE))
+            return Usage(num_prompt, int(stated["total_tokens"]) - num_prompt if "total_tokens" in stated else num_answer)
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
 
 
-ANTHROPIC_USAGE = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
+# What OpenAI's chats, OpenAI's responses and Anthropic's messages call them; an answer has those of one of the three.
+PROMPT_USAGE = ("prompt_tokens", "input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+ANSWER_USAGE = ("completion_tokens", "output_tokens")
 ANTHROPIC_ERRORS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -111,8 +129,12 @@ ANTHROPIC_ERRORS = {
 _CHAT = Protocol("messages", None, b'"choices":[]', b"data: {", usage_is_asked_for=True, is_kept=True)
 _COMPLETIONS = Protocol(None, None, b'"choices":[]', b"data: {", usage_is_asked_for=True)
 _KINDS = ("message", "function_call", "function_call_output", "reasoning")
-_RESPONSES = Protocol("input", "instructions", b"event: response.completed\n", b".delta\n", id_prefix="resp_", kinds_of_turns=_KINDS)
-_MESSAGES = Protocol("messages", "system", b"event: message_delta\n", b"event: content_block_delta\n", has_anthropics_errors=True)
+_RESPONSES = Protocol(
+    "input", "instructions", b"event: response.completed\n", b".delta\n", names_events=True, id_prefix="resp_", kinds_of_turns=_KINDS
+)
+_MESSAGES = Protocol(
+    "messages", "system", b"event: message_delta\n", b"event: content_block_delta\n", names_events=True, has_anthropics_errors=True
+)
 PROTOCOLS = {
     "/v1/chat/completions": _CHAT,
     "/v1/completions": _COMPLETIONS,

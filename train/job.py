@@ -18,10 +18,11 @@ from cluster.home import home_folder
 from cluster.placement import card_selector, is_usable
 from cluster.registry import Manifest, Version
 from cluster.session import Session
+from cluster.versions import git_commit
 from configs.errors import ClusterError, RunError, TandemError, last_lines
 from configs.schema import ChatbotConfig
 from train.driver import ASKED, Say, Start, make_ready, on_record, on_signals
-from train.record import FINISHED, STOPPED, config_fingerprint, git_commit
+from train.record import FINISHED, STOPPED, config_fingerprint
 from train.sizing import size_prepared
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
             checkpoint, metrics, stop_reason = _fit(task, start.session, show)
             if not stop_reason:
                 say("registering the adapter")
-                version = start.registry.register(make_manifest(start, run_id, checkpoint, metrics), checkpoint)
+                made = start.registry.of_run(run_id) if resume else None  # by a driver that was killed then
+                version = made or start.registry.register(make_manifest(start, run_id, checkpoint, metrics), checkpoint)
     except KeyboardInterrupt:
         if not run_id:
             raise

@@ -5,9 +5,7 @@ Knows MLflow's runs. Does not know how training works.
 
 import hashlib
 import json
-import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -19,8 +17,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.registry import Registry, Version, mlflow_errors
+from cluster.versions import git_commit
 from configs.errors import RunError
-from configs.loader import ROOT, setting_paths
+from configs.loader import setting_paths
 from configs.schema import ChatbotConfig
 from data.prepare import Prepared
 from train.scores import Interval, shown_interval
@@ -189,19 +188,3 @@ def flat_settings(config: ChatbotConfig) -> Iterator[tuple[str, str]]:
             value = getattr(value, part)
         if not hasattr(value, "model_fields"):
             yield path, str(value)
-
-
-def git_commit() -> str:
-    """Return the checkout's commit, marked where files differ from it; `unknown` outside git.
-
-    A Ray job runs in a copy without git's folder, so the stack names its checkout in TANDEM_CHECKOUT.
-    """
-    git = ["git", "-C", os.environ.get("TANDEM_CHECKOUT", str(ROOT))]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{commit}-changed" if changed else commit

@@ -132,7 +132,7 @@ def test_any_name_of_a_base_stands_in_an_id(ask, shelf, keys):
     """A folder may be named as it likes; what an id holds goes into a header."""
     ids = make_front(None, shelf, keys).feedback.ids
     for name in ("meta-llama/Llama-3.1-8B", "mein Modell.gguf", "模型", "a.b.c"):
-        made = ids.make(name, None)
+        made = ids.make(name, None, "asked")
         assert re.fullmatch(r"[\w.%:-]+", made, re.ASCII)
         assert ids.version_of(f"cmpl-{made}", None) == name
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from cluster.registry import Registry
+from cluster.versions import git_commit
 from configs.errors import RegistryError, RunError
 from configs.loader import load_chatbot, setting_paths
 from configs.schema import ChatbotConfig, SweepConfig
 from data.prepare import Prepared, prepare
 from tests.helpers.data import chat, tokenizer_folder, write_rows
-from train.record import FAILED, FINISHED, RUN, STOPPED, SWEEP, Record, _experiment_id, config_fingerprint, flat_settings, git_commit
+from train.record import FAILED, FINISHED, RUN, STOPPED, SWEEP, Record, _experiment_id, config_fingerprint, flat_settings
 from tune.record import trial_run
 
 GROUPS = {"model", "data", "train", "train.lora", "tune", "tune.budget", "serve", "serve.scaling", "serve.feedback"}

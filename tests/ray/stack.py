@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ SECRETS = (
     "TANDEM_API_KEY",
     "TANDEM_HOME",
 )
+SHELLS = ("sh", "bash", "dash")
 REGISTERED = re.compile(r"registered as (\S+);")
 RUN_ID = re.compile(r"run ([0-9a-f]{32})")
 
@@ -143,6 +144,14 @@ class Stack:
         session = json.loads((self.home / "cluster.json").read_text())
         family = [member for entry in session["processes"] for member in Process(**entry).family()]
         return [member for member in family if title in " ".join(_cmdline(member))]
+
+    def parts(self, name: str, words: str = "") -> list[psutil.Process]:
+        """This stack's processes by name and by what their command line says; some may end meanwhile, and shells are none."""
+        found = []
+        for process in self.workers(words):
+            with suppress(psutil.Error):
+                found += [process] if name in process.name() and process.name() not in SHELLS else []
+        return found
 
     def make_key(self, name: str, *settings: str) -> str:
         """Make a key through the command line, and return its secret."""
