@@ -100,7 +100,7 @@ def test_a_sweep_goes_on_when_its_driver_and_later_a_worker_are_killed(stack: St
 
 def test_a_sweep_that_is_asked_to_stop_says_how_to_go_on(stack: Stack, config):
     space = "tune.space={train.lora.rank: {choice: [1, 2]}}"
-    driver = stack.begin("tune", str(config), space, "train.max_steps=4000")
+    driver = stack.begin("tune", str(config), space, "train.max_steps=4000", "tune.budget.trials=1")
     found, _ = read_until(driver, SWEEP_ID)
     wait_for(lambda: trial_runs(stack, found[1]))
     driver.terminate()
