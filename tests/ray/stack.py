@@ -16,7 +16,7 @@ import httpx
 import psutil
 
 from cluster.cards import find_gpus
-from cluster.processes import Process, free_port
+from cluster.processes import Process, quiet_port
 from cluster.registry import Registry, Version
 from configs.loader import ROOT
 from tests.helpers.data import chat, tokenizer_folder, write_rows
@@ -170,7 +170,7 @@ class Stack:
 @contextmanager
 def own_stack(folder: Path) -> Iterator[Stack]:
     """Start a Tandem in a folder, and end it afterwards."""
-    stack = Stack(folder / "home", folder, {name: free_port() for name in ("ray_port", "dashboard_port", "mlflow_port", "chat")})
+    stack = Stack(folder / "home", folder, {name: quiet_port() for name in ("ray_port", "dashboard_port", "mlflow_port", "chat")})
     done = stack.up()
     assert done.returncode == 0, done.stdout + done.stderr
     try:
