@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
 Port = Annotated[int, Field(ge=1024, le=65535)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+SECRETS_FOLDER = Path("/run/secrets")  # where containers find theirs, a file each
 METRICS = ("perplexity", "accuracy", "exact", "general", "forgotten", "judge")
 
 
@@ -630,9 +631,11 @@ class Environment(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read `.env` of the checkout, whose copy in a Ray job has none: secrets are not uploaded."""
+        """Read `.env` of the checkout, whose copy in a Ray job has none: secrets are not uploaded; and a container's secret files."""
         checkout = Path(os.environ.get("TANDEM_CHECKOUT", "."))
-        return init_settings, env_settings, DotEnvSettingsSource(settings_cls, env_file=checkout / ".env", env_ignore_empty=True)
+        dotenv = DotEnvSettingsSource(settings_cls, env_file=checkout / ".env", env_ignore_empty=True)
+        files = (SecretsSettingsSource(settings_cls, secrets_dir=SECRETS_FOLDER),) if SECRETS_FOLDER.is_dir() else ()
+        return init_settings, env_settings, dotenv, *files
 
     huggingface_token: SecretStr | None = None
     """Token for gated models of the Hugging Face hub."""
