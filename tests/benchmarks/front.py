@@ -13,7 +13,8 @@ from typing import Any
 
 from bench import write_result
 
-from cluster.registry import Standing, Version
+from cluster.registry import Version
+from cluster.standing import Standing
 from configs.schema import ServeConfig
 from data.feedback_store import FeedbackStore
 from serve.adapters import Adapters, Base
