@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from cluster.cards import find_gpus
 from cluster.processes import Process, quiet_port
@@ -174,11 +175,13 @@ def own_stack(folder: Path) -> Iterator[Stack]:
     stack = Stack(folder / "home", folder, {name: quiet_port() for name in ("ray_port", "dashboard_port", "mlflow_port", "chat")})
     done = stack.up()
     assert done.returncode == 0, done.stdout + done.stderr
-    try:
-        yield stack
-    finally:
-        done = stack.run("cluster", "down")
-        assert done.returncode == 0, done.stdout + done.stderr
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TANDEM_HOME", str(stack.home))  # for what a test does with the registry itself
+        try:
+            yield stack
+        finally:
+            done = stack.run("cluster", "down")
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
