@@ -25,6 +25,7 @@ from cluster.chat_wish import forget_wish
 from cluster.haproxy import proxy_environment
 from cluster.home import BYTES_PER_GIB, BYTES_PER_MIB, home_folder, log_folder, require_disk, write_text
 from cluster.kuberay import head_arguments, pod_environment
+from cluster.limits import memory_bytes, num_cpus
 from cluster.placement import HEAD
 from cluster.processes import Process, free_port, port_owner, quiet_port, send_signal
 from cluster.session import (
@@ -226,14 +227,14 @@ def _raylet_arguments(machine: MachineConfig, card: Card) -> list[str]:
         "--resources", json.dumps({"card": 1}),
         "--num-cpus", str(card.num_cpus),
         "--num-gpus", "1" if card.gpu else "0",
-        "--memory", str(int(card.memory_gib * BYTES_PER_GIB)) if not card.gpu else str(psutil.virtual_memory().total // 2),
+        "--memory", str(int(card.memory_gib * BYTES_PER_GIB)) if not card.gpu else str(memory_bytes() // 2),
         *_common_arguments(machine),
     ]  # fmt: skip
 
 
 def _bare_arguments(machine: MachineConfig) -> list[str]:
     """Return the arguments of a head without a card: drivers and Ray's own actors run there."""
-    return ["--labels", f"machine={HEAD}", "--num-gpus", "0", *_common_arguments(machine)]
+    return ["--labels", f"machine={HEAD}", "--num-cpus", str(num_cpus()), "--num-gpus", "0", *_common_arguments(machine)]
 
 
 def _common_arguments(machine: MachineConfig) -> list[str]:
