@@ -52,6 +52,21 @@ def status() -> None:
 
 
 @app.command()
+def logs(
+    streams: Annotated[
+        list[str] | None, typer.Argument(metavar="[STREAM]...", help="training, inference, system, api; all, if empty.")
+    ] = None,
+    last: Annotated[int, typer.Option(min=0, help="Newest lines to show.")] = 20,
+    find: Annotated[str, typer.Option(metavar="TEXT", help="Only lines with this in them, such as a request's id.")] = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as new lines come, until Ctrl-C.")] = False,
+) -> None:
+    """Show what was logged: coloured on a terminal, else one JSON object a line."""
+    from cluster.log_view import show
+
+    show(streams or [], last, find, follow)
+
+
+@app.command()
 def submit(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="The chatbot's YAML file; later edits do not change the job.")],
     overrides: Overrides = None,

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 import httpx
 
 from cluster.arbiter import Arbiter
+from cluster.cards import find_cards
 from cluster.exporter import Exporter, serve_metrics
 from cluster.home import home_folder
 from cluster.job_queue import STANDING, Queue
+from cluster.logs import SYSTEM, set_up, streams
 from cluster.ray_ground import RayGround
+from cluster.sampler import Sampler
 from cluster.session import Session, read_session
 from cluster.stack import ray_folder
 from configs.errors import TandemError
@@ -31,16 +34,19 @@ def main() -> None:
     """Look, and do what is to be done, until ended."""
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up()
     with _alone(), Queue() as queue:
         session = _wait_for_session()
         machine = MachineConfig.model_validate(session.machine)
         arbiter, exporter = Arbiter(queue, RayGround(session), machine.lending), Exporter(queue)
+        sampler = Sampler(streams().logger(SYSTEM), find_cards(machine), session.processes, machine.logs.sample_every_s)
         serve_metrics(exporter, machine.listen_host, ray_folder())
         log.info("the arbiter is at work")
         looked_s, trouble = 0.0, ""
         while True:
             time.sleep(LOOK_EVERY_S)
             try:
+                sampler.sample()
                 if time.monotonic() - looked_s < LOOK_IDLY_S and not queue.jobs(*STANDING):
                     continue
                 looked_s = time.monotonic()

@@ -151,7 +151,6 @@ TABLE = (
     Metric("ray_vllm_kv_cache_usage_perc", "gauge", "share", ENGINE, "Used share of the key-value cache.", VLLM),
     Metric("ray_vllm_prefix_cache_queries_total", "counter", "tokens", ENGINE, "Prompt tokens looked for in the cache.", VLLM),
     Metric("ray_vllm_prefix_cache_hits_total", "counter", "tokens", ENGINE, "Those of them that were found.", VLLM),
-    Metric("ray_vllm_num_preemptions_total", "counter", "requests", ENGINE, "Requests put back, since the cache was full.", VLLM),
     Metric("ray_node_cpu_utilization", "gauge", "percent", NODE_LABELS, "Use of a host's cores.", NODE),
     Metric("ray_node_mem_used", "gauge", "bytes", NODE_LABELS, "A host's used memory.", NODE),
     Metric("ray_node_mem_total", "gauge", "bytes", NODE_LABELS, "A host's memory.", NODE),

@@ -22,7 +22,7 @@ from cluster.placement import CARDS_VARIABLE
 from cluster.rule import TRAIN, Card, Chat
 from cluster.session import Session, is_alive
 from configs.cli import JOB_VARIABLE
-from configs.errors import ClusterError
+from configs.errors import ClusterError, last_lines
 
 SERVE_API, JOBS_API = "/api/serve/applications/", "/api/jobs/"
 APPLICATION = "chat"
@@ -80,13 +80,19 @@ class RayGround:
 
     def words(self, submission: str) -> str:
         """Return the last thing of note that a job said."""
-        try:
-            said = str(self._get(f"{JOBS_API}{submission}/logs").get("logs", ""))
-        except (httpx.HTTPError, ValueError):
-            return "its log cannot be had"
-        lines = [line for line in said.splitlines() if line.strip()]
+        lines = [line for line in self._said(submission).splitlines() if line.strip()]
         told = [line for line in lines if line.startswith(("error: ", "done "))]
         return (told or lines or [""])[-1][:300]
+
+    def tail(self, submission: str) -> str:
+        """Return the last lines that a job's process said."""
+        return last_lines(self._said(submission))
+
+    def _said(self, submission: str) -> str:
+        try:
+            return str(self._get(f"{JOBS_API}{submission}/logs").get("logs", ""))
+        except (httpx.HTTPError, ValueError):
+            return "its log cannot be had"
 
     def bound(self, fewest: int, most: int) -> None:
         """Set how many engines chat may have; it leaves at once where it may."""

@@ -488,6 +488,21 @@ class LendingConfig(Settings):
     """How often a job is begun whose process, card or machine is lost; then it has failed."""
 
 
+class LogConfig(Settings):
+    """What is logged, and how much of it is kept; LOG_DIR says where."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least weight of what is logged."""
+    prompts: bool = False
+    """Log what is asked too; without it neither prompts nor messages of errors that may quote them are written anywhere."""
+    max_file_mib: int = Field(64, ge=1)
+    """A log file that grows larger is put aside, in MiB; Ray's own files of its workers too."""
+    num_files_kept: int = Field(4, ge=1)
+    """Files put aside of each stream; the oldest is deleted."""
+    sample_every_s: float = Field(15.0, ge=1.0)
+    """How often use, memory, temperature and watts of host and cards are logged, in seconds."""
+
+
 class MachineConfig(Settings):
     """The cards of one machine, and where its services listen."""
 
@@ -511,6 +526,8 @@ class MachineConfig(Settings):
     """How long a run that is asked to leave its card, or stopped by `ray job stop`, has to save its checkpoint, in seconds."""
     lending: LendingConfig = LendingConfig()
     """Who may use a card, and for how long at least."""
+    logs: LogConfig = LogConfig()
+    """What is logged, and how much of it is kept."""
 
     @model_validator(mode="after")
     def _both_pools(self) -> Self:

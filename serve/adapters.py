@@ -18,7 +18,7 @@ from cluster.registry import ADAPTER_FILES, CANARY, LIVE, MANIFEST_FILE, VERSION
 REFRESH_S = 1.0
 MIN_REFRESH_S = 0.2
 REGISTRY_TIMEOUT_S = 10.0
-log = logging.getLogger("tandem.serve")
+log = logging.getLogger("tandem.inference")
 
 
 class UnknownNameError(Exception):

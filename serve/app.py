@@ -9,6 +9,7 @@ from typing import Any
 
 from ray import serve as ray_serve
 
+from cluster.logs import set_up, streams
 from cluster.models import ensure_model, model_fingerprint
 from cluster.registry import Registry
 from cluster.session import operator_key
@@ -23,6 +24,7 @@ from serve.front import Doors, Front
 from serve.keys import KeyFile
 from serve.observed import Watch
 from serve.quotas import ClusterQuotas
+from serve.request_log import request_log
 from serve.tools import choose_tool_parser
 
 MAX_CONSTRUCTOR_RETRIES = 3
@@ -37,6 +39,7 @@ class Engine:
     def __init__(self, model: dict[str, Any], serve: dict[str, Any], base_name: str, gpu_share: float | None) -> None:
         self.model, self.serve = ModelConfig.model_validate(model), ServeConfig.model_validate(serve)
         self.base_name, self.gpu_share = base_name, gpu_share
+        set_up()
         self.engine: Any = None
         self.watcher: asyncio.Task[None] | None = None
         self.feedback = FeedbackDesk.of_home(self.serve.feedback)
@@ -56,6 +59,7 @@ class Engine:
         doors = Doors(KeyFile(host=settings.host, operator_secret=operator_key()), ClusterQuotas())
         front = Front(app, adapters, doors, self.feedback, settings)
         front.watch = watch
+        watch.observers.append(request_log(streams()))
         return Noted(front)
 
     async def check_health(self) -> None:

@@ -23,7 +23,7 @@ RETRY_S = 5
 # Some databases have no place for a NUL.
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$", strip_whitespace=True)]
 
-log = logging.getLogger("tandem.serve")
+log = logging.getLogger("tandem.api")
 
 
 class Opinion(BaseModel):

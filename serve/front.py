@@ -41,7 +41,7 @@ ROUTES = frozenset({*PROTOCOLS, *FILES, FEEDBACK_PATH, "/v1/models", "/health", 
 OTHER = "other"
 
 
-log = logging.getLogger("tandem.serve")
+log = logging.getLogger("tandem.api")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Front:
         except RefusedError as refusal:
             await send_json(send, refusal.status, error_body(path, refusal), refusal.headers)
         except Exception as error:
-            log.exception("request %s failed", seen.request_id)
+            log.exception("a request failed", extra={"fields": {"request_id": seen.request_id}})
             if seen.status:
                 raise
             failure = RefusedError(500, f"the endpoint failed ({type(error).__name__}); its log says more", kind="server_error")
@@ -156,6 +156,7 @@ class Front:
             completion_id = self.feedback.ids.make(version, key, seen.request_id)
             scope = _with_id(scope, completion_id)
             seen.version, seen.completion_id, seen.meter = version, completion_id, Meter(request, protocol)
+            seen.prompt = request.get(protocol.turns or "prompt")
             self.watch.begin(completion_id)
             with self.feedback.listening(send, request, key, protocol) as send_heard:
                 protocol.put_id(request, completion_id)

@@ -11,6 +11,7 @@ Knows ASGI's messages. Does not know where what was seen goes.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 from serve.completion_ids import nonce_of
 from serve.meter import Meter
@@ -56,6 +57,8 @@ class Observed:
         self.version: str | None = None
         """What answers, such as `helpdesk:2`; None for what asks no engine, or was refused before."""
         self.completion_id: str | None = None
+        self.prompt: Any = None
+        """What is asked, as the client wrote it: for an operator who wants it in the log, and nothing else."""
         self.status = 0
         """Of HTTP; `CLIENT_LEFT` for one who went away before the answer began."""
         self.is_whole = False

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from train.control import Progress
 from train.host import Host
+from train.run_log import run_logger
 from train.tally import Tally, last_logged_step
 from train.worker import Task
 
@@ -42,6 +43,7 @@ def train_beside(base: Base, task: Task, host: Host, checkpoint: Any = None) -> 
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
+    log = run_logger(task)
     client, every = MlflowClient(task.mlflow_url), task.config.train.checkpoint_every_steps
     if checkpoint:
         with checkpoint.as_directory() as folder:
@@ -59,6 +61,7 @@ def train_beside(base: Base, task: Task, host: Host, checkpoint: Any = None) -> 
             client.log_batch(task.run_id, metrics=curves)
             tally.count(step, int(found["num_tokens"]))
             tally.show(found)
+            log.info("trained", **found)
             with tempfile.TemporaryDirectory(prefix="tandem-train-") as scratch:
                 folder = Path(scratch) / "checkpoint"
                 base.save(task.run_id, folder)

@@ -16,11 +16,12 @@ from cluster.job_queue import note_run
 from cluster.models import check_model, ensure_model, model_fingerprint
 from cluster.placement import is_usable
 from cluster.registry import Registry
-from cluster.session import RAY_NAMESPACE, Session, require_session
+from cluster.session import LOGS_VARIABLE, RAY_NAMESPACE, Session, require_session
 from configs.errors import ClusterError, RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
 from train.record import FAILED, RUN, STOPPED, Record
+from train.run_log import told
 from train.sizing import require_room
 
 ASKED = "the job was asked to stop"
@@ -91,7 +92,8 @@ def on_record(start: Start, num_cards: int) -> Iterator[Record]:
             record = Record.begin(start.registry.client, start.config, start.data, start.base_fingerprint, start.kind)
         note_run(record.run_id)
         try:
-            yield record
+            with told(record.run_id, start.config.name, start.kind):
+                yield record
         except BaseException as error:
             asked = isinstance(error, KeyboardInterrupt)
             with suppress(RegistryError):  # MLflow may be the very thing that failed
@@ -103,7 +105,7 @@ def on_record(start: Start, num_cards: int) -> Iterator[Record]:
 def connect(session: Session) -> Iterator[None]:
     """Connect to the cluster, as part of a Ray job or straight."""
     # Ray reads these as it is imported, and talks to no cluster without them.
-    os.environ.update({key: value for key, value in session.environment().items() if key.startswith("RAY_AUTH")})
+    os.environ.update({key: value for key, value in session.environment().items() if key.startswith("RAY_AUTH") or key == LOGS_VARIABLE})
     # Before Ray connects: a process that loads torch afterwards, in a Ray job, dies in MKL ("Cannot load libtorch_cpu.so").
     import ray
     import torch  # noqa: F401

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from cluster.home import BYTES_PER_GIB
 from cluster.memory import CUDA_CONTEXT_BYTES
 from train.control import Progress
+from train.run_log import run_logger
 from train.step import take_rate
 from train.tally import Tally, last_logged_step
 
@@ -36,6 +37,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
 
         self.task, self.host = task, host
         self.mlflow = MlflowClient(task.mlflow_url)
+        self.log = run_logger(task)
         self.num_steps_here = 0
         self.step_began_s = 0.0  # where the step before it ended, later by what is left out
         self.counted_until_s = 0.0
@@ -89,6 +91,8 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
             metrics = [Metric(name, value, now_ms, state.global_step) for name, value in found.items()]
             self.mlflow.log_batch(self.task.run_id, metrics=metrics)
             self.tally.show(found)
+            told = "evaluated" if "eval_loss" in found else "trained"
+            self.log.info(told, step=state.global_step, num_steps=state.max_steps, memory_gib=round(taken_memory_gib(), 3), **found)
         if "eval_loss" not in found:  # else it is part of the evaluation
             self.counted_until_s = time.perf_counter()
 

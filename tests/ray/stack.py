@@ -32,6 +32,7 @@ SECRETS = (
     "TANDEM_HOME",
 )
 REGISTERED = re.compile(r"registered as (\S+);")
+HUB_TOKEN = "hub-token-that-no-log-may-have"
 RUN_ID = re.compile(r"run ([0-9a-f]{32})")
 
 
@@ -45,9 +46,9 @@ class Stack:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of a user's shell: nothing of the developer's own."""
+        """The environment of a user's shell: nothing of the developer's own, and a secret."""
         mine = {key: value for key, value in os.environ.items() if key not in SECRETS and not key.startswith("RAY_")}
-        return {**mine, "TANDEM_HOME": str(self.home), "COLUMNS": "200"}
+        return {**mine, "TANDEM_HOME": str(self.home), "HUGGINGFACE_TOKEN": HUB_TOKEN, "COLUMNS": "200"}
 
     @property
     def job_environment(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,27 +17,14 @@ STREAM = (TOKEN, TOKEN, TOKEN, b"data: " + USAGE + b"\n\n", b"data: [DONE]\n\n")
 
 
 @pytest.fixture
-def see(shelf, engine, keys):
-    """Send one request to a front before `engine`; return what was seen, and the answer."""
+def see(ask, observers) -> Callable[..., tuple[Observed, Answer]]:
+    """Send one request; return what was seen of it, and the answer."""
+    found: list[Observed] = []
+    observers.append(found.append)
 
     def send(path: str = "/v1/chat/completions", body: Any = ASKED, headers: Any = (), method: str = "POST") -> tuple[Observed, Answer]:
-        front = make_front(engine, shelf, keys)
-        found: list[Observed] = []
-        front.watch.observers.append(found.append)
-        engine.answer = answer = Answer()
-        coming = iter([{"type": "http.request", "body": json.dumps(body).encode()}, {"type": "http.disconnect"}])
-
-        async def receive() -> dict[str, Any]:
-            return next(coming)
-
-        async def once() -> None:
-            await front.adapters.refresh()
-            await front({"type": "http", "method": method, "path": path, "headers": list(headers)}, receive, answer.send)
-            front.feedback.store.close()
-
-        asyncio.run(once())
-        (seen,) = found
-        return seen, answer
+        answer = ask(method, path, body, headers)
+        return found[-1], answer
 
     return send
 
