@@ -52,7 +52,7 @@ class Looked:
     shown: dict[str, list[Family]] = field(default_factory=dict)
 
     def look(self, stack: Stack) -> None:
-        """Read all targets as Prometheus does; of their some thousand lines those that the table is about."""
+        """Read all targets as Prometheus does: of their thousands of lines those that the table is about."""
         files = [stack.home / "monitoring" / name for name in ("ray.json", "arbiter.json")]
         for target in {target for file in files for entry in json.loads(file.read_text()) for target in entry["targets"]}:
             lines = httpx.get(f"http://{target}/metrics").text.splitlines(keepends=True)
@@ -75,7 +75,7 @@ def looked(stack: Stack, config, live_guide, tiny_model, secret, tmp_path_factor
 
 def _ask_again(stack: Stack, model: str, secret: str) -> bool:
     time.sleep(1)
-    return stack.ask(model, "How do I start? " * 6, secret=secret, stream=True, ignore_eos=True).status_code == 200
+    return stack.ask(model, "How do I start? " * 12, secret=secret, stream=True, ignore_eos=True).status_code == 200
 
 
 @pytest.fixture(scope="module")
