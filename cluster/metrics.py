@@ -45,7 +45,7 @@ TOKEN_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0
 LOAD_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is itself: looked up by identity, which is quick
 class Metric:
     """One row of the table. Labels are bounded: names of keys, versions and cards, and words of ours; never what a client sends."""
 
