@@ -267,7 +267,7 @@ class FeedbackConfig(Settings):
     """What people say of answers, and whether what was said is kept; FEEDBACK_URL names the database."""
 
     keep_conversations: bool = False
-    """Store each chat of /v1/chat/completions with its answer, so that feedback can become training data; the page then shows `consent`."""
+    """Store each chat, response and message with its answer, so that feedback can become training data; the page then shows `consent`."""
     consent: str = Field(
         "Conversations here are stored, and may be used to improve this chatbot. Do not enter personal data.", min_length=1
     )

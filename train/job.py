@@ -20,7 +20,7 @@ from cluster.registry import Manifest, Version
 from cluster.session import Session
 from cluster.versions import git_commit
 from configs.errors import ClusterError, RunError, TandemError, last_lines
-from configs.schema import ChatbotConfig
+from configs.schema import ChatbotConfig, TrainConfig
 from train.driver import ASKED, Say, Start, make_ready, on_record, on_signals
 from train.record import FINISHED, STOPPED, config_fingerprint
 from train.sizing import size_prepared
@@ -113,7 +113,6 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
     keep_best = bool(config.train.early_stopping_patience)
     ranking = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"} if keep_best else {}
     on_gpu = any("gpu-share" in card for card in session.cards if is_usable(card))
-    num_threads = max(1, (psutil.cpu_count() or 1) // config.train.num_workers)
     trainer = Trainer(
         train_worker,
         train_loop_config=task,
@@ -128,7 +127,7 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
             storage_path=str(home_folder() / "runs"),
             checkpoint_config=ray_train.CheckpointConfig(num_to_keep=config.train.num_checkpoints_kept, **ranking),
             failure_config=ray_train.FailureConfig(max_failures=config.train.max_failures),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(num_threads)}} if not on_gpu else None,
+            worker_runtime_env=None if on_gpu else {"env_vars": _cpu_environment(config.train)},
         ),
     )
     with _watch(control, show) as stop_reason:
@@ -149,6 +148,15 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
     measured = [entry for entry in kept if "eval_loss" in entry[1]] if keep_best else []
     best = min(measured, key=lambda entry: entry[1]["eval_loss"], default=newest)
     return *best, None
+
+
+def _cpu_environment(train: TrainConfig) -> dict[str, str]:
+    """Return what a worker without a GPU is to find as it imports torch: its share of the cores, and no compiler where it needs none.
+
+    bitsandbytes, which PEFT imports, gets the compiler ready, for bases in 4 bit; that takes a second.
+    """
+    num_threads = max(1, (psutil.cpu_count() or 1) // train.num_workers)
+    return {"OMP_NUM_THREADS": str(num_threads), "TORCHDYNAMO_DISABLE": "1" if train.quantization == "none" else "0"}
 
 
 def _failure(error: Exception, run_id: str) -> TandemError:

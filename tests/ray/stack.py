@@ -14,9 +14,10 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from cluster.cards import find_gpus
-from cluster.processes import Process, free_port
+from cluster.processes import Process, quiet_port
 from cluster.registry import Registry, Version
 from configs.loader import ROOT
 from tests.helpers.data import chat, tokenizer_folder, write_rows
@@ -33,6 +34,7 @@ SECRETS = (
 )
 SHELLS = ("sh", "bash", "dash")
 REGISTERED = re.compile(r"registered as (\S+);")
+HUB_TOKEN = "hub-token-that-no-log-may-have"
 RUN_ID = re.compile(r"run ([0-9a-f]{32})")
 
 
@@ -46,9 +48,9 @@ class Stack:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of a user's shell: nothing of the developer's own."""
+        """The environment of a user's shell: nothing of the developer's own, and a secret."""
         mine = {key: value for key, value in os.environ.items() if key not in SECRETS and not key.startswith("RAY_")}
-        return {**mine, "TANDEM_HOME": str(self.home), "COLUMNS": "200"}
+        return {**mine, "TANDEM_HOME": str(self.home), "HUGGINGFACE_TOKEN": HUB_TOKEN, "COLUMNS": "200"}
 
     @property
     def job_environment(self) -> dict[str, str]:
@@ -170,14 +172,16 @@ class Stack:
 @contextmanager
 def own_stack(folder: Path) -> Iterator[Stack]:
     """Start a Tandem in a folder, and end it afterwards."""
-    stack = Stack(folder / "home", folder, {name: free_port() for name in ("ray_port", "dashboard_port", "mlflow_port", "chat")})
+    stack = Stack(folder / "home", folder, {name: quiet_port() for name in ("ray_port", "dashboard_port", "mlflow_port", "chat")})
     done = stack.up()
     assert done.returncode == 0, done.stdout + done.stderr
-    try:
-        yield stack
-    finally:
-        done = stack.run("cluster", "down")
-        assert done.returncode == 0, done.stdout + done.stderr
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TANDEM_HOME", str(stack.home))  # for what a test does with the registry itself
+        try:
+            yield stack
+        finally:
+            done = stack.run("cluster", "down")
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

@@ -84,7 +84,7 @@ def test_a_sweep_goes_on_when_its_driver_and_later_a_worker_are_killed(stack: St
     read_until(driver, SWEEP_ID)
     looks_before = num_looks(stack, sweep_id)
     wait_for(lambda: num_looks(stack, sweep_id) > looks_before)
-    stack.workers("ImplicitFunc")[0].kill()
+    wait_for(lambda: stack.workers("ImplicitFunc"))[0].kill()
     text, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, text
     assert CANDIDATE.search(text)
@@ -100,11 +100,11 @@ def test_a_sweep_goes_on_when_its_driver_and_later_a_worker_are_killed(stack: St
 
 def test_a_sweep_that_is_asked_to_stop_says_how_to_go_on(stack: Stack, config):
     space = "tune.space={train.lora.rank: {choice: [1, 2]}}"
-    driver = stack.begin("tune", str(config), space, "train.max_steps=4000")
+    driver = stack.begin("tune", str(config), space, "train.max_steps=4000", "tune.budget.trials=1")
     found, _ = read_until(driver, SWEEP_ID)
     wait_for(lambda: trial_runs(stack, found[1]))
     driver.terminate()
-    text, _ = driver.communicate(timeout=60)
+    text, _ = driver.communicate(timeout=300)
     assert driver.returncode == 143, text
     assert f"--resume {found[1]}" in text
     assert stack.registry.client.get_run(found[1]).info.status == "KILLED"
@@ -117,8 +117,7 @@ def test_trials_that_share_a_base_go_on_when_it_is_killed(stack: Stack, config):
     driver = stack.begin("tune", str(config), space, *settings)
     found, _ = read_until(driver, SWEEP_ID)
     wait_for(lambda: num_looks(stack, found[1]) >= 2)
-    bases = stack.workers("BaseActor")
-    for base in bases:  # one a card; the trials may be on one of them
+    for base in wait_for(lambda: stack.workers("BaseActor")):  # one a card; the trials may be on one of them
         base.kill()
     text, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, text
