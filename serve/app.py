@@ -10,12 +10,14 @@ from typing import Any
 from ray import serve as ray_serve
 
 from cluster.models import ensure_model, model_fingerprint
+from cluster.placement import HEAD
 from cluster.registry import Registry
-from cluster.session import operator_key
+from cluster.session import operator_key, read_session
 from configs.schema import ModelConfig, ServeConfig
 from serve.activity import Noted
 from serve.adapters import Adapters, Base
 from serve.deploy import DEPLOYMENT
+from serve.desk import HeadKeys, feedback_of_head, find_desk, watch_keys
 from serve.engine import engine_arguments, engine_environment, start_engine
 from serve.feedback import FeedbackDesk
 from serve.front import Doors, Front
@@ -36,11 +38,15 @@ class Engine:
         self.model, self.serve = ModelConfig.model_validate(model), ServeConfig.model_validate(serve)
         self.base_name, self.gpu_share = base_name, gpu_share
         self.engine: Any = None
-        self.watcher: asyncio.Task[None] | None = None
+        self.watchers: list[asyncio.Task[None]] = []
+        session = read_session()
+        self.desk: Any = find_desk() if session and session.head else None  # on a machine that joined, the head has keys and feedback
         self.feedback = FeedbackDesk.of_home(self.serve.feedback)
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Start the engine; Serve calls this once, after the constructor."""
+        if self.desk:
+            self.feedback = await feedback_of_head(self.serve.feedback, self.desk)
         folder = await asyncio.to_thread(ensure_model, self.model)
         base = Base(self.base_name, await asyncio.to_thread(model_fingerprint, folder), self.serve.max_lora_rank)
         adapters = Adapters(Registry(os.environ["MLFLOW_TRACKING_URI"]), base)
@@ -49,9 +55,16 @@ class Engine:
         arguments = engine_arguments(self.model, settings, folder, self.base_name, self.gpu_share)
         self.engine, app = await start_engine(arguments, adapters)
         await adapters.refresh()
-        self.watcher = asyncio.create_task(adapters.watch())
-        doors = Doors(KeyFile(host=settings.host, operator_secret=operator_key()), ClusterQuotas())
+        self.watchers.append(asyncio.create_task(adapters.watch()))
+        doors = Doors(self._keys(settings.host), ClusterQuotas())
         return Noted(Front(app, adapters, doors, self.feedback, settings))
+
+    def _keys(self, host: str) -> KeyFile:
+        if not self.desk:
+            return KeyFile(host=host, operator_secret=operator_key())
+        keys = HeadKeys(host)
+        self.watchers.append(asyncio.create_task(watch_keys(self.desk, keys)))
+        return keys
 
     async def check_health(self) -> None:
         """Tell Serve to replace this replica if its engine has died."""
@@ -72,7 +85,7 @@ def build(args: dict[str, Any]) -> Any:
     """
     serve = ServeConfig.model_validate(args["serve"])
     gpu_share: float | None = args["gpu_share"]
-    on_gpu = gpu_share is not None
+    on_gpu, where = gpu_share is not None, {"machine": HEAD} if args["only_head"] else {}
     num_requests = serve.max_num_seqs + serve.max_waiting_requests + NUM_ARRIVING
     deployment = ray_serve.deployment(
         ray_serve.ingress()(Engine),
@@ -86,8 +99,8 @@ def build(args: dict[str, Any]) -> Any:
             "num_cpus": 1,
             "num_gpus": 1 if on_gpu else 0,
             "resources": {"card": 1},
-            "label_selector": {"pool": "serve"},
-            "fallback_strategy": [{"label_selector": {"pool": "train"}}] if args["use_train_cards"] else [],
+            "label_selector": {"pool": "serve", **where},
+            "fallback_strategy": [{"label_selector": {"pool": "train", **where}}] if args["use_train_cards"] else [],
             "runtime_env": {"env_vars": engine_environment(serve, on_gpu, num_threads=os.cpu_count() or 1)},
         },
     )

@@ -16,7 +16,7 @@ from cluster.job_queue import note_run
 from cluster.models import check_model, ensure_model, model_fingerprint
 from cluster.placement import is_usable
 from cluster.registry import Registry
-from cluster.session import RAY_NAMESPACE, Session, require_session
+from cluster.session import RAY_NAMESPACE, Session, require_session, with_joined
 from configs.errors import ClusterError, RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
@@ -51,7 +51,7 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
     Raises:
         TandemError: What the user can mend; nothing was begun.
     """
-    session = require_session()
+    session = with_joined(require_session())
     require_disk(session.machine.get("min_disk_free_gib", MachineConfig().min_disk_free_gib))
     registry = Registry(session.mlflow_url)
     earlier: Record | None = None
