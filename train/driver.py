@@ -16,7 +16,7 @@ from cluster.job_queue import note_run
 from cluster.models import check_model, ensure_model, model_fingerprint
 from cluster.placement import is_usable
 from cluster.registry import Registry, mlflow_errors
-from cluster.session import LOGS_VARIABLE, RAY_NAMESPACE, Session, require_session
+from cluster.session import LOGS_VARIABLE, RAY_NAMESPACE, Session, require_session, with_joined
 from configs.cli import JOB_VARIABLE
 from configs.errors import ClusterError, RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig
@@ -53,7 +53,7 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
     Raises:
         TandemError: What the user can mend; nothing was begun.
     """
-    session = require_session()
+    session = with_joined(require_session())
     require_disk(session.machine.get("min_disk_free_gib", MachineConfig().min_disk_free_gib))
     registry = Registry(session.mlflow_url)
     earlier: Record | None = None
