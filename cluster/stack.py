@@ -244,6 +244,7 @@ def stack_environment(machine: MachineConfig) -> dict[str, str]:
         "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
         "RAY_prestart_worker_first_driver": "0",
         **_idle_environment(),
+        **_interface_environment(machine.listen_host),
         # A replica answers in the loop that its requests come in: no streamed token goes from one thread to another.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine
@@ -252,6 +253,15 @@ def stack_environment(machine: MachineConfig) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
+
+
+def _interface_environment(host: str) -> dict[str, str]:
+    """Return by which interface workers of one run talk: else they take that of the host's name, which is loopback on many a machine."""
+    if is_loopback(host):
+        return {}
+    addresses = psutil.net_if_addrs().items()
+    interface = next((name for name, found in addresses if any(entry.address.partition("%")[0] == host for entry in found)), None)
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
 
 
 def _idle_environment() -> dict[str, str]:

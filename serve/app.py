@@ -85,7 +85,7 @@ def build(args: dict[str, Any]) -> Any:
     """
     serve = ServeConfig.model_validate(args["serve"])
     gpu_share: float | None = args["gpu_share"]
-    on_gpu, where = gpu_share is not None, {"machine": HEAD} if args["only_head"] else {}
+    on_gpu, where = gpu_share is not None, {"machine": HEAD} if args.get("only_head") else {}
     num_requests = serve.max_num_seqs + serve.max_waiting_requests + NUM_ARRIVING
     deployment = ray_serve.deployment(
         ray_serve.ingress()(Engine),

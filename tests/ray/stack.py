@@ -30,6 +30,7 @@ SECRETS = (
     "MLFLOW_TRACKING_URI",
     "TANDEM_API_KEY",
     "TANDEM_HOME",
+    "TANDEM_TOKEN",
 )
 REGISTERED = re.compile(r"registered as (\S+);")
 RUN_ID = re.compile(r"run ([0-9a-f]{32})")
