@@ -41,12 +41,11 @@ class Engine:
         self.watchers: list[asyncio.Task[None]] = []
         session = read_session()
         self.desk: Any = find_desk() if session and session.head else None  # on a machine that joined, the head has keys and feedback
-        self.feedback = FeedbackDesk.of_home(self.serve.feedback)
+        self.feedback = None if self.desk else FeedbackDesk.of_home(self.serve.feedback)
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Start the engine; Serve calls this once, after the constructor."""
-        if self.desk:
-            self.feedback = await feedback_of_head(self.serve.feedback, self.desk)
+        feedback = self.feedback = self.feedback or await feedback_of_head(self.serve.feedback, self.desk)
         folder = await asyncio.to_thread(ensure_model, self.model)
         base = Base(self.base_name, await asyncio.to_thread(model_fingerprint, folder), self.serve.max_lora_rank)
         adapters = Adapters(Registry(os.environ["MLFLOW_TRACKING_URI"]), base)
@@ -57,7 +56,7 @@ class Engine:
         await adapters.refresh()
         self.watchers.append(asyncio.create_task(adapters.watch()))
         doors = Doors(self._keys(settings.host), ClusterQuotas())
-        return Noted(Front(app, adapters, doors, self.feedback, settings))
+        return Noted(Front(app, adapters, doors, feedback, settings))
 
     def _keys(self, host: str) -> KeyFile:
         if not self.desk:
@@ -75,7 +74,8 @@ class Engine:
         """End the engine's own process, which holds the card's memory; write what is still to be kept."""
         if self.engine is not None:
             self.engine.shutdown()
-        self.feedback.store.close()
+        if self.feedback is not None:
+            self.feedback.store.close()
 
 
 def build(args: dict[str, Any]) -> Any:

@@ -70,6 +70,9 @@ def test_other_code_than_the_heads_is_refused_with_every_difference():
 def test_without_a_token_nobody_joins_and_one_in_the_environment_is_kept(home, monkeypatch):
     with pytest.raises(ClusterError, match="does not have the cluster's token"):
         bring_token()
+    monkeypatch.setenv("TANDEM_TOKEN", "short")
+    with pytest.raises(ClusterError, match="no good token"):
+        bring_token()
     monkeypatch.setenv("TANDEM_TOKEN", TOKEN)
     bring_token()
     assert (home / "ray_token").read_text() == TOKEN
