@@ -1,4 +1,4 @@
-"""`python -m cluster up|join|leave|down|status|doctor|plan|submit|queue|cancel|move`: the stack, what fits its cards, jobs."""
+"""`python -m cluster up|join|leave|down|status|doctor|plan|submit|...`: the stack, what fits its cards, jobs, and deployment elsewhere."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cluster.deploy_commands import add_commands
 from cluster.home import home_folder, log_folder
 from cluster.job_queue import Queue
 from cluster.models import read_config_file, read_model_config
@@ -78,6 +79,21 @@ def status() -> None:
     session = require_session(only_head=False)
     for table in read_status(session):
         console.print(table)
+
+
+@app.command()
+def logs(
+    streams: Annotated[
+        list[str] | None, typer.Argument(metavar="[STREAM]...", help="training, inference, system, api; all, if empty.")
+    ] = None,
+    last: Annotated[int, typer.Option(min=0, help="Newest lines to show.")] = 20,
+    find: Annotated[str, typer.Option(metavar="TEXT", help="Only lines with this in them, such as a request's id.")] = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as new lines come, until Ctrl-C.")] = False,
+) -> None:
+    """Show what was logged: coloured on a terminal, else one JSON object a line."""
+    from cluster.log_view import show
+
+    show(streams or [], last, find, follow)
 
 
 @app.command()
@@ -187,6 +203,9 @@ def plan(
     for line in (show_model(shape, settings), *make_tables(shape, settings, offers), "", *show_assignment(best, settings)):
         console.print(line)
     raise typer.Exit(not best.fits)
+
+
+add_commands(app)
 
 
 if __name__ == "__main__":

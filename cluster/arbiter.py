@@ -59,6 +59,9 @@ class Ground(Protocol):
     def words(self, submission: str) -> str:
         """Return the last thing of note that a job's process said."""
 
+    def tail(self, submission: str) -> str:
+        """Return the last lines that a job's process said."""
+
     def bound(self, fewest: int, most: int) -> None:
         """Set how many engines chat may have."""
 
@@ -72,8 +75,8 @@ class Arbiter:
     def __init__(self, queue: Queue, ground: Ground, lending: LendingConfig) -> None:
         self.queue, self.ground, self.lending = queue, ground, lending
 
-    def step(self, now_s: float) -> None:
-        """Look once, and do what is to be done now."""
+    def step(self, now_s: float) -> Sight:
+        """Look once, and do what is to be done now; return what was seen."""
         seen = self.ground.look()
         for job in self.queue.jobs(RUNNING, LEAVING):
             try:
@@ -84,7 +87,7 @@ class Arbiter:
             log.info("chat is deployed again, which the cluster forgot")
             self.ground.restore_chat()
             self.queue.note_handover("chat", "chat is deployed again", "the cluster was started anew", now_s)
-            return
+            return seen
         jobs = tuple(_in_line(job) for job in self.queue.jobs(*STANDING))
         decision = decide(Snapshot(now_s, seen.cards, seen.chat, jobs), self.lending)
         for action in decision.actions:
@@ -96,6 +99,7 @@ class Arbiter:
             log.info("%s: %s", what, why)
             self.ground.bound(fewest, most)
             self.queue.note_handover("chat", what, why, now_s)
+        return seen
 
     def _act(self, action: Start | Leave, now_s: float) -> None:
         if isinstance(action, Leave):
@@ -133,6 +137,7 @@ class Arbiter:
             self._end(job, DONE, self.ground.words(job.submission), now_s)
         elif driver.exit_status in (EXIT_BAD_INPUT, EXIT_NOT_PROMOTED) and _are_alive(job.cards, seen):
             self._end(job, FAILED, self.ground.words(job.submission), now_s)
+            self._tell_failure(job)
         elif job.state == LEAVING:
             self._end(job, WAITING, job.reason, now_s)
         else:
@@ -141,10 +146,30 @@ class Arbiter:
     def _lose(self, job: QueuedJob, reason: str, now_s: float) -> None:
         log.warning("job %d: %s", job.id, reason)
         self.queue.lose(job.id, reason, self.lending.max_attempts, now_s)
+        if self.queue.find(job.id).state == FAILED:
+            self._tell_failure(job)
+
+    def _tell_failure(self, job: QueuedJob) -> None:
+        """Log why a job failed, with its last lines, and what to do about it."""
+        resume = f"python -m {'tune' if job.kind == 'sweep' else 'train'} CONFIG --resume {job.run_id}" if job.run_id else ""
+        remedy = f"mend the reason, then {resume or 'python -m cluster submit CONFIG'}"
+        fields = {
+            "job": job.id,
+            "chatbot": job.chatbot,
+            "run": job.run_id,
+            "last_lines": self.ground.tail(job.submission),
+            "remedy": remedy,
+        }
+        log.error(failure_words(job.id), extra={"fields": fields})
 
     def _end(self, job: QueuedJob, state: str, reason: str, now_s: float) -> None:
         self.queue.end(job.id, state, reason, now_s)
         log.info("job %d left: %s; %s", job.id, self.queue.find(job.id).state, reason)
+
+
+def failure_words(job_id: int) -> str:
+    """Return what the log says of a job that failed: what to look for."""
+    return f"job {job_id} failed"
 
 
 def _are_alive(cards: Sequence[str], seen: Sight) -> bool:

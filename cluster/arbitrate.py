@@ -12,10 +12,15 @@ from contextlib import contextmanager
 import httpx
 
 from cluster.arbiter import Arbiter
+from cluster.cards import find_cards
+from cluster.exporter import Exporter, serve_metrics
 from cluster.home import home_folder
 from cluster.job_queue import STANDING, Queue
+from cluster.logs import SYSTEM, set_up, streams
 from cluster.ray_ground import RayGround
-from cluster.session import read_session
+from cluster.sampler import Sampler
+from cluster.session import Session, read_session
+from cluster.stack import ray_folder
 from configs.errors import TandemError
 from configs.schema import MachineConfig
 
@@ -29,17 +34,24 @@ def main() -> None:
     """Look, and do what is to be done, until ended."""
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up()
     with _alone(), Queue() as queue:
-        arbiter = _make(queue)
+        session = _wait_for_session()
+        machine = MachineConfig.model_validate(session.machine)
+        arbiter, exporter = Arbiter(queue, RayGround(session), machine.lending), Exporter(queue)
+        sampler = Sampler(streams().logger(SYSTEM), find_cards(machine), session.processes, machine.logs.sample_every_s)
+        serve_metrics(exporter, machine.listen_host, ray_folder())
         log.info("the arbiter is at work")
         looked_s, trouble = 0.0, ""
         while True:
             time.sleep(LOOK_EVERY_S)
             try:
+                sampler.sample()
                 if time.monotonic() - looked_s < LOOK_IDLY_S and not queue.jobs(*STANDING):
                     continue
                 looked_s = time.monotonic()
-                arbiter.step(time.time())
+                now_s = time.time()
+                exporter.note(arbiter.step(now_s).cards, now_s)
                 now_trouble = ""
             except (TandemError, httpx.HTTPError, KeyError, OSError, ValueError) as error:
                 now_trouble = f"{type(error).__name__}: {error}"
@@ -48,12 +60,11 @@ def main() -> None:
                 trouble = now_trouble
 
 
-def _make(queue: Queue) -> Arbiter:
+def _wait_for_session() -> Session:
     """Wait until the cluster is up: this process is a part of it."""
     while (session := read_session()) is None or not session.ready:
         time.sleep(LOOK_EVERY_S)
-    machine = MachineConfig.model_validate(session.machine)
-    return Arbiter(queue, RayGround(session), machine.lending)
+    return session
 
 
 @contextmanager

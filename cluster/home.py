@@ -15,6 +15,7 @@ from configs.errors import ClusterError
 from configs.schema import Environment
 
 BYTES_PER_GIB = 2**30
+BYTES_PER_MIB = 2**20
 OWNER_ONLY = 0o600
 
 

@@ -237,6 +237,10 @@ class Queue:
         rows = self._execute("SELECT at_s, card, what, reason FROM handovers ORDER BY rowid DESC LIMIT ?", count)
         return [(row["at_s"], row["card"], row["what"], row["reason"]) for row in rows]
 
+    def count_handovers(self) -> dict[str, int]:
+        """Return how many there ever were, by card."""
+        return {row["card"]: int(row["num"]) for row in self._execute("SELECT card, COUNT(*) AS num FROM handovers GROUP BY card")}
+
     def note_handover(self, card: str, what: str, reason: str, now_s: float) -> None:
         """Note what chat did with a card."""
         self._note((card,), what, reason, now_s)
@@ -244,6 +248,12 @@ class Queue:
     def note_run(self, job_id: int, run_id: str) -> None:
         """Note by which run a job goes on."""
         self._change(job_id, run_id=run_id)
+
+    def forget_runs(self) -> None:
+        """Let all that stand in line begin anew: their checkpoints are not here."""
+        values = "run_id = '', state = ?, cards = '[]', submission = '', is_submitted = 0, step = 0, num_steps = 0"
+        marks = ", ".join("?" * len(STANDING))
+        self._execute(f"UPDATE jobs SET {values} WHERE state IN ({marks})", WAITING, *STANDING)  # noqa: S608 (our names)
 
     def note_progress(self, job_id: int, step: int, num_steps: int, now_s: float) -> None:
         """Note how far a job is, from which its end is guessed."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import yaml
 from rich.table import Table
 
-from cluster.job_queue import LEAVING, RUNNING, STANDING, NewJob, Queue, QueuedJob, clock
+from cluster.arbiter import failure_words
+from cluster.job_queue import FAILED, LEAVING, RUNNING, STANDING, NewJob, Queue, QueuedJob, clock
 from cluster.memory import Rows
 from cluster.models import check_model, read_model_config
 from cluster.plan import ROUND_TOKENS, choose, place_on, require_fit
@@ -79,6 +80,8 @@ def queue_table(queue: Queue) -> Table:
 def told(job: QueuedJob) -> str:
     """Return why a job is in its state, and of one that runs how far it is."""
     parts = [job.reason or "not looked at yet"]
+    if job.state == FAILED:
+        parts.append(f"its last lines: python -m cluster logs system --find '{failure_words(job.id)}'")
     if job.state == RUNNING and job.num_steps:
         parts.append(f"step {job.step}/{job.num_steps}")
     if ends_s := job.ends_s():

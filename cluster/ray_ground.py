@@ -23,12 +23,13 @@ from cluster.placement import CARDS_VARIABLE
 from cluster.rule import TRAIN, Card, Chat
 from cluster.session import Session, is_alive, is_joined, joined_cards
 from configs.cli import JOB_VARIABLE
-from configs.errors import ClusterError
+from configs.errors import ClusterError, last_lines
 
 SERVE_API, JOBS_API = "/api/serve/applications/", "/api/jobs/"
 APPLICATION = "chat"
 MODULES = {"train": "train", "sweep": "tune"}
 ALIVE = ("PENDING", "RUNNING")
+ENTRYPOINT = "Running entrypoint for job"  # Ray's own first line of a job's log
 USED_CARD = re.compile(r"^([0-9.]+)/[0-9.]+ card", re.MULTILINE)
 STOP_AGAIN_S = 5.0
 MS_PER_S = 1000
@@ -85,13 +86,19 @@ class RayGround:
 
     def words(self, submission: str) -> str:
         """Return the last thing of note that a job said."""
+        lines = [line for line in self._said(submission).splitlines() if line.strip() and ENTRYPOINT not in line]
+        told = [line for line in lines if line.startswith(("error: ", "done "))]
+        return (told or lines or ["it said nothing"])[-1][:300]
+
+    def tail(self, submission: str) -> str:
+        """Return the last lines that a job's process said."""
+        return last_lines(self._said(submission))
+
+    def _said(self, submission: str) -> str:
         try:
-            said = str(self._get(f"{JOBS_API}{submission}/logs").get("logs", ""))
+            return str(self._get(f"{JOBS_API}{submission}/logs").get("logs", ""))
         except (httpx.HTTPError, ValueError):
             return "its log cannot be had"
-        lines = [line for line in said.splitlines() if line.strip()]
-        told = [line for line in lines if line.startswith(("error: ", "done "))]
-        return (told or lines or [""])[-1][:300]
 
     def bound(self, fewest: int, most: int) -> None:
         """Set how many engines chat may have; it leaves at once where it may."""

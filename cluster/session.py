@@ -22,6 +22,7 @@ from configs.errors import ClusterError
 from configs.schema import MachineConfig
 
 ARBITER, GATE, MLFLOW = "arbiter", "gate", "mlflow"
+LOGS_VARIABLE = "TANDEM_LOGS"  # how the settings of logs reach all that belongs to the cluster
 RAY_NAMESPACE = "tandem"  # of the named actors that drivers, workers and replicas find each other by
 
 
@@ -68,6 +69,7 @@ class Session:
             "MLFLOW_TRACKING_URI": self.mlflow_url,
             "TANDEM_HOME": str(home_folder()),
             "LOG_DIR": str(log_folder()),
+            LOGS_VARIABLE: json.dumps(self.machine.get("logs", {})),
             "PATH": python_bin + os.pathsep + os.environ.get("PATH", os.defpath),
         }
 

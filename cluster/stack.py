@@ -23,8 +23,11 @@ import psutil
 from cluster.cards import Card, find_cards
 from cluster.chat_wish import forget_wish
 from cluster.haproxy import proxy_environment
-from cluster.home import BYTES_PER_GIB, home_folder, log_folder, require_disk, write_text
-from cluster.processes import Process, free_port, port_owner, send_signal
+from cluster.home import BYTES_PER_GIB, BYTES_PER_MIB, home_folder, log_folder, require_disk, write_text
+from cluster.kuberay import head_arguments, pod_environment
+from cluster.limits import memory_bytes, num_cpus
+from cluster.placement import HEAD
+from cluster.processes import Process, free_port, port_owner, quiet_port, send_signal
 from cluster.session import (
     ARBITER,
     GATE,
@@ -103,7 +106,7 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
                 process = spawn(name, command, {**shared, **extra})
                 session = replace(session, processes=(*session.processes, process))
                 keep_session(session)  # at once: an `up` that is killed leaves what the next `up` or `down` ends
-                if name == cards[0].name:
+                if name == (cards[0].name if cards else HEAD):
                     wait_until(session, lambda up: answers(f"{up.dashboard_url}/api/version"), "Ray's dashboard")
                 # One after the other: two that start at once may choose the same socket, and one of them dies.
                 wait_until(session, _has_its_raylets, f"the raylet of {name}")
@@ -160,14 +163,14 @@ def end(session: Session) -> int:
 
 @contextmanager
 def session_lock() -> Iterator[None]:
-    """Let one `up` or `down` at a time touch the session."""
+    """Let one `up`, `down` or `restore` at a time touch the session."""
     import fcntl
 
     with (home_folder() / "cluster.lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ClusterError("another `up` or `down` is at work", f"it holds {stream.name}", "wait for it to end") from None
+            raise ClusterError("another `up`, `down` or `restore` is at work", f"it holds {stream.name}", "wait for it to end") from None
         yield
 
 
@@ -187,19 +190,26 @@ def _plan(machine: MachineConfig, cards: list[Card]) -> Session:
 def _commands(machine: MachineConfig, cards: list[Card], session: Session) -> Iterator[tuple[str, list[str], dict[str, str]]]:
     """Yield name, command and extra environment of each process, in the order of their start."""
     if not Environment().mlflow_tracking_uri:
-        folder = home_folder() / "mlflow"
-        folder.mkdir(exist_ok=True)
-        server = ["server", "--host", LOOPBACK, "--port", str(machine.mlflow_port), "--workers", "1"]
-        stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
-        yield MLFLOW, [sys.executable, "-m", "mlflow", *server, *stores], {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        yield MLFLOW, *mlflow_command(LOOPBACK, machine.mlflow_port)
     head = ["--head", "--port", str(machine.ray_port), "--dashboard-host", machine.listen_host]
-    head += ["--dashboard-port", str(machine.dashboard_port), "--temp-dir", str(ray_folder())]
+    head += ["--dashboard-port", str(machine.dashboard_port), "--temp-dir", str(ray_folder()), *head_arguments()]
+    if not cards:
+        yield HEAD, [*RAY_START, *head, *_bare_arguments(machine)], {"CUDA_VISIBLE_DEVICES": ""}
     for number, card in enumerate(cards):
         yield raylet_part(machine, card, head if number == 0 else ["--address", session.ray_address])
     yield ARBITER, ARBITER_COMMAND, {}
     if not is_loopback(machine.listen_host):
         target = "" if Environment().mlflow_tracking_uri else session.mlflow_url
         yield GATE, gate_command(machine.listen_host, machine.mlflow_port, target, "door"), {}
+
+
+def mlflow_command(host: str, port: int) -> tuple[list[str], dict[str, str]]:
+    """Return the command of MLflow on this home folder, and its environment; artifacts are named by paths inside that folder alone."""
+    folder = home_folder() / "mlflow"
+    folder.mkdir(exist_ok=True)
+    server = ["server", "--host", host, "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
+    return [sys.executable, "-m", "mlflow", *server, *stores], {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def gate_command(host: str, port: int, target: str, end: str) -> list[str]:
@@ -217,12 +227,23 @@ def raylet_part(machine: MachineConfig, card: Card, role: list[str]) -> tuple[st
 def _raylet_arguments(machine: MachineConfig, card: Card) -> list[str]:
     """Return the arguments that give a raylet its card and nothing else. One job at a time owns the resource `card`."""
     return [
-        "--node-ip-address", machine.listen_host,
         "--labels", ",".join(f"{key}={value}" for key, value in card.labels.items()),
         "--resources", json.dumps({"card": 1}),
         "--num-cpus", str(card.num_cpus),
         "--num-gpus", "1" if card.gpu else "0",
-        "--memory", str(int(card.memory_gib * BYTES_PER_GIB)) if not card.gpu else str(psutil.virtual_memory().total // 2),
+        "--memory", str(int(card.memory_gib * BYTES_PER_GIB)) if not card.gpu else str(memory_bytes() // 2),
+        *_common_arguments(machine),
+    ]  # fmt: skip
+
+
+def _bare_arguments(machine: MachineConfig) -> list[str]:
+    """Return the arguments of a head without a card: drivers and Ray's own actors run there."""
+    return ["--labels", f"machine={HEAD}", "--num-cpus", str(num_cpus()), "--num-gpus", "0", *_common_arguments(machine)]
+
+
+def _common_arguments(machine: MachineConfig) -> list[str]:
+    return [
+        "--node-ip-address", machine.listen_host,
         "--object-store-memory", str(int(machine.object_store_gib * BYTES_PER_GIB)),
         "--dashboard-agent-listen-port", str(free_port()),
         "--ray-client-server-port", str(free_port()),
@@ -249,13 +270,21 @@ def stack_environment(machine: MachineConfig) -> dict[str, str]:
         "RAY_prestart_worker_first_driver": "0",
         **_idle_environment(),
         **_interface_environment(machine.listen_host),
+        # Ray's own are the same for every cluster of a machine: the second would show the first one's metrics.
+        **{name: str(quiet_port()) for name in ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT")},
+        # Without it what a worker says grows for ever.
+        "RAY_ROTATION_MAX_BYTES": str(machine.logs.max_file_mib * BYTES_PER_MIB),
+        "RAY_ROTATION_BACKUP_COUNT": str(machine.logs.num_files_kept),
         # A replica answers in the loop that its requests come in: no streamed token goes from one thread to another.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        # What Serve's own proxy is wrapped in; a replica asks for it too, and is told otherwise by `serve.app`.
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
         "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        **pod_environment(),
     }
 
 

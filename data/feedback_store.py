@@ -28,7 +28,7 @@ MAX_ID_LETTERS = 700
 Row = dict[str, Any]
 FAILURES = (SQLAlchemyError, ImportError, OSError, TimeoutError)
 
-log = logging.getLogger("tandem.serve")
+log = logging.getLogger("tandem.api")
 
 
 def _columns() -> list[Column[Any]]:

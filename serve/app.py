@@ -9,6 +9,7 @@ from typing import Any
 
 from ray import serve as ray_serve
 
+from cluster.logs import set_up, streams
 from cluster.models import ensure_model, model_fingerprint
 from cluster.placement import HEAD
 from cluster.registry import Registry
@@ -16,13 +17,17 @@ from cluster.session import operator_key, read_session
 from configs.schema import ModelConfig, ServeConfig
 from serve.activity import Noted
 from serve.adapters import Adapters, Base
+from serve.counted import count_request
 from serve.deploy import DEPLOYMENT
 from serve.desk import HeadKeys, feedback_of_head, find_desk, watch_keys
 from serve.engine import engine_arguments, engine_environment, start_engine
 from serve.feedback import FeedbackDesk
 from serve.front import Doors, Front
 from serve.keys import KeyFile
+from serve.last_words import guard_streams
+from serve.observed import Watch
 from serve.quotas import ClusterQuotas
+from serve.request_log import request_log
 from serve.tools import choose_tool_parser
 
 MAX_CONSTRUCTOR_RETRIES = 3
@@ -37,6 +42,7 @@ class Engine:
     def __init__(self, model: dict[str, Any], serve: dict[str, Any], base_name: str, gpu_share: float | None) -> None:
         self.model, self.serve = ModelConfig.model_validate(model), ServeConfig.model_validate(serve)
         self.base_name, self.gpu_share = base_name, gpu_share
+        set_up()
         self.engine: Any = None
         self.watchers: list[asyncio.Task[None]] = []
         session = read_session()
@@ -52,11 +58,17 @@ class Engine:
         parser = await asyncio.to_thread(choose_tool_parser, folder, self.serve.tool_parser)
         settings = self.serve.model_copy(update={"tool_parser": parser})
         arguments = engine_arguments(self.model, settings, folder, self.base_name, self.gpu_share)
-        self.engine, app = await start_engine(arguments, adapters)
+        watch = Watch([count_request])
+        self.engine, app = await start_engine(arguments, adapters, watch)
         await adapters.refresh()
         self.watchers.append(asyncio.create_task(adapters.watch()))
+        # After the engine's processes: each would hold the guardian's line open too.
+        await asyncio.to_thread(guard_streams)
         doors = Doors(self._keys(settings.host), ClusterQuotas())
-        return Noted(Front(app, adapters, doors, feedback, settings))
+        front = Front(app, adapters, doors, feedback, settings)
+        front.watch = watch
+        watch.observers.append(request_log(streams()))
+        return Noted(front)
 
     def _keys(self, host: str) -> KeyFile:
         if not self.desk:
@@ -87,6 +99,8 @@ def build(args: dict[str, Any]) -> Any:
     gpu_share: float | None = args["gpu_share"]
     on_gpu, where = gpu_share is not None, {"machine": HEAD} if args.get("only_head") else {}
     num_requests = serve.max_num_seqs + serve.max_waiting_requests + NUM_ARRIVING
+    # Streams of a replica are guarded without a word in between; see `serve.last_words`.
+    environment = engine_environment(serve, on_gpu, num_threads=os.cpu_count() or 1) | {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ""}
     deployment = ray_serve.deployment(
         ray_serve.ingress()(Engine),
         name=DEPLOYMENT,
@@ -101,7 +115,7 @@ def build(args: dict[str, Any]) -> Any:
             "resources": {"card": 1},
             "label_selector": {"pool": "serve", **where},
             "fallback_strategy": [{"label_selector": {"pool": "train", **where}}] if args["use_train_cards"] else [],
-            "runtime_env": {"env_vars": engine_environment(serve, on_gpu, num_threads=os.cpu_count() or 1)},
+            "runtime_env": {"env_vars": environment},
         },
     )
     return deployment.bind(args["model"], args["serve"], args["base_name"], gpu_share)

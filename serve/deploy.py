@@ -202,16 +202,27 @@ def _details(client: httpx.Client) -> dict[str, Any]:
 
 
 def _wanted(config: ChatbotConfig, session: Session, num_cards: int) -> dict[str, Any]:
-    scaling = config.serve.scaling
-    cards = [card for card in session.cards if card["pool"] == "serve" or scaling.use_train_cards]
+    cards = [card for card in session.cards if card["pool"] == "serve" or config.serve.scaling.use_train_cards]
     shares = [float(card["gpu-share"]) for card in cards if "gpu-share" in card]
+    return serve_application(config, min(shares) if shares else None, num_cards, only_head(config, session))
+
+
+def serve_application(config: ChatbotConfig, gpu_share: float | None, num_cards: int, on_head: bool = False) -> dict[str, Any]:
+    """Return what Ray Serve is to run, in the form of its declarative API.
+
+    Args:
+        config: The chatbot.
+        gpu_share: The part of a GPU that a card is; None for cards without one.
+        num_cards: How many cards engines may take.
+        on_head: Whether engines must be on the head.
+    """
     arguments = {
         "model": config.model.model_dump(mode="json"),
         "serve": config.serve.model_dump(mode="json", exclude={"scaling"}),
         "base_name": served_base_name(config.model.name),
-        "gpu_share": min(shares) if shares else None,
-        "use_train_cards": scaling.use_train_cards,
-        "only_head": only_head(config, session),
+        "gpu_share": gpu_share,
+        "use_train_cards": config.serve.scaling.use_train_cards,
+        "only_head": on_head,
     }
     application = {"name": APPLICATION, "route_prefix": "/", "import_path": "serve.app:build", "args": arguments}
     return {

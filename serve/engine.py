@@ -1,17 +1,22 @@
 """vLLM's engine and its own OpenAI application, for the versions of vLLM that Tandem runs with.
 
-Knows vLLM's import paths and arguments; besides it, only `serve.tools` and `serve.cpu_lora` import vLLM. Does not know Ray.
+Knows vLLM's import paths and arguments; besides it, only `serve.tools`, `serve.cpu_lora` and `serve.engine_metrics` import vLLM.
+Does not know Ray.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from cluster.metrics import is_in_cluster
 from configs.schema import ModelConfig, ServeConfig
 from serve.adapters import Adapters
+from serve.observed import EngineTimes, Watch
 from serve.tools import OFF
 
 CPU_WORKER = "serve.cpu_lora.GroupedLoraWorker"
+# In the engine's own process, as on a GPU. For `uni` vLLM would start one more, to bind its threads to cores; ours are not bound.
+CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> dict[str, str]:
@@ -58,14 +63,17 @@ def engine_arguments(model: ModelConfig, config: ServeConfig, folder: Path, base
         if config.quantization != "none":
             arguments["--quantization"] = config.quantization
     else:
-        arguments["--worker-cls"] = CPU_WORKER
+        arguments |= {"--worker-cls": CPU_WORKER, "--distributed-executor-backend": CPU_EXECUTOR}
     if gpu_share is None or config.enforce_eager:
         flags.append("--enforce-eager")
     return [*(word for pair in arguments.items() for word in pair), *flags]
 
 
-async def start_engine(arguments: list[str], adapters: Adapters) -> tuple[Any, Any]:
-    """Start the engine and build vLLM's application on it, with adapters found by name; return (engine, ASGI application)."""
+async def start_engine(arguments: list[str], adapters: Adapters, watch: Watch) -> tuple[Any, Any]:
+    """Start the engine and build vLLM's application on it, with adapters found by name; return (engine, ASGI application).
+
+    What the engine says of each request at its end goes to `watch`.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.lora.resolver import LoRAResolverRegistry
     from vllm.usage.usage_lib import UsageContext
@@ -75,13 +83,21 @@ async def start_engine(arguments: list[str], adapters: Adapters) -> tuple[Any, A
     build_app, init_app_state, make_arg_parser = _entry_points()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     engine_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    engine = AsyncLLM.from_vllm_config(engine_config)
+    engine = AsyncLLM.from_vllm_config(engine_config, stat_loggers=_stat_loggers(watch))
     tasks = await engine.get_supported_tasks()
     # Before init_app_state, which asks once for the resolvers there are.
     LoRAResolverRegistry.register_resolver("tandem", _make_resolver(adapters))
     app = build_app(args, supported_tasks=tasks)
     await init_app_state(engine, app.state, args, supported_tasks=tasks)
     return engine, app
+
+
+def _stat_loggers(watch: Watch) -> list[Any]:
+    if not is_in_cluster():
+        return [_make_stat_logger(watch)]
+    from serve.engine_metrics import EngineStats
+
+    return [_make_stat_logger(watch), EngineStats]
 
 
 def _entry_points() -> tuple[Any, Any, Any]:
@@ -94,6 +110,28 @@ def _entry_points() -> tuple[Any, Any, Any]:
         from vllm.entrypoints.openai.api_server import build_app, init_app_state
         from vllm.entrypoints.openai.cli_args import make_arg_parser
     return build_app, init_app_state, make_arg_parser
+
+
+def _make_stat_logger(watch: Watch) -> Any:
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class Teller(StatLoggerBase):  # type: ignore[misc]
+        """Tells of each request that ended."""
+
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            pass
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+            for ended in iteration_stats.finished_requests if iteration_stats else ():
+                # An older vLLM does not say which request it was.
+                if engine_id := getattr(ended, "request_id", None):
+                    tokens = ended.num_prompt_tokens, ended.num_generation_tokens
+                    watch.note(engine_id, EngineTimes(ended.queued_time, ended.prefill_time, ended.decode_time, *tokens))
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return Teller
 
 
 def _make_resolver(adapters: Adapters) -> Any:

@@ -7,9 +7,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from configs.errors import AccessError
@@ -17,27 +18,44 @@ from configs.schema import ServeConfig
 from serve.adapters import Adapters, BrokenAdapterError, UnknownNameError
 from serve.body import dump, read_json, replay
 from serve.bounds import check_bounds
+from serve.completion_ids import request_id_of
 from serve.feedback import FeedbackDesk
 from serve.keys import Key, KeyFile, is_operator
+from serve.last_words import hold_of
 from serve.meter import Meter
+from serve.observed import Observed, Watch
 from serve.openapi import describe
 from serve.page import FILES, send_page
 from serve.protocols import ANTHROPIC_KEY_HEADER, PROTOCOLS, error_body, with_bearer
 from serve.quotas import Admission, QuotaError, Quotas, quotas_of
-from serve.refusal import UNAVAILABLE, App, Headers, Message, Receive, RefusedError, Scope, Send, send_json
+from serve.refusal import (
+    RETRY_S,
+    UNAVAILABLE,
+    App,
+    Headers,
+    Message,
+    Receive,
+    RefusedError,
+    Scope,
+    Send,
+    engine_lost,
+    send_json,
+)
 
 FEEDBACK_PATH = "/v1/feedback"
 MODEL_HEADER = b"x-tandem-model"
 ID_HEADER = b"x-request-id"  # from which vLLM makes the completion's id
-RETRY_S = 1
 LETTERS_A_TOKEN = 4  # of English; a guess that is set right by the usage that the engine states
 MAX_HEADER_BYTES = 64 * 1024  # the server before us knows no bound
 # Ours are made anew, a key is nothing that the engine should see, and by vLLM's own a client could jump the queue.
 OURS = {b"content-length", b"transfer-encoding", b"authorization", ANTHROPIC_KEY_HEADER, MODEL_HEADER}
 HEADERS_KEPT_BACK = frozenset(OURS | {b"x-vllm-priority", b"x-data-parallel-rank"})
+ROUTES = frozenset({*PROTOCOLS, *FILES, FEEDBACK_PATH, "/v1/models", "/health", "/openapi.json", "/page.json"})
+OTHER = "other"
+LAST_WORDS = {path: protocol.error_event(engine_lost()) for path, protocol in PROTOCOLS.items()}
 
 
-log = logging.getLogger("tandem.serve")
+log = logging.getLogger("tandem.api")
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,7 @@ class Front:
 
     def __init__(self, app: App, adapters: Adapters, doors: Doors, feedback: FeedbackDesk, config: ServeConfig) -> None:
         self.app, self.adapters, self.doors, self.feedback, self.config = app, adapters, doors, feedback, config
+        self.watch = Watch()
         self.num_in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,25 +82,23 @@ class Front:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        begun = False
-
-        async def send_watched(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
+        headers, path = dict(scope["headers"]), scope["path"]
+        seen = Observed(request_id_of(headers.get(ID_HEADER, b"")), scope["method"], path if path in ROUTES else OTHER)
+        send = seen.follow(send)
         try:
-            await self._route(scope, receive, send_watched)
+            await self._route(scope, receive, send, seen)
         except RefusedError as refusal:
-            await send_json(send, refusal.status, error_body(scope["path"], refusal), refusal.headers)
+            await send_json(send, refusal.status, error_body(path, refusal), refusal.headers)
         except Exception as error:
-            log.exception("a request failed")
-            if begun:
+            log.exception("a request failed", extra={"fields": {"request_id": seen.request_id}})
+            if seen.status:
                 raise
             failure = RefusedError(500, f"the endpoint failed ({type(error).__name__}); its log says more", kind="server_error")
-            await send_json(send, failure.status, error_body(scope["path"], failure))
+            await send_json(send, failure.status, error_body(path, failure))
+        finally:
+            self.watch.end(seen)
 
-    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _route(self, scope: Scope, receive: Receive, send: Send, seen: Observed) -> None:
         method, path = scope["method"], scope["path"]
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise RefusedError(431, f"the headers are over {MAX_HEADER_BYTES} bytes")
@@ -96,13 +113,14 @@ class Front:
             return
         scope = with_bearer(scope)
         key = self._authorize(scope)
+        seen.key_name = key.name if key else None
         if path in PROTOCOLS or path == FEEDBACK_PATH:
             if method != "POST":
                 raise RefusedError(405, f"{path} takes POST, not {method}")
             if path == FEEDBACK_PATH:
                 await self.feedback.take(await read_json(receive, self.config.max_body_bytes), key, send)
             else:
-                await self._generate(key, scope, receive, send)
+                await self._generate(key, scope, receive, send, seen)
         elif path == "/v1/models" and method == "GET":
             await send_json(send, 200, {"object": "list", "data": [self._model_card(name) for name in self._names(key)]})
         elif path == "/openapi.json" and method == "GET":
@@ -136,7 +154,7 @@ class Front:
     def _names(self, key: Key | None) -> list[str]:
         return [name for name in self.adapters.names() if key is None or key.may_use(name)]
 
-    async def _generate(self, key: Key | None, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _generate(self, key: Key | None, scope: Scope, receive: Receive, send: Send, seen: Observed) -> None:
         request = await read_json(receive, self.config.max_body_bytes)
         name = request.get("model")
         if not isinstance(name, str) or not name:
@@ -149,34 +167,39 @@ class Front:
             owner = key.sha256 if key else ""
             version = await self._resolve(name, key, lambda: protocol.conversation(scope, request, owner))
             request["model"] = version
-            completion_id = self.feedback.ids.make(version, key)
+            completion_id = self.feedback.ids.make(version, key, seen.request_id)
             scope = _with_id(scope, completion_id)
+            seen.version, seen.completion_id, seen.meter = version, completion_id, Meter(request, protocol)
+            seen.prompt = request.get(protocol.turns or "prompt")
+            self.watch.begin(completion_id)
             with self.feedback.listening(send, request, key, protocol) as send_heard:
                 protocol.put_id(request, completion_id)
                 protocol.add_system_prompt(request, self.adapters.system_prompt(version))
-                send_named = _with_headers(send_heard, [(MODEL_HEADER, version.encode())])
-                if key is None or not quotas_of(key):
+                hold = hold_of(scope) if request.get("stream") is True else None
+                begun = hold and partial(hold, LAST_WORDS[scope["path"]])
+                async with self._counted(key, request, seen.meter) as standing:
+                    send_named = _with_headers(send_heard, [(MODEL_HEADER, version.encode()), *standing], begun)
                     await self._hand_on(request, scope, receive, send_named)
-                else:
-                    await self._hand_on_counted(key, request, scope, receive, send_named)
 
     def _model_card(self, name: str) -> dict[str, Any]:
         """Say what OpenAI says of a model; in `root`, as vLLM does, what answers by its name now, and on which precision of the base."""
         card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tandem"}
         return card | {"root": self.adapters.meaning(name), "quantization": self.config.quantization}
 
-    async def _hand_on_counted(self, key: Key, request: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
+    @asynccontextmanager
+    async def _counted(self, key: Key | None, request: dict[str, Any], meter: Meter) -> AsyncIterator[Headers]:
+        """Count a request, and at its end its tokens, by its key's quotas; give the headers that tell how they stand."""
+        if key is None or not quotas_of(key):
+            yield []
+            return
         # A key without a quota of tokens pays no guess, and its request is not written out for one.
         guessed_tokens = max(1, len(dump(request)) // LETTERS_A_TOKEN) if key.tpm is not None else 0
-        send = _with_headers(send, _quota_headers(await self._admit(key, guessed_tokens)))
-        if key.tpm is None:
-            await self._hand_on(request, scope, receive, send)
-            return
-        meter = Meter(request, PROTOCOLS[scope["path"]])
+        headers = _quota_headers(await self._admit(key, guessed_tokens))
         try:
-            await self._hand_on(request, scope, receive, _metered(send, meter))
+            yield headers
         finally:
-            self.doors.quotas.spend(key, max(0, meter.num_tokens(guessed_tokens) - guessed_tokens))
+            if key.tpm is not None:
+                self.doors.quotas.spend(key, max(0, meter.num_tokens(guessed_tokens) - guessed_tokens))
 
     async def _hand_on(self, request: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
         body = dump(request)
@@ -230,21 +253,18 @@ def _with_id(scope: Scope, completion_id: str) -> Scope:
     return {**scope, "headers": [*others, (ID_HEADER, completion_id.encode())]}
 
 
-def _with_headers(send: Send, headers: Headers) -> Send:
+def _with_headers(send: Send, headers: Headers, begun: Callable[[], None] | None = None) -> Send:
+    """Give a `send` that adds headers, and calls `begun` when a good answer has begun."""
+
     async def send_named(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", []), *headers]}
-        await send(message)
+        if message["type"] != "http.response.start":
+            await send(message)
+            return
+        await send({**message, "headers": [*message.get("headers", []), *headers]})
+        if begun and message["status"] == 200:
+            begun()
 
     return send_named
-
-
-def _metered(send: Send, meter: Meter) -> Send:
-    async def send_counted(message: Message) -> None:
-        if meter.passes(message):
-            await send(message)
-
-    return send_counted
 
 
 def _quota_headers(admission: Admission) -> Headers:

@@ -14,6 +14,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
+from cluster.metrics import QUOTA_USED
 from cluster.session import RAY_NAMESPACE
 from serve.keys import Key
 
@@ -118,6 +119,8 @@ class ClusterQuotas:
             admission: Admission = await asyncio.wait_for(asked, timeout_s)
         except (RayError, TimeoutError, ValueError) as error:
             raise QuotaError(str(error)) from None
+        for kind, standing in admission.standings.items():
+            QUOTA_USED.set(1 - standing.remaining / standing.limit, key=key.name, quota=kind)
         return admission
 
     def spend(self, key: Key, num_tokens: int) -> None:

@@ -24,7 +24,7 @@ CODER_MARK, CODER_PARSER = "<function=", "qwen3_coder"
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
 MARKED_FILES = (*TEMPLATE_FILES, "tokenizer.json", "tekken.json")
 
-log = logging.getLogger("tandem.serve")
+log = logging.getLogger("tandem.inference")
 
 
 def choose_tool_parser(folder: Path, wanted: str) -> str:

@@ -18,7 +18,7 @@ from cluster.processes import Process
 from cluster.registry import Manifest, Registry, Version
 from cluster.session import Session, token_file
 from configs.cli import run_app
-from tests.helpers.front import ask, engine, keys, quotas, shelf  # noqa: F401
+from tests.helpers.front import ask, engine, keys, observers, quotas, shelf  # noqa: F401
 
 SECRETS = (
     "BASE_MODEL_NAME",

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from train.control import Progress
 from train.host import Host
+from train.run_log import run_logger
+from train.tally import Tally, last_logged_step
 from train.worker import Task
 
 
@@ -41,12 +43,15 @@ def train_beside(base: Base, task: Task, host: Host, checkpoint: Any = None) -> 
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
+    log = run_logger(task)
     client, every = MlflowClient(task.mlflow_url), task.config.train.checkpoint_every_steps
     if checkpoint:
         with checkpoint.as_directory() as folder:
             found = base.join(task.run_id, task.config, Path(folder))
     else:
         found = base.join(task.run_id, task.config)
+    tally = Tally(task.config.name)
+    tally.begin(int(found["step"]), int(found["num_tokens"]), last_logged_step(client, task.run_id))
     try:
         while found["step"] < found["num_steps"]:
             found = base.advance(task.run_id, every - int(found["step"]) % every)
@@ -54,6 +59,9 @@ def train_beside(base: Base, task: Task, host: Host, checkpoint: Any = None) -> 
             step, now_ms = int(found["step"]), int(time.time() * 1000)
             curves = [Metric(name, found[name], now_ms, step) for name in ("loss", "eval_loss", "tokens_per_s")]
             client.log_batch(task.run_id, metrics=curves)
+            tally.count(step, int(found["num_tokens"]))
+            tally.show(found)
+            log.info("trained", **found)
             with tempfile.TemporaryDirectory(prefix="tandem-train-") as scratch:
                 folder = Path(scratch) / "checkpoint"
                 base.save(task.run_id, folder)

@@ -15,12 +15,14 @@ from cluster.home import require_disk
 from cluster.job_queue import note_run
 from cluster.models import check_model, ensure_model, model_fingerprint
 from cluster.placement import is_usable
-from cluster.registry import Registry
-from cluster.session import RAY_NAMESPACE, Session, require_session, with_joined
+from cluster.registry import Registry, mlflow_errors
+from cluster.session import LOGS_VARIABLE, RAY_NAMESPACE, Session, require_session, with_joined
+from configs.cli import JOB_VARIABLE
 from configs.errors import ClusterError, RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
-from train.record import FAILED, RUN, STOPPED, Record
+from train.record import FAILED, FINISHED, RUN, STOPPED, Record
+from train.run_log import told
 from train.sizing import require_room
 
 ASKED = "the job was asked to stop"
@@ -72,6 +74,15 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
     return Start(session, registry, config, folder, data, base_fingerprint, kind, earlier)
 
 
+def had_ended(run_id: str) -> bool:
+    """Whether this is a job of the queue that had ended well, and what it ran in was killed before anybody saw that."""
+    if JOB_VARIABLE not in os.environ:
+        return False
+    client = Registry(require_session().mlflow_url).client
+    with mlflow_errors(client.tracking_uri):
+        return bool(client.get_run(run_id).info.status == FINISHED)
+
+
 @contextmanager
 def on_record(start: Start, num_cards: int) -> Iterator[Record]:
     """Connect to the cluster, and keep the record of what is done there: begun or taken up, and how it ended unless that was well.
@@ -91,7 +102,8 @@ def on_record(start: Start, num_cards: int) -> Iterator[Record]:
             record = Record.begin(start.registry.client, start.config, start.data, start.base_fingerprint, start.kind)
         note_run(record.run_id)
         try:
-            yield record
+            with told(record.run_id, start.config.name, start.kind):
+                yield record
         except BaseException as error:
             asked = isinstance(error, KeyboardInterrupt)
             with suppress(RegistryError):  # MLflow may be the very thing that failed
@@ -103,7 +115,7 @@ def on_record(start: Start, num_cards: int) -> Iterator[Record]:
 def connect(session: Session) -> Iterator[None]:
     """Connect to the cluster, as part of a Ray job or straight."""
     # Ray reads these as it is imported, and talks to no cluster without them.
-    os.environ.update({key: value for key, value in session.environment().items() if key.startswith("RAY_AUTH")})
+    os.environ.update({key: value for key, value in session.environment().items() if key.startswith("RAY_AUTH") or key == LOGS_VARIABLE})
     # Before Ray connects: a process that loads torch afterwards, in a Ray job, dies in MKL ("Cannot load libtorch_cpu.so").
     import ray
     import torch  # noqa: F401

@@ -3,6 +3,7 @@
 Knows Ray Train and the order of things. Does not know the step.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from cluster.registry import Manifest, Version
 from cluster.session import Session
 from cluster.versions import git_commit
 from configs.errors import ClusterError, RunError, TandemError, last_lines
-from configs.schema import ChatbotConfig
+from configs.schema import ChatbotConfig, TrainConfig
 from train.driver import ASKED, Say, Start, make_ready, on_record, on_signals
 from train.places import has_checkpoint, on_disk, runs_place, send_data
 from train.record import FINISHED, STOPPED, config_fingerprint
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     from train.worker import Task
 
 POLL_S = 0.5
+# Ray Train's controller takes these from its driver.
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # it takes one checkpoint at each look; by Ray's two seconds a run also ends later
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for what our workers do not ask: the run's control calls them back
+}
 DEATHS = ("ActorDiedError", "ActorUnavailableError", "NodeDiedError", "OwnerDiedError", "WorkerCrashedError")
 
 
@@ -75,7 +81,8 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
             checkpoint, metrics, stop_reason = _fit(task, start.session, show)
             if not stop_reason:
                 say("registering the adapter")
-                version = start.registry.register(make_manifest(start, run_id, checkpoint, metrics), checkpoint)
+                made = start.registry.of_run(run_id) if resume else None  # by a driver that was killed then
+                version = made or start.registry.register(make_manifest(start, run_id, checkpoint, metrics), checkpoint)
     except KeyboardInterrupt:
         if not run_id:
             raise
@@ -89,6 +96,7 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
     import ray
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
 
     from train.control import make_control
     from train.worker import train_worker
@@ -97,12 +105,16 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
         def _register_sigint_handler(self, controller: Any) -> None:
             """Leave SIGINT to us: Ray's handler would abort the run and exit with status 0."""
 
+        def _create_default_callbacks(self) -> list[Any]:
+            """Leave out the process that would hand Ray's own data sets to workers: ours read their rows."""
+            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
+
     config, run_id = task.config, task.run_id
+    os.environ.update(SETTINGS)
     control = make_control(run_id)
     keep_best = bool(config.train.early_stopping_patience)
     ranking = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"} if keep_best else {}
     on_gpu = any("gpu-share" in card for card in session.cards if is_usable(card))
-    num_threads = max(1, (psutil.cpu_count() or 1) // config.train.num_workers)
     trainer = Trainer(
         train_worker,
         train_loop_config=task,
@@ -117,7 +129,7 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
             storage_path=runs_place(task.storage),
             checkpoint_config=ray_train.CheckpointConfig(num_to_keep=config.train.num_checkpoints_kept, **ranking),
             failure_config=ray_train.FailureConfig(max_failures=config.train.max_failures),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(num_threads)}} if not on_gpu else None,
+            worker_runtime_env=None if on_gpu else {"env_vars": _cpu_environment(config.train)},
         ),
     )
     with _watch(control, show) as stop_reason:
@@ -137,6 +149,15 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
     measured = [entry for entry in result.best_checkpoints if "eval_loss" in entry[1]] if keep_best else []
     best, metrics = min(measured, key=lambda entry: entry[1]["eval_loss"], default=(newest, metrics))
     return on_disk(best), metrics, None
+
+
+def _cpu_environment(train: TrainConfig) -> dict[str, str]:
+    """Return what a worker without a GPU is to find as it imports torch: its share of the cores, and no compiler where it needs none.
+
+    bitsandbytes, which PEFT imports, gets the compiler ready, for bases in 4 bit; that takes a second.
+    """
+    num_threads = max(1, (psutil.cpu_count() or 1) // train.num_workers)
+    return {"OMP_NUM_THREADS": str(num_threads), "TORCHDYNAMO_DISABLE": "1" if train.quantization == "none" else "0"}
 
 
 def _failure(error: Exception, run_id: str, storage: str = "") -> TandemError:

@@ -65,9 +65,7 @@ class Record:
             Param(f"data.{name}", str(getattr(data, name))) for name in ("num_train", "num_heldout", "num_train_tokens", "num_loss_tokens")
         ]
         with mlflow_errors(client.tracking_uri):
-            experiment = client.get_experiment_by_name(config.name)
-            experiment_id = experiment.experiment_id if experiment else client.create_experiment(config.name)
-            record = cls(client, client.create_run(experiment_id).info.run_id)
+            record = cls(client, client.create_run(_experiment_id(client, config.name)).info.run_id)
             client.log_batch(record.run_id, params=params, tags=[RunTag(name, text) for name, text in facts.items()])
         record.attach("environment.txt", "\n".join(sorted({f"{found.name}=={found.version}" for found in distributions()})))
         record.attach(CONFIG_FILE, config.model_dump_json(indent=2))
@@ -129,6 +127,20 @@ class Record:
             if reason:
                 self.client.set_tag(self.run_id, "reason", reason[:MAX_PARAM_LETTERS])
             self.client.set_terminated(self.run_id, status)
+
+
+def _experiment_id(client: Any, name: str) -> str:
+    """Return the id of a chatbot's experiment, which is made with its first run; another process may be making it too."""
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return str(client.get_experiment_by_name(name).experiment_id)
 
 
 def read_config(client: Any, run_id: str) -> ChatbotConfig:

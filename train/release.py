@@ -6,8 +6,10 @@ Knows the order of things and the registry. Does not know how an answer is measu
 import json
 from dataclasses import dataclass
 
+from cluster.decisions import note_decision
 from cluster.home import OWNER_ONLY, write_text
-from cluster.registry import CANARY, LIVE, Registry, Version, evaluation_page
+from cluster.registry import LIVE, Registry, Version, evaluation_page
+from cluster.standing import CANARY
 from configs.errors import RegistryError, RunError
 from configs.schema import ChatbotConfig
 from data.ask import first_token_of, own_endpoint
@@ -82,6 +84,7 @@ def release(config: ChatbotConfig, registry: Registry, version: Version, say: Sa
     if not unwatched:
         _require_still_live(registry, version, live)
     registry.note(version, {"gate": PASSED if decision.passed else FAILED, "gate_decision": json.dumps(decision.to_dict())})
+    note_decision(version.chatbot, version.name, PASSED if decision.passed else FAILED)
     for check in decision.checks:
         say(f"gate {'holds' if check.passed else 'fails'}: {check}")
     if not decision.passed:
@@ -168,3 +171,4 @@ def _take_back(registry: Registry, version: Version, live: Version) -> None:
     elif LIVE in now.aliases:  # else somebody was quicker
         registry.promote(live.name)
     registry.note(version, {"gate": TAKEN_BACK})
+    note_decision(version.chatbot, version.name, TAKEN_BACK)

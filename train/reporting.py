@@ -14,7 +14,9 @@ from transformers import TrainerCallback
 from cluster.home import BYTES_PER_GIB
 from cluster.memory import CUDA_CONTEXT_BYTES
 from train.control import Progress
+from train.run_log import run_logger
 from train.step import take_rate
+from train.tally import Tally, last_logged_step
 
 if TYPE_CHECKING:
     from train.host import Host
@@ -35,6 +37,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
 
         self.task, self.host = task, host
         self.mlflow = MlflowClient(task.mlflow_url)
+        self.log = run_logger(task)
         self.num_steps_here = 0
         self.step_began_s = 0.0  # where the step before it ended, later by what is left out
         self.counted_until_s = 0.0
@@ -43,11 +46,14 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.tokens_before = 0
         self.newest: dict[str, float] = {}
         self.evaluated_step: int | None = None
+        self.tally = Tally(task.config.name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any) -> None:
         """Count speed from here, not from what an earlier process did before a resume; take the rate that the config names now."""
         take_rate(args.learning_rate, optimizer, lr_scheduler)
         self.tokens_before = self.tokens_at_step_begin = state.num_input_tokens_seen
+        if self.host.is_first:
+            self.tally.begin(state.global_step, state.num_input_tokens_seen, last_logged_step(self.mlflow, self.task.run_id))
         self._send(state)
         self.step_began_s = time.perf_counter()
 
@@ -59,6 +65,8 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         now_s = time.perf_counter()
         self.steps_s += now_s - self.step_began_s
         self.step_began_s, self.tokens_at_step_begin = now_s, state.num_input_tokens_seen
+        if self.host.is_first:
+            self.tally.count(state.global_step, state.num_input_tokens_seen)
         if self._asked_to_stop(state):
             control.should_save = control.should_training_stop = True
         elif state.global_step >= state.max_steps:
@@ -82,6 +90,9 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
             now_ms = int(time.time() * 1000)
             metrics = [Metric(name, value, now_ms, state.global_step) for name, value in found.items()]
             self.mlflow.log_batch(self.task.run_id, metrics=metrics)
+            self.tally.show(found)
+            told = "evaluated" if "eval_loss" in found else "trained"
+            self.log.info(told, step=state.global_step, num_steps=state.max_steps, memory_gib=round(taken_memory_gib(), 3), **found)
         if "eval_loss" not in found:  # else it is part of the evaluation
             self.counted_until_s = time.perf_counter()
 

@@ -63,7 +63,7 @@ class SharedBase:
             self.num_together = sys.maxsize
             self.group.join(trial_id, config, checkpoint)
             learner = self.group.members[trial_id].learner
-            return {"step": learner.step, "num_steps": learner.num_steps}
+            return {"step": learner.step, "num_steps": learner.num_steps, "num_tokens": learner.num_tokens}
 
         return self.card.submit(begin).result()
 

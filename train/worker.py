@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.logs import set_up
 from cluster.models import ensure_model
 from configs.errors import ModelError, TandemError
 from configs.schema import ChatbotConfig
@@ -42,6 +43,7 @@ def train_worker(task: Task) -> None:
     import ray
     from ray import train as ray_train
 
+    set_up()
     context = ray_train.get_context()
     control = find_control(task.run_id)
     host = TrainHost(control, context.get_world_size(), context.get_world_rank() == 0)

@@ -189,5 +189,6 @@ def _conclude(start: Start, record: Record, rows: tuple[Row, ...]) -> Outcome:
     settings, run_id = trial_config(config, best.settings, start.data.num_train), run_ids[best.name]
     Record(registry.client, run_id).attach(CONFIG_FILE, settings.model_dump_json(indent=2))
     manifest = make_manifest(replace(start, config=settings), run_id, best.checkpoint, best.metrics)
-    version = registry.nominate(registry.register(manifest, best.checkpoint).name)
+    made = registry.of_run(run_id) or registry.register(manifest, best.checkpoint)  # a driver may have been killed then
+    version = registry.nominate(made.name)
     return Outcome(record.run_id, config.tune, rows, best, version, figures, folder)

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from cluster.logs import set_up
 from configs.errors import TandemError
 from configs.loader import with_settings
 from configs.schema import ChatbotConfig
@@ -64,6 +65,7 @@ def run_trial(drawn: dict[str, Any], sweep: Sweep) -> None:
     """
     from ray import tune as ray_tune
 
+    set_up()
     task, tune = sweep.task, sweep.task.config.tune
     _make_room(sweep.num_cards)
     name = ray_tune.get_context().get_trial_name()

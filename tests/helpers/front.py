@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.registry import Standing, Version
+from cluster.registry import Version
+from cluster.standing import Standing
 from configs.schema import ServeConfig
 from data.feedback_store import FeedbackStore
 from serve.adapters import Adapters, Base
@@ -16,6 +17,7 @@ from serve.completion_ids import CompletionIds
 from serve.feedback import FeedbackDesk
 from serve.front import Doors, Front
 from serve.keys import Key, KeyFile
+from serve.observed import Observer
 from serve.quotas import Admission, Counter, quotas_of
 
 NOWHERE = Path("/nowhere/keys.json")
@@ -170,7 +172,13 @@ def quotas() -> HereQuotas:
 
 
 @pytest.fixture
-def ask(shelf, engine, keys, quotas):
+def observers() -> list[Observer]:
+    """Who is told of the requests that `ask` sends."""
+    return []
+
+
+@pytest.fixture
+def ask(shelf, engine, keys, quotas, observers):
     """Send one request to a front before `engine`; the body may come in several pieces."""
 
     def send(method: str, path: str, body: Any = b"", headers: Any = (), **settings: Any) -> Answer:
@@ -184,6 +192,7 @@ def ask(shelf, engine, keys, quotas):
 
         async def once() -> None:
             front = make_front(engine, shelf, keys, quotas, **{"max_body_bytes": 4096, **settings})
+            front.watch.observers += observers
             await front.adapters.refresh()
             scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
             await front(scope, receive, answer.send)

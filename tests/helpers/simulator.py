@@ -233,6 +233,9 @@ class Simulation:
     def words(self, submission: str) -> str:
         return f"the words of {submission}"
 
+    def tail(self, submission: str) -> str:
+        return f"  the last lines of {submission}"
+
     def bound(self, fewest: int, most: int) -> None:
         self._require_head()
         setting = self.setting

@@ -250,6 +250,7 @@ def test_an_engine_on_the_cpu_is_eager_and_takes_nothing_of_a_gpu(tmp_path):
         "--disable-uvicorn-access-log": None,
         "--enforce-eager": None,
         "--worker-cls": "serve.cpu_lora.GroupedLoraWorker",
+        "--distributed-executor-backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
     }
 
 
@@ -263,7 +264,7 @@ def test_an_engine_on_a_gpu_takes_its_share_of_the_memory(share, memory, tmp_pat
     options = pairs(engine_arguments(ModelConfig(), SERVE, tmp_path, "base", share))
     assert (options["--gpu-memory-utilization"], options["--quantization"], options["--dtype"]) == (memory, "fp8", "auto")
     assert "--enforce-eager" not in options
-    assert "--worker-cls" not in options
+    assert not {"--worker-cls", "--distributed-executor-backend"} & set(options)
     options = pairs(engine_arguments(ModelConfig(), ServeConfig(enforce_eager=True), tmp_path, "base", share))
     assert "--enforce-eager" in options
     assert "--quantization" not in options

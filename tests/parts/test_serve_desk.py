@@ -60,7 +60,7 @@ def test_what_is_revoked_at_the_head_is_out_with_the_next_answer(keys):
 def test_an_answers_id_is_known_everywhere_and_feedback_lies_on_the_head(home):
     desk = Desk()
     ids = CompletionIds(asyncio.run(desk.completion_secret()))
-    made = f"chatcmpl-{ids.make('bot:1', None)}"
+    made = f"chatcmpl-{ids.make('bot:1', None, 'r-1')}"
     assert CompletionIds.of_home().version_of(made, None) == "bot:1"
     row = {"completion_id": made, "version": "bot:1", "key_name": None, "created_s": 1.0}
     asyncio.run(desk.save({**row, "rating": "up", "comment": None, "better_answer": None}))

@@ -101,7 +101,7 @@ def steps(base: SharedBase, trials: str, num_steps: int) -> dict[str, dict[int, 
 def test_losses_are_those_that_each_adapter_has_alone(settings, references):
     base = shared(**settings)
     for trial in TRIALS:
-        assert base.join(trial, config(trial)) == {"step": 0, "num_steps": NUM_STEPS}
+        assert base.join(trial, config(trial)) == {"step": 0, "num_steps": NUM_STEPS, "num_tokens": 0}
     losses = {trial: {} for trial in TRIALS}
     for half in (10, 20):
         for trial, found in steps(base, "abcd", 10).items():
@@ -145,7 +145,9 @@ def test_a_checkpoint_goes_on_shared_or_alone_as_if_unbroken(references, tmp_pat
         base.save(trial, tmp_path / trial)
         base.leave(trial)
     base.join("a", config("a"))  # another one beside it than before
-    assert base.join("b", config("b"), tmp_path / "b") == {"step": 10, "num_steps": NUM_STEPS}
+    joined = base.join("b", config("b"), tmp_path / "b")
+    assert (joined["step"], joined["num_steps"]) == (10, NUM_STEPS)
+    assert joined["num_tokens"] > 0
     assert steps(base, "ab", 10)["b"] == pytest.approx(last(references["b"], 10), **SAME)
     for trial in "bd":
         assert alone(trial, tmp_path / "alone", resume=tmp_path / trial)[0] == pytest.approx(references[trial][1], **SAME)

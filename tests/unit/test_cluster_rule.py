@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.job_queue import DONE, FAILED, STANDING
 from cluster.job_queue import RUNNING as RUNNING_STATE
+from cluster.queue_view import told
 from cluster.rule import Card, Chat, Decision, Job, Leave, Snapshot, Start, decide
 from configs.schema import LendingConfig
 from tests.helpers.simulator import LEAVE_WITHIN_S, RELEASE_S, START_S, Setting, Simulation
@@ -90,6 +91,15 @@ def test_a_job_that_wants_two_cards_keeps_the_first_free_one_and_a_sweep_takes_a
     (start,) = decided(Job(5, "sweep"), cards=cards).actions
     assert start.cards == ("card1", "card2")
     assert decided(replace(two, num_cards=3), cards=cards, lending=OFF).waits[3] == "it needs 3 cards, and there are 2"
+
+
+def test_an_engine_stays_where_the_job_that_makes_room_has_cards_enough():
+    cards = (ANSWERING, TRAIN_CARD, Card("card2", "train"))
+    wide, urgent = replace(RUNNING, num_cards=2, cards=("card1", "card2")), replace(WAITING, num_cards=2, priority=1)
+    found = decided(wide, urgent, cards=cards, chat=QUIET_CHAT)
+    assert (found.actions, found.num_engines) == ((Leave(1, "job 3 goes before it", for_job=3),), (1, 1))
+    found = decided(wide, replace(urgent, num_cards=3), cards=cards, chat=QUIET_CHAT)
+    assert (found.actions, found.num_engines) == ((Leave(1, "job 3 goes before it", for_job=3),), (0, 1))
 
 
 def test_a_card_with_too_little_memory_is_not_lent():
@@ -183,7 +193,7 @@ def test_an_arbiter_may_be_killed_at_each_of_its_words_and_deeds_while_a_lent_ca
         assert not standing(simulation)
 
 
-def test_a_job_that_always_dies_is_begun_three_times_and_the_next_one_runs():
+def test_a_job_that_always_dies_is_begun_three_times_and_the_next_one_runs(caplog):
     simulation = Simulation(Setting())
     doomed, other = simulation.submit_job("train", 60), simulation.submit_job("train", 5)
     for _ in range(6):
@@ -195,6 +205,10 @@ def test_a_job_that_always_dies_is_begun_three_times_and_the_next_one_runs():
     assert (found.state, found.num_lost) == (FAILED, 3)
     assert "begun 3 times (lending.max_attempts)" in found.reason
     assert simulation.queue.find(other.id).state == DONE
+    (told_in_log,) = [record.fields for record in caplog.records if record.getMessage() == f"job {doomed.id} failed"]
+    assert told_in_log["last_lines"].startswith("  the last lines of ")
+    assert told_in_log["remedy"] == "mend the reason, then python -m cluster submit CONFIG"
+    assert f"python -m cluster logs system --find 'job {doomed.id} failed'" in told(found)
 
 
 def test_thousands_of_requests_a_second_for_ten_minutes_beside_a_line_of_jobs():

@@ -99,7 +99,6 @@ def test_a_key_without_quotas_asks_nobody(shelf, engine, keys, ask, quotas):
     secret = keys.create("alice")
     assert not [name for name in keyed(ask, secret).headers if name.startswith(b"x-ratelimit")]
     assert quotas.counter.limiter.storage.storage == {}
-    assert "stream_options" not in engine.request
 
 
 def test_quotas_that_cannot_be_counted_shut_the_door(ask, keys, quotas, monkeypatch):

@@ -1,0 +1,112 @@
+"""What the arbiter sees, for Prometheus: cards and who has them, the line of jobs, what gates decided; and where all metrics are found.
+
+Knows Prometheus's text and its files of targets. Does not know how the arbiter decides.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from cluster.decisions import read_decisions
+from cluster.home import home_folder, write_text
+from cluster.job_queue import LEAVING, RUNNING, STANDING, WAITING, Queue
+from cluster.metrics import (
+    CARD_BUSY,
+    CARD_LENT,
+    CARD_UP,
+    GATE_DECIDED,
+    GATE_DECISIONS,
+    HANDOVERS,
+    JOB_LOSSES,
+    JOB_WAITS,
+    JOBS,
+    Metric,
+)
+from cluster.rule import SERVE, SWEEP, TRAIN, Card
+
+CHAT, OTHER = "chat", "other"
+HOLDERS = (CHAT, TRAIN, SWEEP, OTHER)
+RAYS = {"ray.json": "prom_metrics_service_discovery.json", "ray_boards": "session_latest/metrics/grafana/dashboards"}
+LONGEST_LOOK_S = 30.0  # between two looks; what was longer was an outage, and nobody knows who had the cards in it
+Family = CounterMetricFamily | GaugeMetricFamily
+Values = dict[tuple[str, ...], float]  # by labels, in the table's order
+
+
+class Exporter(Collector):
+    """Shows what was seen last; seconds are added up from look to look, and begin anew with the process, as counters may."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+        self.looked_s: float | None = None
+        self.busy_s: Values = defaultdict(float)
+        self.lent_s: Values = defaultdict(float)
+        self.families: tuple[Family, ...] = ()
+
+    def collect(self) -> Iterator[Family]:
+        """Give the newest families, in whatever thread Prometheus asks."""
+        yield from self.families
+
+    def note(self, cards: Iterable[Card], now_s: float) -> None:
+        """Take a look's cards and the line of jobs."""
+        cards = tuple(cards)
+        elapsed_s = min(max(0.0, now_s - self.looked_s), LONGEST_LOOK_S) if self.looked_s is not None else 0.0
+        self.looked_s = now_s
+        kind_of = {name: job.kind for job in self.queue.jobs(RUNNING, LEAVING) for name in job.cards}
+        for card in cards:
+            holder = kind_of.get(card.name) or (CHAT if card.engine_since_s is not None else OTHER if card.is_foreign else "")
+            for name in HOLDERS:
+                self.busy_s[card.name, card.pool, name] += elapsed_s if name == holder else 0.0
+            is_lent = bool(holder) and (holder == CHAT) != (card.pool == SERVE)
+            self.lent_s[card.name, card.pool] += elapsed_s if is_lent else 0.0
+        self.families = (*self._of_cards(cards), *self._of_jobs(now_s), *_of_gates())
+
+    def _of_cards(self, cards: tuple[Card, ...]) -> Iterator[Family]:
+        yield _family(CARD_UP, {(card.name, card.pool): float(card.is_alive) for card in cards})
+        yield _family(CARD_BUSY, self.busy_s)
+        yield _family(CARD_LENT, self.lent_s)
+        handovers = dict.fromkeys([card.name for card in cards], 0) | self.queue.count_handovers()
+        yield _family(HANDOVERS, {(card,): number for card, number in handovers.items()})
+
+    def _of_jobs(self, now_s: float) -> Iterator[Family]:
+        jobs = self.queue.jobs()
+        counted: Values = {(kind, state): 0.0 for kind in (TRAIN, SWEEP) for state in STANDING}
+        yield _family(JOBS, counted | Counter((job.kind, job.state) for job in jobs))
+        yield _family(JOB_WAITS, {(): max((now_s - job.since_s for job in jobs if job.state == WAITING), default=0.0)})
+        yield _family(JOB_LOSSES, {(): sum(job.num_lost for job in jobs)})
+
+
+def _of_gates() -> Iterator[Family]:
+    decided = read_decisions()
+    yield _family(GATE_DECISIONS, Counter((entry.chatbot, entry.decision) for entry in decided))
+    yield _family(GATE_DECIDED, {(entry.chatbot, entry.decision): entry.at_s for entry in decided})
+
+
+def _family(metric: Metric, values: Mapping[Any, float]) -> Family:
+    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    family = kind(metric.name, metric.help, labels=metric.labels)
+    for labels, value in values.items():
+        family.add_metric(list(labels), value)
+    return family
+
+
+def serve_metrics(exporter: Exporter, host: str, ray_folder: Path) -> None:
+    """Show the metrics on a free port, and leave in `monitoring` in the home folder what Prometheus and Grafana read.
+
+    That is this address, and the ways to what Ray keeps in its own folder: its list of nodes, and its boards.
+    """
+    registry = CollectorRegistry()
+    registry.register(exporter)
+    server, _ = start_http_server(0, host, registry)
+    folder = home_folder() / "monitoring"
+    target = {"labels": {"job": "arbiter"}, "targets": [f"{host}:{server.server_port}"]}
+    write_text(folder / "arbiter.json", json.dumps([target]))
+    for name, place in RAYS.items():
+        link = folder / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(ray_folder / place)
