@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from configs.loader import ROOT
-from tests.helpers.hosts import until, why_no_hosts
+from tests.helpers.hosts import why_no_hosts
+from tests.ray.stack import wait_for
 
 DOCKER = ROOT / "cluster" / "deploy" / "docker"
 USER_ID = 10001
@@ -89,7 +90,7 @@ class Container:
     def pid(self) -> int:
         """The number of its first process."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return int(until("its first process", children.read_text, timeout_s=10))
+        return int(wait_for(children.read_text, timeout_s=10))
 
     def run(self, *words: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command in it, as `docker compose exec` does."""
