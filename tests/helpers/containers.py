@@ -6,6 +6,7 @@ Needs root's rights, `unshare`, `nsenter` and `setpriv`. Folders stand for volum
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,8 +30,10 @@ SET_DEFAULT = re.compile(r"\$\{\w+:-([^}]*)\}")
 
 def why_no_containers() -> str:
     """Return why this machine cannot stand in for a container engine; empty where it can."""
-    tried = subprocess.run(["setpriv", "--reuid", str(USER_ID), "true"], capture_output=True, text=True, check=False)
-    return why_no_hosts() or (f"no other user here: {tried.stderr.strip()}" if tried.returncode else "")
+    if not shutil.which("setpriv"):
+        return "setpriv missing (Debian's util-linux)"
+    tried = subprocess.run([*_as_user({}), sys.executable, "-c", ""], capture_output=True, text=True, check=False)
+    return why_no_hosts() or (f"no other user may run this Python: {tried.stderr.strip()}" if tried.returncode else "")
 
 
 def read_services() -> dict[str, dict[str, Any]]:
