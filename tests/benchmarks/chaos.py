@@ -142,7 +142,8 @@ class Chaos:
         except AssertionError:
             self.lost.append(f"{victim}, killed {len(self.kills)}.: not all goes on after {RECOVERS_WITHIN_S:g} s")
         kill.back_s = time.time()
-        console.print(f"{victim}: all goes on after {kill.back_s - kill.at_s:.1f} s")
+        said = dict(Counter(one.said for one in self.asked))
+        console.print(f"{victim}: all goes on after {kill.back_s - kill.at_s:.1f} s; jobs done: {len(self.jobs(DONE))}; answers: {said}")
 
     def _num_arbiters(self) -> int:
         """How many arbiters have begun their work so far: the next one waits for the end of the last."""
