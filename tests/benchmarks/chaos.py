@@ -29,7 +29,7 @@ from configs.cli import console
 from tests.ray.stack import Stack, make_config, make_tiny_model, wait_for
 
 PORTS = ("ray_port", "dashboard_port", "mlflow_port", "chat")
-SAVE_EVERY, SHORT_STEPS, FOREVER = 100, 400, 1_000_000
+SAVE_EVERY, SHORT_STEPS, FOREVER = 20, 100, 1_000_000
 NUM_ASKING = 2
 PAUSE_S = (2.0, 12.0)
 SETTLES_S = 1.0  # what was under way at a kill is told by then
