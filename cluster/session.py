@@ -147,10 +147,20 @@ def require_session(only_head: bool = True) -> Session:
         raise ClusterError("the cluster is not ready", why, again)
     if missing := session.missing_parts():
         raise ClusterError(f"the cluster is not whole: {', '.join(missing)} ended", f"see {log_folder()}", again)
-    if only_head and session.head:
+    if only_head:
+        refuse_joined(session)
+    return session
+
+
+def refuse_joined(session: Session | None) -> None:
+    """Refuse what is done on the head alone.
+
+    Raises:
+        ClusterError: This machine only joined the cluster.
+    """
+    if session and session.head:
         why = "this machine joined it, and has neither its line of jobs, nor its keys, nor its data"
         raise ClusterError("this is done on the cluster's head", why, f"the same command on {session.head.partition(':')[0]}")
-    return session
 
 
 def require_same(session: Session, machine: MachineConfig) -> None:

@@ -643,8 +643,8 @@ class Environment(BaseSettings):
     """Another MLflow server; `up` starts none then."""
     feedback_url: SecretStr | None = None
     """SQLAlchemy URL of the database for feedback; `feedback.db` inside TANDEM_HOME if empty."""
-    tandem_token: SecretStr | None = Field(None, min_length=32)
-    """Token of the cluster, the same on each of its machines; `up` makes one if empty, in `ray_token` inside TANDEM_HOME."""
+    tandem_token: SecretStr | None = None
+    """Token of the cluster, 32 letters or more, the same on each machine; `up` makes one in TANDEM_HOME if empty."""
     tandem_api_key: SecretStr | None = None
     """Key for our own endpoint; on the cluster's machine none is needed."""
     judge_api_key: SecretStr | None = None

@@ -47,12 +47,11 @@ class Engine:
         self.watchers: list[asyncio.Task[None]] = []
         session = read_session()
         self.desk: Any = find_desk() if session and session.head else None  # on a machine that joined, the head has keys and feedback
-        self.feedback = FeedbackDesk.of_home(self.serve.feedback)
+        self.feedback = None if self.desk else FeedbackDesk.of_home(self.serve.feedback)
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Start the engine; Serve calls this once, after the constructor."""
-        if self.desk:
-            self.feedback = await feedback_of_head(self.serve.feedback, self.desk)
+        feedback = self.feedback = self.feedback or await feedback_of_head(self.serve.feedback, self.desk)
         folder = await asyncio.to_thread(ensure_model, self.model)
         base = Base(self.base_name, await asyncio.to_thread(model_fingerprint, folder), self.serve.max_lora_rank)
         adapters = Adapters(Registry(os.environ["MLFLOW_TRACKING_URI"]), base)
@@ -66,7 +65,7 @@ class Engine:
         # After the engine's processes: each would hold the guardian's line open too.
         await asyncio.to_thread(guard_streams)
         doors = Doors(self._keys(settings.host), ClusterQuotas())
-        front = Front(app, adapters, doors, self.feedback, settings)
+        front = Front(app, adapters, doors, feedback, settings)
         front.watch = watch
         watch.observers.append(request_log(streams()))
         return Noted(front)
@@ -87,7 +86,8 @@ class Engine:
         """End the engine's own process, which holds the card's memory; write what is still to be kept."""
         if self.engine is not None:
             self.engine.shutdown()
-        self.feedback.store.close()
+        if self.feedback is not None:
+            self.feedback.store.close()
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -97,7 +97,7 @@ def build(args: dict[str, Any]) -> Any:
     """
     serve = ServeConfig.model_validate(args["serve"])
     gpu_share: float | None = args["gpu_share"]
-    on_gpu, where = gpu_share is not None, {"machine": HEAD} if args["only_head"] else {}
+    on_gpu, where = gpu_share is not None, {"machine": HEAD} if args.get("only_head") else {}
     num_requests = serve.max_num_seqs + serve.max_waiting_requests + NUM_ARRIVING
     # Streams of a replica are guarded without a word in between; see `serve.last_words`.
     environment = engine_environment(serve, on_gpu, num_threads=os.cpu_count() or 1) | {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ""}

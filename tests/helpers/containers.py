@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from configs.loader import ROOT
-from tests.helpers.hosts import why_no_hosts
+from tests.helpers.hosts import until, why_no_hosts
 
 DOCKER = ROOT / "cluster" / "deploy" / "docker"
 USER_ID = 10001
@@ -88,8 +88,8 @@ class Container:
     @property
     def pid(self) -> int:
         """The number of its first process."""
-        [child] = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(child)
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return int(until("its first process", children.read_text, timeout_s=10))
 
     def run(self, *words: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command in it, as `docker compose exec` does."""

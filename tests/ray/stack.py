@@ -31,6 +31,7 @@ SECRETS = (
     "MLFLOW_TRACKING_URI",
     "TANDEM_API_KEY",
     "TANDEM_HOME",
+    "TANDEM_TOKEN",
 )
 SHELLS = ("sh", "bash", "dash")
 REGISTERED = re.compile(r"registered as (\S+);")
