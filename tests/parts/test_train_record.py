@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from cluster.home import log_folder
+from cluster.logs import TRAINING, stream_file
 from cluster.registry import Registry
 from configs.errors import RegistryError, RunError
 from configs.loader import load_chatbot, setting_paths
@@ -124,6 +126,22 @@ def test_a_run_begins_with_all_that_went_in(client, config, data):
     assert run.data.tags["config_fingerprint"] == config_fingerprint(config)
     assert (run.data.tags["data_fingerprint"], run.data.tags["base_fingerprint"]) == (data.fingerprint, "f" * 16)
     assert {file.path for file in client.list_artifacts(record.run_id)} == {"config.json", "environment.txt"}
+
+
+def test_the_log_says_how_a_run_began_and_ended(client, config, data):
+    record = Record.begin(client, config, data, "f" * 16)
+    record.end(FAILED, "no memory")
+    record.reopen()
+    record.end(FINISHED)
+    told = [json.loads(line) for line in stream_file(log_folder(), TRAINING).read_text().splitlines()]
+    assert {line["run"] for line in told} == {record.run_id}
+    assert [(line["event"], line["level"], line.get("status")) for line in told] == [
+        ("begun", "info", None),
+        ("ended", "error", FAILED),
+        ("gone on with", "info", None),
+        ("ended", "info", FINISHED),
+    ]
+    assert (told[0]["chatbot"], told[0]["kind"], told[1]["reason"]) == ("bot", RUN, "no memory")
 
 
 def test_a_long_setting_does_not_stop_a_run(client, config, data, tmp_path):
