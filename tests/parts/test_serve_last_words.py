@@ -116,15 +116,38 @@ def test_a_connection_whose_stream_ended_is_nobodys_business(server):
                 assert EVENT not in b"".join(coming)
 
 
-def test_a_client_that_wants_the_end_sees_it_at_once(server):
-    """The guardian keeps no connection open that the server has closed."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(b"GET /short HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        said = b""
-        while piece := connection.recv(4096):
-            said += piece
-    assert said.endswith(b"0\r\n\r\n")
-    assert EVENT not in said
+def test_what_a_client_left_is_let_go(server):
+    (guardian,) = server.guardians()
+    num_open = guardian.num_fds()
+    for _ in range(3):
+        with httpx.stream("GET", f"{server.address}/long") as answer:
+            next(begun(answer))
+            wait_for(lambda: guardian.num_fds() == num_open + 1, timeout_s=30)
+    wait_for(lambda: guardian.num_fds() == num_open, timeout_s=30)
+
+
+def test_a_guardian_without_time_keeps_no_client_waiting_and_holds_nothing_for_good(server):
+    """It is stopped here; what it cannot be told fills its line, and then goes without it."""
+    (guardian,) = server.guardians()
+    guardian.suspend()
+    ends = []
+    for _ in range(400):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(b"GET /short HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            said = b""
+            while piece := connection.recv(4096):
+                said += piece
+        ends.append(said.endswith(b"data: 2\n\n\r\n0\r\n\r\n"))
+    with httpx.Client() as client:
+        for _ in range(20):
+            assert client.get(f"{server.address}/short").text.endswith("data: 2\n\n")
+        guardian.resume()
+        with client.stream("GET", f"{server.address}/whole") as whole:
+            coming = begun(whole)
+            server.kill()
+            with pytest.raises(httpx.RemoteProtocolError):
+                assert EVENT not in b"".join(coming)
+    assert all(ends)
 
 
 def test_a_reader_that_stands_still_gets_no_words_in_the_midst_of_others(server):
