@@ -121,9 +121,10 @@ def test_what_a_client_left_is_let_go(server):
     num_open = guardian.num_fds()
     for _ in range(3):
         with httpx.stream("GET", f"{server.address}/long") as answer:
-            next(begun(answer))
+            coming = begun(answer)
             wait_for(lambda: guardian.num_fds() == num_open + 1, timeout_s=30)
-    wait_for(lambda: guardian.num_fds() == num_open, timeout_s=30)
+            assert next(coming)
+        wait_for(lambda: guardian.num_fds() == num_open, timeout_s=30)
 
 
 def test_a_guardian_without_time_keeps_no_client_waiting_and_holds_nothing_for_good(server):
