@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 
@@ -55,10 +56,13 @@ class Server:
         self.process.wait()
 
     def guardians(self) -> list[psutil.Process]:
-        """Guardians in the server's session, which they share with nobody else."""
-        mine = psutil.process_iter(["cmdline"])
-        found = [process for process in mine if str(GUARDIAN_FILE) in (process.info["cmdline"] or [])]
-        return [process for process in found if process.environ().get("SERVER") == str(self.port)]
+        """The server's guardian, while it runs: nobody's child, and known by its environment."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if str(GUARDIAN_FILE) in process.cmdline() and process.environ().get("SERVER") == str(self.port):
+                    found.append(process)
+        return found
 
 
 @pytest.fixture(params=["uvloop", "asyncio"])
