@@ -1,5 +1,6 @@
 """The very commands of compose.yaml, outside a container engine: MLflow, the head and a card become one cluster, none of them root."""
 
+import os
 import re
 import secrets
 from contextlib import ExitStack
@@ -11,7 +12,10 @@ from tests.ray.stack import wait_for
 
 NAMES = {"mlflow": "mlflow", "head": "head", "train": "train-cpu"}
 
-pytestmark = pytest.mark.skipif(bool(why := why_no_containers()), reason=why)
+pytestmark = [
+    pytest.mark.skipif("TANDEM_TEST_HOSTS" not in os.environ, reason="takes minutes: TANDEM_TEST_HOSTS=1 make test"),
+    pytest.mark.skipif(bool(why := why_no_containers()), reason=why),
+]
 
 
 @pytest.fixture
