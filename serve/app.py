@@ -15,6 +15,7 @@ from cluster.session import operator_key
 from configs.schema import ModelConfig, ServeConfig
 from serve.activity import Noted
 from serve.adapters import Adapters, Base
+from serve.alive import Alive, leave_with
 from serve.deploy import DEPLOYMENT
 from serve.engine import engine_arguments, engine_environment, start_engine
 from serve.feedback import FeedbackDesk
@@ -36,7 +37,7 @@ class Engine:
         self.model, self.serve = ModelConfig.model_validate(model), ServeConfig.model_validate(serve)
         self.base_name, self.gpu_share = base_name, gpu_share
         self.engine: Any = None
-        self.watcher: asyncio.Task[None] | None = None
+        self.watchers: list[asyncio.Task[None]] = []
         self.feedback = FeedbackDesk.of_home(self.serve.feedback)
 
     async def __serve_build_asgi_app__(self) -> Any:
@@ -49,9 +50,11 @@ class Engine:
         arguments = engine_arguments(self.model, settings, folder, self.base_name, self.gpu_share)
         self.engine, app = await start_engine(arguments, adapters)
         await adapters.refresh()
-        self.watcher = asyncio.create_task(adapters.watch())
+        engine_has_died = lambda: bool(self.engine.errored)  # noqa: E731 (it is asked at each request)
+        watchers = (adapters.watch(), leave_with(engine_has_died, self.feedback.store.close))
+        self.watchers = [asyncio.create_task(watcher) for watcher in watchers]
         doors = Doors(KeyFile(host=settings.host, operator_secret=operator_key()), ClusterQuotas())
-        return Noted(Front(app, adapters, doors, self.feedback, settings))
+        return Noted(Alive(Front(app, adapters, doors, self.feedback, settings), engine_has_died))
 
     async def check_health(self) -> None:
         """Tell Serve to replace this replica if its engine has died."""
