@@ -11,7 +11,7 @@ from cluster.deploy_commands import add_commands
 from cluster.home import home_folder, log_folder
 from cluster.job_queue import Queue
 from cluster.models import read_config_file, read_model_config
-from cluster.session import read_session, require_session, token_file
+from cluster.session import read_session, refuse_joined, require_session, token_file
 from cluster.stack import start, stop
 from configs.cli import Overrides, console, make_app, run_app
 from configs.errors import ClusterError, ConfigError, ModelError
@@ -108,6 +108,7 @@ def submit(
     from cluster.queue_view import check_job
 
     session = read_session()
+    refuse_joined(session)
     new = check_job(config, overrides or [], sweep, session)
     new = replace(new, priority=priority, memory_gib=max(memory_gib, new.memory_gib))
     with Queue() as line:
@@ -121,6 +122,7 @@ def queue() -> None:
     """Show who runs, who waits and why."""
     from cluster.queue_view import queue_table
 
+    refuse_joined(read_session())
     with Queue() as line:
         table = queue_table(line)
     console.print(table if table.row_count else "no jobs; python -m cluster submit CONFIG")
@@ -129,6 +131,7 @@ def queue() -> None:
 @app.command()
 def cancel(job: JobNumber) -> None:
     """Take a job out of the line; one that runs saves its state and leaves."""
+    refuse_joined(read_session())
     with Queue() as line:
         left = line.cancel(job)
     module = "tune" if left.kind == "sweep" else "train"
@@ -145,6 +148,7 @@ def move(
     """Give a job another place in the line."""
     if (priority is None) == (before is None):
         raise ClusterError("one of --priority and --before is wanted", remedy=f"python -m cluster move {job} --priority 1")
+    refuse_joined(read_session())
     with Queue() as line:
         moved = line.move(job, priority, before)
     console.print(f"[green]moved[/]  job {job}, priority {moved.priority}. See: python -m cluster queue")

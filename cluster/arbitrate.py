@@ -39,8 +39,8 @@ def main() -> None:
         session = _wait_for_session()
         machine = MachineConfig.model_validate(session.machine)
         arbiter, exporter = Arbiter(queue, RayGround(session), machine.lending), Exporter(queue)
-        serve_metrics(exporter, machine.listen_host, ray_folder())
         sampler = Sampler(streams().logger(SYSTEM), find_cards(machine), session.processes, machine.logs.sample_every_s)
+        serve_metrics(exporter, machine.listen_host, ray_folder())
         log.info("the arbiter is at work")
         looked_s, trouble = 0.0, ""
         while True:

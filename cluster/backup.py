@@ -23,9 +23,12 @@ from cluster.home import OWNER_ONLY, home_folder
 from configs.errors import ClusterError
 from configs.loader import ROOT
 
-# Fetched or made again: base models, adapters out of the registry, logs. Of this machine and moment: the session, what chat was deployed.
-# Checkpoints are large and change all the time: a job that had some begins anew.
-LEFT_OUT = ("activity", "adapters", "chat.json", "cluster.json", "env", "logs", "models", "runs", "sweeps")
+LEFT_OUT = (
+    *("adapters", "models", "monitoring"),  # fetched or made again
+    *("activity", "activity_elsewhere", "chat.json", "cluster.json", "env"),  # of this machine and moment
+    *("alertmanager", "alloy", "logs", "loki", "prometheus"),  # what was seen, which grows without end
+    *("runs", "sweeps"),  # checkpoints, which are large and change all the time: a job that had some begins anew
+)
 LEFT_OUT_ENDINGS = (".lock", "-wal", "-shm", "-journal")  # the last three are SQLite's own: what is in them is in the copy
 SQLITE_MARK = b"SQLite format 3\0"
 # What refers goes before what is referred to: a job names its run, and the registry its artifacts, which are files.

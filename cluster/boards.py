@@ -56,7 +56,7 @@ BOARDS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Requests in the engines",
             "short",
-            {"computed": "sum(ray_vllm_num_requests_running)", "waiting": "sum(ray_vllm_num_requests_waiting)"},
+            {"computed": "sum(ray_vllm_num_requests_running) or vector(0)", "waiting": "sum(ray_vllm_num_requests_waiting) or vector(0)"},
         ),
         Panel("Wait for a place in a batch (p95)", "s", {"wait": _quantile(0.95, "ray_vllm_request_queue_time_seconds")}),
         Panel(
@@ -109,7 +109,6 @@ BOARDS: dict[str, tuple[Panel, ...]] = {
             "percentunit",
             {"share": f"{_rate('ray_vllm_prefix_cache_hits_total')} / {_rate('ray_vllm_prefix_cache_queries_total')}"},
         ),
-        Panel("Requests put back, since the cache was full", "short", {"put back": "sum(ray_vllm_num_preemptions_total) or vector(0)"}),
     ),
 }
 

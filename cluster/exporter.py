@@ -70,6 +70,8 @@ class Exporter(Collector):
         yield _family(CARD_UP, {(card.name, card.pool): float(card.is_alive) for card in cards})
         yield _family(CARD_BUSY, self.busy_s)
         yield _family(CARD_LENT, self.lent_s)
+        handovers = dict.fromkeys([card.name for card in cards], 0) | self.queue.count_handovers()
+        yield _family(HANDOVERS, {(card,): number for card, number in handovers.items()})
 
     def _of_jobs(self, now_s: float) -> Iterator[Family]:
         jobs = self.queue.jobs()
@@ -77,7 +79,6 @@ class Exporter(Collector):
         yield _family(JOBS, counted | Counter((job.kind, job.state) for job in jobs))
         yield _family(JOB_WAITS, {(): max((now_s - job.since_s for job in jobs if job.state == WAITING), default=0.0)})
         yield _family(JOB_LOSSES, {(): sum(job.num_lost for job in jobs)})
-        yield _family(HANDOVERS, {(card,): number for card, number in self.queue.count_handovers().items()})
 
 
 def _of_gates() -> Iterator[Family]:

@@ -67,7 +67,7 @@ def join(head: str, machine: MachineConfig, say: Callable[[str], None]) -> Sessi
         if old and not old.head:
             raise ClusterError("this machine is the head of a cluster", f"at {old.ray_address}", "python -m cluster down, then join again")
         if old and old.ready and old.head == head and not old.missing():
-            require_same(old, machine.model_copy(update={"name": old.machine_name, "storage": old.storage or None}))
+            require_same(old, machine.model_copy(update={"name": machine.name or old.machine_name, "storage": old.storage or None}))
             return old
         if old:
             say("the last `join` has ended, or did not finish; starting again")
@@ -181,7 +181,7 @@ def _start(session: Session, machine: MachineConfig, cards: list[Card], told: In
 
     def has_joined(joining: Session) -> bool:
         started = {process.name for process in joining.processes} & {card.name for card in cards}
-        return started <= {raylet["labels"].get("card") for raylet in alive_raylets(joining) if raylet["nodeId"] not in before}
+        return started <= {raylet.get("labels", {}).get("card") for raylet in alive_raylets(joining) if raylet["nodeId"] not in before}
 
     try:
         for name, command, extra in parts:

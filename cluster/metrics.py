@@ -45,7 +45,7 @@ TOKEN_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0
 LOAD_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is itself: looked up by identity, which is quick
 class Metric:
     """One row of the table. Labels are bounded: names of keys, versions and cards, and words of ours; never what a client sends."""
 
@@ -151,7 +151,6 @@ TABLE = (
     Metric("ray_vllm_kv_cache_usage_perc", "gauge", "share", ENGINE, "Used share of the key-value cache.", VLLM),
     Metric("ray_vllm_prefix_cache_queries_total", "counter", "tokens", ENGINE, "Prompt tokens looked for in the cache.", VLLM),
     Metric("ray_vllm_prefix_cache_hits_total", "counter", "tokens", ENGINE, "Those of them that were found.", VLLM),
-    Metric("ray_vllm_num_preemptions_total", "counter", "requests", ENGINE, "Requests put back, since the cache was full.", VLLM),
     Metric("ray_node_cpu_utilization", "gauge", "percent", NODE_LABELS, "Use of a host's cores.", NODE),
     Metric("ray_node_mem_used", "gauge", "bytes", NODE_LABELS, "A host's used memory.", NODE),
     Metric("ray_node_mem_total", "gauge", "bytes", NODE_LABELS, "A host's memory.", NODE),

@@ -5,6 +5,7 @@ know what the cards are used for.
 """
 
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ class Sampler:
 
     def __init__(self, logger: Logger, cards: list[Card], processes: tuple[Process, ...], every_s: float) -> None:
         """Look from now on; `processes` are those that `up` started, each of which leads a session of its own."""
-        self.logger, self.cards, self.every_s = logger, cards, every_s
+        self.logger, self.cards, self.every_s = logger.bind(host=platform.node()), cards, every_s
         self.looked_s = -every_s
         self._leaders = {process.pid: process.name for process in processes}
         self._gpus = {card.name: _open_gpu(card) for card in cards if card.gpu}

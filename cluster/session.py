@@ -147,10 +147,20 @@ def require_session(only_head: bool = True) -> Session:
         raise ClusterError("the cluster is not ready", why, again)
     if missing := session.missing_parts():
         raise ClusterError(f"the cluster is not whole: {', '.join(missing)} ended", f"see {log_folder()}", again)
-    if only_head and session.head:
+    if only_head:
+        refuse_joined(session)
+    return session
+
+
+def refuse_joined(session: Session | None) -> None:
+    """Refuse what is done on the head alone.
+
+    Raises:
+        ClusterError: This machine only joined the cluster.
+    """
+    if session and session.head:
         why = "this machine joined it, and has neither its line of jobs, nor its keys, nor its data"
         raise ClusterError("this is done on the cluster's head", why, f"the same command on {session.head.partition(':')[0]}")
-    return session
 
 
 def require_same(session: Session, machine: MachineConfig) -> None:
@@ -188,9 +198,14 @@ def read_raylets(client: httpx.Client) -> list[dict[str, Any]]:
 
 def joined_cards(raylets: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], ...]:
     """Return the labels of the cards that machines brought which joined and are there, by machine and card."""
-    alive = [dict(raylet.get("labels", {})) for raylet in raylets if is_alive(raylet)]
-    joined = [labels for labels in alive if "card" in labels and labels.get("machine", HEAD) != HEAD]
-    return tuple(sorted(({key: value for key, value in labels.items() if not key.startswith("ray.io/")} for labels in joined), key=_place))
+    return known_cards(raylet for raylet in raylets if is_alive(raylet) and is_joined(raylet))
+
+
+def known_cards(raylets: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], ...]:
+    """Return the labels of all cards of these raylets, each once; the head's first, then by machine."""
+    labels = [raylet["labels"] for raylet in raylets if {"card", "machine"} <= raylet.get("labels", {}).keys()]
+    own = {found["card"]: {key: value for key, value in found.items() if not key.startswith("ray.io/")} for found in labels}
+    return tuple(sorted(own.values(), key=_place))
 
 
 def with_joined(session: Session) -> Session:
@@ -203,8 +218,14 @@ def with_joined(session: Session) -> Session:
     return replace(session, cards=(*session.cards, *joined))
 
 
-def _place(labels: Mapping[str, str]) -> tuple[str, str]:
-    return labels["machine"], labels["card"]
+def _place(labels: Mapping[str, str]) -> tuple[bool, str, str]:
+    return labels["machine"] != HEAD, labels["machine"], labels["card"]
+
+
+def is_joined(raylet: Mapping[str, Any]) -> bool:
+    """Whether a raylet is that of a card on a machine that joined."""
+    labels = raylet.get("labels", {})
+    return "card" in labels and labels.get("machine", HEAD) != HEAD
 
 
 def is_alive(raylet: Mapping[str, Any]) -> bool:

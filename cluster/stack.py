@@ -25,6 +25,7 @@ from cluster.chat_wish import forget_wish
 from cluster.haproxy import proxy_environment
 from cluster.home import BYTES_PER_GIB, BYTES_PER_MIB, home_folder, log_folder, require_disk, write_text
 from cluster.kuberay import head_arguments, pod_environment
+from cluster.limits import memory_bytes, num_cpus
 from cluster.placement import HEAD
 from cluster.processes import Process, free_port, port_owner, quiet_port, send_signal
 from cluster.session import (
@@ -61,6 +62,7 @@ LOOPBACK = "127.0.0.1"
 ARBITER_COMMAND = [sys.executable, "-m", "cluster.arbitrate"]
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 5
+MIN_TOKEN_LETTERS = 32
 
 
 def start(machine: MachineConfig, say: Callable[[str], None], named: str | None = None) -> Session:
@@ -109,6 +111,9 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
                 # One after the other: two that start at once may choose the same socket, and one of them dies.
                 wait_until(session, _has_its_raylets, f"the raylet of {name}")
             wait_until(session, lambda up: answers(f"{up.mlflow_url}/health"), "MLflow", MLFLOW)
+            if not is_loopback(machine.listen_host):
+                gate = f"http://{machine.listen_host}:{machine.mlflow_port}"
+                wait_until(session, lambda _: answers(gate), "the gate for other machines", GATE)
             write_exports(session)
             session = replace(session, ready=True)
             keep_session(session)
@@ -226,14 +231,14 @@ def _raylet_arguments(machine: MachineConfig, card: Card) -> list[str]:
         "--resources", json.dumps({"card": 1}),
         "--num-cpus", str(card.num_cpus),
         "--num-gpus", "1" if card.gpu else "0",
-        "--memory", str(int(card.memory_gib * BYTES_PER_GIB)) if not card.gpu else str(psutil.virtual_memory().total // 2),
+        "--memory", str(int(card.memory_gib * BYTES_PER_GIB)) if not card.gpu else str(memory_bytes() // 2),
         *_common_arguments(machine),
     ]  # fmt: skip
 
 
 def _bare_arguments(machine: MachineConfig) -> list[str]:
     """Return the arguments of a head without a card: drivers and Ray's own actors run there."""
-    return ["--labels", f"machine={HEAD}", "--num-gpus", "0", *_common_arguments(machine)]
+    return ["--labels", f"machine={HEAD}", "--num-cpus", str(num_cpus()), "--num-gpus", "0", *_common_arguments(machine)]
 
 
 def _common_arguments(machine: MachineConfig) -> list[str]:
@@ -264,6 +269,7 @@ def stack_environment(machine: MachineConfig) -> dict[str, str]:
         "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
         "RAY_prestart_worker_first_driver": "0",
         **_idle_environment(),
+        **_interface_environment(machine.listen_host),
         # Ray's own are the same for every cluster of a machine: the second would show the first one's metrics.
         **{name: str(quiet_port()) for name in ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT")},
         # Without it what a worker says grows for ever.
@@ -280,6 +286,15 @@ def stack_environment(machine: MachineConfig) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         **pod_environment(),
     }
+
+
+def _interface_environment(host: str) -> dict[str, str]:
+    """Return by which interface workers of one run talk: else they take that of the host's name, which is loopback on many a machine."""
+    if is_loopback(host):
+        return {}
+    addresses = psutil.net_if_addrs().items()
+    interface = next((name for name, found in addresses if any(entry.address.partition("%")[0] == host for entry in found)), None)
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
 
 
 def _idle_environment() -> dict[str, str]:
@@ -301,7 +316,8 @@ def _idle_environment() -> dict[str, str]:
 
 def spawn(name: str, command: list[str], extra: Mapping[str, str]) -> Process:
     """Start a part under a shell that begins it again whenever it is killed; it writes to a log of its name."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    # Nor with the token: each part reads it from its file, and what a part runs has no need of it.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "TANDEM_TOKEN"}
     # Without an address of its own a head starts a cluster; with one it would look for it.
     environment.update({key: value for key, value in extra.items() if key != "RAY_ADDRESS"})
     with (log_folder() / f"{name}.log").open("ab") as log:
@@ -357,7 +373,11 @@ def bring_token(make: bool = False) -> None:
         ClusterError: There is none, and none is to be made.
     """
     if given := Environment().tandem_token:
-        write_text(token_file(), given.get_secret_value().strip(), mode=0o600)
+        token = given.get_secret_value().strip()
+        if len(token) < MIN_TOKEN_LETTERS or not token.isascii():
+            why = f"it opens everything, and has {len(token)} letters; {MIN_TOKEN_LETTERS} or more plain ones are wanted"
+            raise ClusterError("TANDEM_TOKEN is no good token", why, "openssl rand -hex 32 makes one")
+        write_text(token_file(), token, mode=0o600)
     elif not token_file().is_file():
         if not make:
             why = f"neither TANDEM_TOKEN in the environment or in .env, nor {token_file()}"

@@ -51,6 +51,15 @@ def exists(storage: str, name: str) -> bool:
         raise ClusterError(f"{storage} does not answer", str(error), "its address, and its credentials in the environment") from None
 
 
+def has_any(storage: str, folder: str, beginning: str) -> bool:
+    """Whether a folder in the storage has a folder whose name begins so."""
+    from pyarrow.fs import FileSelector, FileType
+
+    files, root = _open(storage)
+    found = files.get_file_info(FileSelector(f"{root}/{folder}", allow_not_found=True))
+    return any(entry.type is FileType.Directory and entry.base_name.startswith(beginning) for entry in found)
+
+
 def put(storage: str, source: Path, name: str) -> None:
     """Copy a folder into the storage, whole or not at all; one that is there already stays."""
     from pyarrow.fs import LocalFileSystem, copy_files

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
 Port = Annotated[int, Field(ge=1024, le=65535)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+SECRETS_FOLDER = Path("/run/secrets")  # where containers find theirs, a file each
 METRICS = ("perplexity", "accuracy", "exact", "general", "forgotten", "judge")
 
 
@@ -266,7 +267,7 @@ class FeedbackConfig(Settings):
     """What people say of answers, and whether what was said is kept; FEEDBACK_URL names the database."""
 
     keep_conversations: bool = False
-    """Store each chat of /v1/chat/completions with its answer, so that feedback can become training data; the page then shows `consent`."""
+    """Store each chat, response and message with its answer, so that feedback can become training data; the page then shows `consent`."""
     consent: str = Field(
         "Conversations here are stored, and may be used to improve this chatbot. Do not enter personal data.", min_length=1
     )
@@ -630,9 +631,11 @@ class Environment(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read `.env` of the checkout, whose copy in a Ray job has none: secrets are not uploaded."""
+        """Read `.env` of the checkout, whose copy in a Ray job has none: secrets are not uploaded; and a container's secret files."""
         checkout = Path(os.environ.get("TANDEM_CHECKOUT", "."))
-        return init_settings, env_settings, DotEnvSettingsSource(settings_cls, env_file=checkout / ".env", env_ignore_empty=True)
+        dotenv = DotEnvSettingsSource(settings_cls, env_file=checkout / ".env", env_ignore_empty=True)
+        files = (SecretsSettingsSource(settings_cls, secrets_dir=SECRETS_FOLDER),) if SECRETS_FOLDER.is_dir() else ()
+        return init_settings, env_settings, dotenv, *files
 
     huggingface_token: SecretStr | None = None
     """Token for gated models of the Hugging Face hub."""
@@ -640,8 +643,8 @@ class Environment(BaseSettings):
     """Another MLflow server; `up` starts none then."""
     feedback_url: SecretStr | None = None
     """SQLAlchemy URL of the database for feedback; `feedback.db` inside TANDEM_HOME if empty."""
-    tandem_token: SecretStr | None = Field(None, min_length=32)
-    """Token of the cluster, the same on each of its machines; `up` makes one if empty, in `ray_token` inside TANDEM_HOME."""
+    tandem_token: SecretStr | None = None
+    """Token of the cluster, 32 letters or more, the same on each machine; `up` makes one in TANDEM_HOME if empty."""
     tandem_api_key: SecretStr | None = None
     """Key for our own endpoint; on the cluster's machine none is needed."""
     judge_api_key: SecretStr | None = None

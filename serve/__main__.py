@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from cluster.registry import CANARY, Registry
+from cluster.registry import Registry
 from cluster.session import require_session
+from cluster.standing import CANARY
 from configs.cli import Overrides, console, make_app, parse_duration_s, run_app
 from configs.errors import RegistryError
 from configs.loader import load_chatbot

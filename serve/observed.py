@@ -2,12 +2,13 @@
 
 The front begins an `Observed` for each request, tells it who asks and which version answers, and lets the answer pass through it. At
 the request's end, whatever that is, the front hands the record to each of `Watch.observers`. An observer is a function of one record;
-it runs in the loop that answers, so it is quick and does not fail. Of a streamed piece it is only seen whether it is the first, or the
+it runs in the loop that answers, so it is quick. Of a streamed piece it is only seen whether it is the first, or the
 usage.
 
 Knows ASGI's messages. Does not know where what was seen goes.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -16,6 +17,8 @@ from typing import Any
 from serve.completion_ids import nonce_of
 from serve.meter import Meter
 from serve.refusal import Message, Send
+
+log = logging.getLogger("tandem.api")
 
 CLIENT_LEFT = 499  # as web servers note one who went away before the answer began
 
@@ -148,7 +151,10 @@ class Watch:
         if seen.completion_id:
             seen.engine = self._under_way.pop(seen.completion_id.partition(".")[0], None)
         for observer in self.observers:
-            observer(seen)
+            try:
+                observer(seen)
+            except Exception:  # no answer fails for what is told of it
+                log.exception("a request could not be told of")
 
 
 def _together(one: EngineTimes, other: EngineTimes) -> EngineTimes:

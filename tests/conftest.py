@@ -21,7 +21,16 @@ from cluster.session import Session, token_file
 from configs.cli import run_app
 from tests.helpers.front import ask, engine, keys, observers, quotas, shelf  # noqa: F401
 
-SECRETS = ("BASE_MODEL_NAME", "FEEDBACK_URL", "HUGGINGFACE_TOKEN", "JUDGE_API_KEY", "LOG_DIR", "MLFLOW_TRACKING_URI", "TANDEM_API_KEY")
+SECRETS = (
+    "BASE_MODEL_NAME",
+    "FEEDBACK_URL",
+    "HUGGINGFACE_TOKEN",
+    "JUDGE_API_KEY",
+    "LOG_DIR",
+    "MLFLOW_TRACKING_URI",
+    "TANDEM_API_KEY",
+    "TANDEM_TOKEN",
+)
 FINGERPRINT = "0123456789abcdef"
 
 

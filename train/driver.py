@@ -16,13 +16,12 @@ from cluster.job_queue import note_run
 from cluster.models import check_model, ensure_model, model_fingerprint
 from cluster.placement import is_usable
 from cluster.registry import Registry, mlflow_errors
-from cluster.session import LOGS_VARIABLE, RAY_NAMESPACE, Session, require_session
+from cluster.session import LOGS_VARIABLE, RAY_NAMESPACE, Session, require_session, with_joined
 from configs.cli import JOB_VARIABLE
 from configs.errors import ClusterError, RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
 from train.record import FAILED, FINISHED, RUN, STOPPED, Record
-from train.run_log import told
 from train.sizing import require_room
 
 ASKED = "the job was asked to stop"
@@ -53,7 +52,7 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
     Raises:
         TandemError: What the user can mend; nothing was begun.
     """
-    session = require_session()
+    session = with_joined(require_session())
     require_disk(session.machine.get("min_disk_free_gib", MachineConfig().min_disk_free_gib))
     registry = Registry(session.mlflow_url)
     earlier: Record | None = None
@@ -102,8 +101,7 @@ def on_record(start: Start, num_cards: int) -> Iterator[Record]:
             record = Record.begin(start.registry.client, start.config, start.data, start.base_fingerprint, start.kind)
         note_run(record.run_id)
         try:
-            with told(record.run_id, start.config.name, start.kind):
-                yield record
+            yield record
         except BaseException as error:
             asked = isinstance(error, KeyboardInterrupt)
             with suppress(RegistryError):  # MLflow may be the very thing that failed

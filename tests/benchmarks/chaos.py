@@ -29,7 +29,7 @@ from configs.cli import console
 from tests.ray.stack import Stack, make_config, make_tiny_model, wait_for
 
 PORTS = ("ray_port", "dashboard_port", "mlflow_port", "chat")
-SAVE_EVERY, SHORT_STEPS, FOREVER = 100, 400, 1_000_000
+SAVE_EVERY, SHORT_STEPS, FOREVER = 20, 100, 1_000_000
 NUM_ASKING = 2
 PAUSE_S = (2.0, 12.0)
 SETTLES_S = 1.0  # what was under way at a kill is told by then
@@ -70,6 +70,8 @@ class Kill:
     victim: str
     at_s: float
     running: tuple[int, ...]
+    whole_s: float = 0.0
+    """When there was another in its place."""
     back_s: float = 0.0
     """When all went on again, as far as looks tell; training's own time is in its steps."""
 
@@ -120,26 +122,37 @@ class Chaos:
             return
         before = {job.id: job for job in self.jobs() if job.state == RUNNING and job.num_steps}
         chosen = self.chance.choice(found)
+        num_begun = self._num_arbiters()
         kill = Kill(victim, time.time(), tuple(before))
         chosen.kill()
         self.kills.append(kill)
-        time.sleep(SETTLES_S)
-        before |= {job.id: job for job in self.jobs() if job.id in before}
+
+        def is_whole() -> bool:
+            if victim == "arbiter":
+                return self._num_arbiters() > num_begun
+            # The processes of a job end with it, and are as many as jobs.
+            return victim in OF_A_JOB or sum(part.pid != chosen.pid for part in self.stack.parts(name, words)) >= len(found)
+
         try:
-            wait_for(lambda: self._goes_on(kill, before) and self._is_whole(victim, chosen.pid, len(found)), timeout_s=RECOVERS_WITHIN_S)
+            wait_for(is_whole, timeout_s=RECOVERS_WITHIN_S)
+            kill.whole_s = time.time()
+            time.sleep(max(0.0, kill.at_s + SETTLES_S - time.time()))
+            before |= {job.id: job for job in self.jobs() if job.id in before}
+            wait_for(lambda: self._goes_on(kill, before), timeout_s=RECOVERS_WITHIN_S)
         except AssertionError:
             self.lost.append(f"{victim}, killed {len(self.kills)}.: not all goes on after {RECOVERS_WITHIN_S:g} s")
         kill.back_s = time.time()
-        console.print(f"{victim}: all goes on after {kill.back_s - kill.at_s:.1f} s")
+        said = dict(Counter(one.said for one in self.asked))
+        console.print(f"{victim}: all goes on after {kill.back_s - kill.at_s:.1f} s; jobs done: {len(self.jobs(DONE))}; answers: {said}")
+
+    def _num_arbiters(self) -> int:
+        """How many arbiters have begun their work so far: the next one waits for the end of the last."""
+        return (self.stack.home / "logs" / "arbiter.log").read_text().count("is at work")
 
     def _goes_on(self, kill: Kill, before: dict[int, QueuedJob]) -> bool:
         """Whether chat answers, and the jobs get on."""
         chats = any(one.is_answered and one.sent_s > kill.at_s for one in self.asked[-50:])
         return chats and all(job.step > before[job.id].step or job.state not in STANDING for job in self.jobs() if job.id in before)
-
-    def _is_whole(self, victim: str, pid: int, number: int) -> bool:
-        """Whether there are as many again as before; the processes of a job end with it, and are as many as jobs."""
-        return victim in OF_A_JOB or sum(part.pid != pid for part in self.stack.parts(*VICTIMS[victim][:2])) >= number
 
     def jobs(self, *states: str) -> list[QueuedJob]:
         """The line as it is."""
@@ -189,12 +202,12 @@ class Chaos:
         return "failed"
 
     def took_s(self, kill: Kill, histories: dict[int, list[tuple[float, int]]]) -> float:
-        """Return the seconds until chat answered and each job was beyond where it was, if it concerns them; else by looks."""
+        """Return the seconds until chat answered and each job was beyond where it was, if it concerns them; else until it was there."""
         times = [one.ended_s for one in self.asked if one.is_answered and one.sent_s > kill.at_s][:1] if kill.stops_chat else []
         for job_id in kill.running if kill.stops_training else ():
             highest = max((step for at_s, step in histories[job_id] if at_s <= kill.at_s), default=0)
             times += [at_s for at_s, step in histories[job_id] if at_s > kill.at_s and step > highest][:1]
-        return max(times, default=kill.back_s) - kill.at_s
+        return max(times, default=kill.whole_s or kill.back_s) - kill.at_s
 
 
 def settle(chaos: Chaos, forever: int) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 from bench import write_result
 
-from cluster.registry import Standing, Version
-from configs.schema import ServeConfig
+from cluster.logs import Streams
+from cluster.registry import Version
+from cluster.standing import Standing
+from configs.schema import LogConfig, ServeConfig
 from data.feedback_store import FeedbackStore
 from serve.adapters import Adapters, Base
 from serve.completion_ids import CompletionIds
@@ -22,6 +24,7 @@ from serve.feedback import FeedbackDesk
 from serve.front import Doors, Front
 from serve.keys import KeyFile
 from serve.quotas import ClusterQuotas
+from serve.request_log import request_log
 
 NUM_REQUESTS = 3000
 NUM_PIECES = 200
@@ -70,14 +73,15 @@ async def median_ms(app: Any, headers: list[tuple[bytes, bytes]], num_pieces: in
     return median([await request_s(app, headers, num_pieces) for _ in range(NUM_REQUESTS)]) * 1000
 
 
-async def measure(keys: KeyFile) -> dict[str, float]:
-    """Return the milliseconds of both, for an answer of one piece and of many."""
+async def measure(keys: KeyFile, logs: Path) -> dict[str, float]:
+    """Return the milliseconds of both, for an answer of one piece and of many; the front writes its log."""
     headers = [(b"authorization", f"Bearer {keys.create('bench')}".encode()), (b"content-type", b"application/json")]
     adapters = Adapters(EmptyRegistry(), BASE)  # type: ignore[arg-type]
     await adapters.refresh()
     config = ServeConfig()
     desk = FeedbackDesk(config.feedback, FeedbackStore("sqlite://"), CompletionIds("secret"))
     front = Front(application, adapters, Doors(keys, ClusterQuotas()), desk, config)
+    front.watch.observers.append(request_log(Streams(logs, LogConfig())))
     figures = {}
     for name, app in (("alone", application), ("front", front)):
         figures[f"{name}_request_ms"] = await median_ms(app, headers, 1)
@@ -91,7 +95,7 @@ async def measure(keys: KeyFile) -> dict[str, float]:
 def main() -> None:
     """Measure, and write the result."""
     with tempfile.TemporaryDirectory() as folder:
-        figures = asyncio.run(measure(KeyFile(Path(folder) / "keys.json")))
+        figures = asyncio.run(measure(KeyFile(Path(folder) / "keys.json"), Path(folder)))
     write_result("front", figures, {"num_requests": NUM_REQUESTS, "num_pieces": NUM_PIECES, "with": "a key without quotas"})
 
 

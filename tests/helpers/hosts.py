@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -86,6 +85,8 @@ class Host:
 
 def plug(first: Host, second: Host) -> None:
     """Lay a cable between two hosts that are on."""
+    for host in (first, second):  # what is left of an earlier one
+        subprocess.run(host.command("ip", "link", "delete", "eth0"), capture_output=True, check=False)
     ends = ["ip", "link", "add", "eth0", "netns", str(first.pid), "type", "veth", "peer", "name", "eth0", "netns", str(second.pid)]
     subprocess.run(ends, check=True)
     for host in (first, second):
@@ -104,13 +105,3 @@ def switched_on(hosts: Sequence[Host]) -> Iterator[None]:
     finally:
         for host in hosts:
             host.lose()
-
-
-def until(what: str, is_so: object, timeout_s: float = 120) -> object:
-    """Wait until something is true."""
-    assert callable(is_so)
-    deadline = time.monotonic() + timeout_s
-    while not (found := is_so()):
-        assert time.monotonic() < deadline, f"waited too long: {what}"
-        time.sleep(0.3)
-    return found

@@ -34,6 +34,11 @@ class Prometheus:
     def query(self, expression: str) -> list[dict[str, Any]]:
         return self.get("query", query=expression)["result"]
 
+    def seen(self, expression: str, window_s: float = 300) -> list[dict[str, Any]]:
+        """What the expression gave at any moment of the last minutes: gauges of what has ended are forgotten meanwhile."""
+        now_s = time.time()
+        return self.get("query_range", query=expression, start=now_s - window_s, end=now_s, step=2)["result"]
+
     def names(self) -> set[str]:
         return set(self.get("label/__name__/values"))
 

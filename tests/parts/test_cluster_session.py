@@ -304,9 +304,9 @@ def test_one_up_or_down_at_a_time(home):
     home.mkdir()
     with (home / "cluster.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(ClusterError, match="another `up` or `down` is at work"):
+        with pytest.raises(ClusterError, match="another `up`, `down` or `restore` is at work"):
             stop()
-        with pytest.raises(ClusterError, match="another `up` or `down` is at work"):
+        with pytest.raises(ClusterError, match="another `up`, `down` or `restore` is at work"):
             start(MachineConfig(), print)
     assert stop() == 0
 

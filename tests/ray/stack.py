@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from cluster.cards import find_gpus
 from cluster.processes import Process, quiet_port
@@ -30,9 +31,11 @@ SECRETS = (
     "MLFLOW_TRACKING_URI",
     "TANDEM_API_KEY",
     "TANDEM_HOME",
+    "TANDEM_TOKEN",
 )
 SHELLS = ("sh", "bash", "dash")
 REGISTERED = re.compile(r"registered as (\S+);")
+HUB_TOKEN = "hub-token-that-no-log-may-have"
 RUN_ID = re.compile(r"run ([0-9a-f]{32})")
 
 
@@ -46,11 +49,11 @@ class Stack:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of a user's shell: nothing of the developer's own."""
+        """The environment of a user's shell: nothing of the developer's own, and a secret."""
         mine = {key: value for key, value in os.environ.items() if key not in SECRETS and not key.startswith("RAY_")}
         # With two clusters on the same cores, a thread that waits must not spin.
         patient = {"OMP_WAIT_POLICY": "passive"} if "PYTEST_XDIST_WORKER" in os.environ else {}
-        return {**mine, **patient, "TANDEM_HOME": str(self.home), "COLUMNS": "200"}
+        return {**mine, **patient, "TANDEM_HOME": str(self.home), "HUGGINGFACE_TOKEN": HUB_TOKEN, "COLUMNS": "200"}
 
     @property
     def job_environment(self) -> dict[str, str]:
@@ -175,11 +178,13 @@ def own_stack(folder: Path) -> Iterator[Stack]:
     stack = Stack(folder / "home", folder, {name: quiet_port() for name in ("ray_port", "dashboard_port", "mlflow_port", "chat")})
     done = stack.up()
     assert done.returncode == 0, done.stdout + done.stderr
-    try:
-        yield stack
-    finally:
-        done = stack.run("cluster", "down")
-        assert done.returncode == 0, done.stdout + done.stderr
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TANDEM_HOME", str(stack.home))  # for what a test does with the registry itself
+        try:
+            yield stack
+        finally:
+            done = stack.run("cluster", "down")
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

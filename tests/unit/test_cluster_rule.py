@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.job_queue import DONE, FAILED, STANDING
 from cluster.job_queue import RUNNING as RUNNING_STATE
+from cluster.queue_view import told
 from cluster.rule import Card, Chat, Decision, Job, Leave, Snapshot, Start, decide
 from configs.schema import LendingConfig
 from tests.helpers.simulator import LEAVE_WITHIN_S, RELEASE_S, START_S, Setting, Simulation
@@ -192,7 +193,7 @@ def test_an_arbiter_may_be_killed_at_each_of_its_words_and_deeds_while_a_lent_ca
         assert not standing(simulation)
 
 
-def test_a_job_that_always_dies_is_begun_three_times_and_the_next_one_runs():
+def test_a_job_that_always_dies_is_begun_three_times_and_the_next_one_runs(caplog):
     simulation = Simulation(Setting())
     doomed, other = simulation.submit_job("train", 60), simulation.submit_job("train", 5)
     for _ in range(6):
@@ -204,6 +205,10 @@ def test_a_job_that_always_dies_is_begun_three_times_and_the_next_one_runs():
     assert (found.state, found.num_lost) == (FAILED, 3)
     assert "begun 3 times (lending.max_attempts)" in found.reason
     assert simulation.queue.find(other.id).state == DONE
+    (told_in_log,) = [record.fields for record in caplog.records if record.getMessage() == f"job {doomed.id} failed"]
+    assert told_in_log["last_lines"].startswith("  the last lines of ")
+    assert told_in_log["remedy"] == "mend the reason, then python -m cluster submit CONFIG"
+    assert f"python -m cluster logs system --find 'job {doomed.id} failed'" in told(found)
 
 
 def test_thousands_of_requests_a_second_for_ten_minutes_beside_a_line_of_jobs():

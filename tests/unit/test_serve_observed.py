@@ -107,6 +107,13 @@ def test_a_client_that_leaves_before_the_answer_is_seen(shelf, tmp_path):
     assert [(seen.status, seen.is_whole) for seen in found] == [(CLIENT_LEFT, False)]
 
 
+def test_an_observer_that_fails_fails_no_answer_and_no_other_observer(see, observers, caplog):
+    observers.insert(0, lambda seen: 1 / 0)
+    seen, answer = see()
+    assert (seen.status, answer.status) == (200, 200)
+    assert "a request could not be told of" in caplog.text
+
+
 def test_what_the_engine_says_of_a_request_is_part_of_it_and_nothing_is_kept(shelf, engine, keys):
     """As vLLM names them: with a number for completions, and once for each of several answers."""
     front = make_front(engine, shelf, keys)
