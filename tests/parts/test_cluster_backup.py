@@ -121,6 +121,13 @@ def test_an_empty_home_gives_no_backup(home, tmp_path):
     assert not (tmp_path / "all.tar.gz").exists()
 
 
+def test_a_spoilt_database_is_named_and_no_backup_is_left(filled, tmp_path):
+    (filled / "feedback.db").write_bytes(b"SQLite format 3\0 and then nothing of the kind")
+    with pytest.raises(ClusterError, match="a database cannot be copied"):
+        back_up(tmp_path / "all.tar.gz")
+    assert list(tmp_path.glob("*all.tar.gz*")) == []
+
+
 def rewrite(source: Path, change) -> None:
     """Write an archive anew, with each member as `change` gives it back."""
     with tarfile.open(source) as archive:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.helpers.containers import USER_ID, Container, container, network, read_services, why_no_containers
-from tests.helpers.hosts import until
+from tests.ray.stack import wait_for
 
 NAMES = {"mlflow": "mlflow", "head": "head", "train": "train-cpu"}
 
@@ -31,7 +31,7 @@ def parts(tmp_path):
                 assert started[name].process.poll() is None, log.read_text()
                 return started[name].is_healthy()
 
-            until(f"{name} is healthy", healthy)
+            wait_for(healthy)
         yield started
 
 
