@@ -139,7 +139,8 @@ def set_up() -> None:
     For processes of the cluster. A command tells people what it does in words of its own, and only writes to the files.
     """
     ours = streams()
-    ours.echo = None if _is_a_log(sys.stdout) else sys.stdout
+    output = sys.__stdout__  # the process's own: Ray Serve may have put a slow one in its place
+    ours.echo = output if output and not _is_a_log(output) else None
     root = logging.getLogger("tandem")
     root.handlers = [_Bridge(ours)]
     root.setLevel(ours.config.level.upper())

@@ -111,14 +111,14 @@ def test_an_error_tells_its_message_only_where_that_cannot_be_what_somebody_wrot
         assert (written in line["exception"]) is (stream == TRAINING)
 
 
-def test_what_is_logged_by_logging_goes_to_its_stream_too(restored, capsys):
+def test_what_is_logged_by_logging_goes_to_its_stream_too(restored, capfd):
     set_up()
     logging.getLogger("tandem.api").error("100%% of %s", "it", extra={"fields": {"request_id": "r1"}})
     logging.getLogger("tandem.arbiter").warning("100%")
     logging.getLogger("tandem.arbiter").debug("not at this level")
     assert [(line["event"], line["level"], line["request_id"]) for line in lines(API)] == [("100% of it", "error", "r1")]
     assert [(line["event"], line["source"]) for line in lines(SYSTEM)] == [("100%", "arbiter")]
-    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    shown = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert shown == lines(API) + lines(SYSTEM), "standard output has the same"
 
 
