@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.cards import find_gpus
 from cluster.metrics import NODE, OURS, PREFIX, SUFFIXES, TABLE, VLLM, Metric
 from tests.helpers.prometheus import Prometheus, board_queries, own_prometheus, rule_expressions
-from tests.ray.stack import Stack, wait_for
+from tests.ray.stack import Stack
 
 pytestmark = pytest.mark.skipif(not shutil.which("prometheus"), reason="this machine has no Prometheus")
 ON_GPUS = ("gpu", "gram")
