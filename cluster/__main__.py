@@ -1,4 +1,4 @@
-"""`python -m cluster up|down|status|doctor|plan|submit|queue|cancel|move`: the stack here, what fits its cards, the line of jobs."""
+"""`python -m cluster up|join|leave|down|status|doctor|plan|submit|...`: the stack, what fits its cards, jobs, and deployment elsewhere."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +7,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from cluster.home import home_folder
+from cluster.deploy_commands import add_commands
+from cluster.home import home_folder, log_folder
 from cluster.job_queue import Queue
 from cluster.models import read_config_file, read_model_config
-from cluster.session import read_session, require_session, token_file
+from cluster.session import read_session, refuse_joined, require_session, token_file
 from cluster.stack import start, stop
 from configs.cli import Overrides, console, make_app, run_app
 from configs.errors import ClusterError, ConfigError, ModelError
 from configs.loader import load_chatbot, load_machine
+from configs.schema import is_loopback
 
 app = make_app("Start, look at and end the cluster on this machine.")
 Machine = Annotated[str, typer.Argument(help="File, or a name in configs/machines.")]
@@ -31,6 +33,34 @@ def up(machine: Machine = "auto", overrides: Overrides = None) -> None:
     console.print(f"[green]up[/]  {len(session.cards)} cards{' (was up already)' if session == before else ''}")
     console.print(f"    dashboard  {session.dashboard_url}\n    MLflow     {session.mlflow_url}")
     console.print(f"    token      {token_file()}; for Ray's own commands: source {home_folder() / 'env'}")
+    if not is_loopback(config.listen_host):
+        console.print(f"    machines   python -m cluster join {config.listen_host}:{config.mlflow_port}, with the same token")
+
+
+@app.command()
+def join(
+    head: Annotated[str, typer.Argument(metavar="HEAD_ADDRESS", help="HOST or HOST:PORT, as `up` told it there.")],
+    machine: Machine = "auto",
+    overrides: Overrides = None,
+) -> None:
+    """Bring this machine's cards into the cluster of another, whose token is here: in TANDEM_TOKEN, or as a copy of its file."""
+    from cluster.join import head_gate, own_address
+    from cluster.join import join as join_head
+
+    gate = head_gate(head)
+    config = load_machine(machine, [f"listen_host={own_address(gate)}", *(overrides or [])])
+    with console.status("joining the cluster") as spinner:
+        session = join_head(gate, config, lambda step: spinner.update(f"{step} ..."))
+    console.print(f"[green]joined[/]  {session.machine_name}: {', '.join(card['card'] for card in session.cards)}")
+    console.print(f"    dashboard  {session.dashboard_url}\n    logs       {log_folder()}\n    to end it  python -m cluster leave")
+
+
+@app.command()
+def leave() -> None:
+    """End what `join` started here; the cluster goes on without this machine's cards."""
+    if (session := read_session()) and not session.head:
+        raise ClusterError("this machine joined no cluster", "it is the head of one", "python -m cluster down ends it")
+    down()
 
 
 @app.command()
@@ -46,7 +76,7 @@ def status() -> None:
     """Show cards, services and jobs."""
     from cluster.status import read_status
 
-    session = require_session()
+    session = require_session(only_head=False)
     for table in read_status(session):
         console.print(table)
 
@@ -78,6 +108,7 @@ def submit(
     from cluster.queue_view import check_job
 
     session = read_session()
+    refuse_joined(session)
     new = check_job(config, overrides or [], sweep, session)
     new = replace(new, priority=priority, memory_gib=max(memory_gib, new.memory_gib))
     with Queue() as line:
@@ -91,6 +122,7 @@ def queue() -> None:
     """Show who runs, who waits and why."""
     from cluster.queue_view import queue_table
 
+    refuse_joined(read_session())
     with Queue() as line:
         table = queue_table(line)
     console.print(table if table.row_count else "no jobs; python -m cluster submit CONFIG")
@@ -99,6 +131,7 @@ def queue() -> None:
 @app.command()
 def cancel(job: JobNumber) -> None:
     """Take a job out of the line; one that runs saves its state and leaves."""
+    refuse_joined(read_session())
     with Queue() as line:
         left = line.cancel(job)
     module = "tune" if left.kind == "sweep" else "train"
@@ -115,6 +148,7 @@ def move(
     """Give a job another place in the line."""
     if (priority is None) == (before is None):
         raise ClusterError("one of --priority and --before is wanted", remedy=f"python -m cluster move {job} --priority 1")
+    refuse_joined(read_session())
     with Queue() as line:
         moved = line.move(job, priority, before)
     console.print(f"[green]moved[/]  job {job}, priority {moved.priority}. See: python -m cluster queue")
@@ -169,6 +203,9 @@ def plan(
     for line in (show_model(shape, settings), *make_tables(shape, settings, offers), "", *show_assignment(best, settings)):
         console.print(line)
     raise typer.Exit(not best.fits)
+
+
+add_commands(app)
 
 
 if __name__ == "__main__":

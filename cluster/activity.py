@@ -39,9 +39,17 @@ class ActivityFile:
         os.pwrite(self.descriptor, f"{self.num_in_flight:<12d}".encode(), 0)
 
 
-def read_quiet_s(pid: int) -> float:
-    """Return for how long an engine has had no request; 0 where nothing is known of it."""
-    file = _folder() / str(pid)
+def note_quiet(node_id: str, pid: int, quiet_s: float) -> None:
+    """Note for an engine on another machine for how long it has had no request."""
+    file, now_s = _folder(node_id) / str(pid), time.time()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("0")
+    os.utime(file, (now_s, now_s - quiet_s))
+
+
+def read_quiet_s(pid: int, node_id: str = "") -> float:
+    """Return for how long an engine has had no request, of another machine's by its node; 0 where nothing is known of it."""
+    file = _folder(node_id) / str(pid)
     try:
         is_busy = int(file.read_text() or 1) > 0
         changed_s = file.stat().st_mtime
@@ -50,5 +58,5 @@ def read_quiet_s(pid: int) -> float:
     return 0.0 if is_busy else max(0.0, time.time() - changed_s)
 
 
-def _folder() -> Path:
-    return home_folder() / "activity"
+def _folder(node_id: str = "") -> Path:
+    return home_folder() / ("activity_elsewhere" if node_id else "activity") / node_id

@@ -6,7 +6,7 @@ next one goes on. Knows the order of things. Does not know how they are done: se
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast
 
 from cluster.job_queue import CANCELLED, DONE, FAILED, LEAVING, RUNNING, STANDING, WAITING, Queue, QueuedJob, clock
@@ -15,6 +15,7 @@ from configs.errors import EXIT_BAD_INPUT, EXIT_NOT_PROMOTED, EXIT_STOPPED, Tand
 from configs.schema import LendingConfig
 
 LOST = -1  # the exit status of what was killed
+GONE_S = 60.0  # a card whose processes were killed is back sooner, and its run goes on there by itself
 
 log = logging.getLogger("tandem.arbiter")
 
@@ -39,6 +40,8 @@ class Sight:
     """By the name of their submission."""
     lost_chat: bool = False
     """Whether there is no chat although it was asked for: the head was started anew."""
+    gone_since_s: Mapping[str, float] = field(default_factory=dict)
+    """Since when cards are gone that were there."""
 
 
 class Ground(Protocol):
@@ -126,6 +129,8 @@ class Arbiter:
                 self.queue.mark_submitted(job.id)
             if job.state == LEAVING:
                 self.ground.stop(job.submission)
+            elif gone := [card for card in job.cards if now_s - seen.gone_since_s.get(card, now_s) > GONE_S]:
+                self._act(Leave(job.id, f"{' and '.join(gone)} {'is' if len(gone) == 1 else 'are'} gone with the machine"), now_s)
         elif driver.state == "stopped" or driver.exit_status == EXIT_STOPPED:
             self._end(job, WAITING if job.state == LEAVING else CANCELLED, job.reason if job.state == LEAVING else "stopped by hand", now_s)
         elif driver.exit_status == 0:

@@ -20,7 +20,9 @@ PYTHONS = {"lock-cpu.txt": ((3, 11),), "lock-gpu.txt": ((3, 11), (3, 12))}
 
 
 def choose_lock() -> Path:
-    """Return the lock for this machine: the GPU set where nvidia-smi finds a GPU."""
+    """Return the lock for this machine: the GPU set where nvidia-smi finds a GPU; TANDEM_SET (`cpu`, `gpu`) chooses for another's."""
+    if wanted := os.environ.get("TANDEM_SET"):
+        return ROOT / f"lock-{wanted}.txt"
     has_gpu = False
     if shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 
 from cluster.home import BYTES_PER_GIB
+from cluster.limits import memory_bytes, num_cpus
+from cluster.placement import HEAD
 from configs.errors import ClusterError
 from configs.schema import CardConfig, MachineConfig
 
@@ -50,6 +52,7 @@ class Card:
     memory_gib: float
     gpu: Gpu | None = None
     gpu_share: float = 1.0
+    machine: str = HEAD
 
     @property
     def accelerator(self) -> str:
@@ -61,7 +64,14 @@ class Card:
         """Labels by which Ray places work."""
         memory_gib = math.floor(self.memory_gib * 100) / 100
         on_gpu = {"gpu-share": f"{self.gpu_share:g}", "bf16": str(self.gpu.has_bf16).lower()} if self.gpu else {}
-        return {"pool": self.pool, "card": self.name, "accelerator": self.accelerator, "memory-gib": f"{memory_gib:g}", **on_gpu}
+        return {
+            "machine": self.machine,
+            "pool": self.pool,
+            "card": self.name,
+            "accelerator": self.accelerator,
+            "memory-gib": f"{memory_gib:g}",
+            **on_gpu,
+        }
 
 
 def find_gpus() -> list[Gpu]:
@@ -101,18 +111,20 @@ def find_cards(machine: MachineConfig, gpus: list[Gpu] | None = None) -> list[Ca
     """
     gpus = find_gpus() if gpus is None else gpus
     wanted = _auto(gpus) if machine.cards == "auto" else machine.cards
-    num_cpus, memory_gib = max(1, (os.cpu_count() or 1) // len(wanted)), psutil.virtual_memory().total / BYTES_PER_GIB / len(wanted)
+    if not wanted:
+        return []
+    cpus, memory_gib = max(1, num_cpus() // len(wanted)), memory_bytes() / BYTES_PER_GIB / len(wanted)
     cards: list[Card] = []
     left = {gpu.index: gpu for gpu in gpus}
     for number, card in enumerate(sorted(wanted, key=lambda entry: entry.pool)):
         if card.gpu is None:
-            cards.append(Card(f"card{number}", card.pool, num_cpus, memory_gib))
+            cards.append(Card(f"card{number}", card.pool, cpus, memory_gib))
             continue
         shared_by = sum(other.gpu == card.gpu for other in wanted) if machine.cards == "auto" else 1
         gpu = _pick(card.gpu, left, gpus)
         if shared_by == 1:
             del left[gpu.index]
-        cards.append(Card(f"card{number}", card.pool, num_cpus, gpu.memory_gib / shared_by, gpu, 1 / shared_by))
+        cards.append(Card(f"card{number}", card.pool, cpus, gpu.memory_gib / shared_by, gpu, 1 / shared_by))
     return cards
 
 

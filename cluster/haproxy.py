@@ -25,14 +25,15 @@ RETRY_S = 1
 
 # 8404 and 9101 are Ray's defaults for statistics and metrics, open to everyone; Ray reads neither, it asks the admin socket.
 LAUNCHER = """#!/bin/sh
-# Closes what Ray's configuration leaves open, and becomes HAProxy.
+# Closes what Ray's configuration leaves open, answers as unavailable what no application is there for yet, and becomes HAProxy.
 for word; do
     [ "$before" = -f ] && file=$word
     before=$word
 done
 here=$(dirname "$0")
 sed -i -E -e "s#bind (:|\\*:)(8404|9101)\\$#bind unix@$here/\\2#" \
-    -e "s#(errorfile 50[234]) .*#\\1 $here/gone.http#" "$file" || exit 1
+    -e "s#(errorfile 50[234]) .*#\\1 $here/gone.http#" \
+    -e "s#http-request return status 404 .*#http-request deny deny_status 503#" "$file" || exit 1
 exec {binary} "$@"
 """
 

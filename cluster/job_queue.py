@@ -249,6 +249,12 @@ class Queue:
         """Note by which run a job goes on."""
         self._change(job_id, run_id=run_id)
 
+    def forget_runs(self) -> None:
+        """Let all that stand in line begin anew: their checkpoints are not here."""
+        values = "run_id = '', state = ?, cards = '[]', submission = '', is_submitted = 0, step = 0, num_steps = 0"
+        marks = ", ".join("?" * len(STANDING))
+        self._execute(f"UPDATE jobs SET {values} WHERE state IN ({marks})", WAITING, *STANDING)  # noqa: S608 (our names)
+
     def note_progress(self, job_id: int, step: int, num_steps: int, now_s: float) -> None:
         """Note how far a job is, from which its end is guessed."""
         with self._transaction():

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 
 CARDS_VARIABLE = "TANDEM_CARDS"
+HEAD = "head"  # the label of the first machine's cards; one that joined has its own name
 
 
 def given_cards() -> list[str]:

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Set
 from copy import deepcopy
 from typing import Any
 
@@ -20,7 +21,7 @@ from cluster.home import home_folder, write_text
 from cluster.job_queue import QueuedJob
 from cluster.placement import CARDS_VARIABLE
 from cluster.rule import TRAIN, Card, Chat
-from cluster.session import Session, is_alive
+from cluster.session import Session, is_alive, is_joined, joined_cards
 from configs.cli import JOB_VARIABLE
 from configs.errors import ClusterError, last_lines
 
@@ -28,8 +29,11 @@ SERVE_API, JOBS_API = "/api/serve/applications/", "/api/jobs/"
 APPLICATION = "chat"
 MODULES = {"train": "train", "sweep": "tune"}
 ALIVE = ("PENDING", "RUNNING")
+ENTRYPOINT = "Running entrypoint for job"  # Ray's own first line of a job's log
 USED_CARD = re.compile(r"^([0-9.]+)/[0-9.]+ card", re.MULTILINE)
 STOP_AGAIN_S = 5.0
+MS_PER_S = 1000
+Bounds = tuple[int, int] | None
 
 
 class RayGround:
@@ -43,7 +47,8 @@ class RayGround:
     def look(self) -> Sight:
         """Look at cards, chat and drivers."""
         nodes = self._get("/nodes?view=summary")["data"]
-        raylets = [node["raylet"] for node in nodes["summary"] if is_alive(node["raylet"])]
+        known = [node["raylet"] for node in nodes["summary"]]
+        raylets = [raylet for raylet in known if is_alive(raylet)]
         application = self._get(SERVE_API).get("applications", {}).get(APPLICATION, {})
         engines = [replica for entry in application.get("deployments", {}).values() for replica in entry.get("replicas", [])]
         jobs = self._get(JOBS_API)
@@ -51,7 +56,8 @@ class RayGround:
         bounds = _bounds(application.get("deployed_app_config"))
         used = {node_id for node_id, told in (nodes.get("nodeLogicalResources") or {}).items() if _is_used(told)}
         lost_chat = not application and read_wish() is not None
-        return Sight(self._cards(raylets, engines, used), _chat(application, engines, bounds), bounds, drivers, lost_chat)
+        chat = _chat(application, engines, bounds, {raylet["nodeId"] for raylet in raylets if is_joined(raylet)})
+        return Sight(self._cards(raylets, engines, used), chat, bounds, drivers, lost_chat, _gone_since_s(known))
 
     def submit(self, job: QueuedJob) -> None:
         """Start a job's process; Ray takes a submission's name only once."""
@@ -80,9 +86,9 @@ class RayGround:
 
     def words(self, submission: str) -> str:
         """Return the last thing of note that a job said."""
-        lines = [line for line in self._said(submission).splitlines() if line.strip()]
+        lines = [line for line in self._said(submission).splitlines() if line.strip() and ENTRYPOINT not in line]
         told = [line for line in lines if line.startswith(("error: ", "done "))]
-        return (told or lines or [""])[-1][:300]
+        return (told or lines or ["it said nothing"])[-1][:300]
 
     def tail(self, submission: str) -> str:
         """Return the last lines that a job's process said."""
@@ -134,11 +140,22 @@ class RayGround:
                 engine_since_s=since_s.get(card["card"]),
                 is_foreign=card["pool"] == TRAIN and card["card"] in taken and card["card"] not in since_s,
             )
-            for card in self.session.cards
+            for card in (*self.session.cards, *joined_cards(raylets))
         )
 
 
-def _chat(application: dict[str, Any], engines: list[dict[str, Any]], bounds: tuple[int, int] | None) -> Chat:
+def _gone_since_s(raylets: list[dict[str, Any]]) -> dict[str, float]:
+    """Return since when each card is gone that was there, and is not now."""
+    alive = {raylet.get("labels", {}).get("card") for raylet in raylets if is_alive(raylet)}
+    gone: dict[str, float] = {}
+    for raylet in raylets:
+        card = raylet.get("labels", {}).get("card")
+        if card and card not in alive:
+            gone[card] = max(gone.get(card, 0.0), float(raylet.get("endTimeMs", 0)) / MS_PER_S)
+    return gone
+
+
+def _chat(application: dict[str, Any], engines: list[dict[str, Any]], bounds: Bounds, joined: Set[str] = frozenset()) -> Chat:
     if not application or bounds is None:
         return Chat()
     wish = read_wish() or application["deployed_app_config"]
@@ -146,7 +163,7 @@ def _chat(application: dict[str, Any], engines: list[dict[str, Any]], bounds: tu
     target = max((entry.get("target_num_replicas", 0) for entry in application.get("deployments", {}).values()), default=1)
     running = [engine for engine in engines if engine["state"] == "RUNNING"]
     if running:
-        quiet_s = min(read_quiet_s(engine["pid"]) for engine in running)
+        quiet_s = min(read_quiet_s(engine["pid"], engine["node_id"] if engine.get("node_id") in joined else "") for engine in running)
     else:
         quiet_s = 0.0 if target or not application.get("deployments") else math.inf  # a request waits, or nobody asks
     uses_train_cards = bool(
@@ -155,7 +172,7 @@ def _chat(application: dict[str, Any], engines: list[dict[str, Any]], bounds: tu
     return Chat(fewest, most, uses_train_cards, target, quiet_s)
 
 
-def _bounds(config: dict[str, Any] | None) -> tuple[int, int] | None:
+def _bounds(config: dict[str, Any] | None) -> Bounds:
     """Return the fewest and most engines of what was, or is to be, deployed."""
     application = (config or {}).get("applications", [config])[0] or {}
     growth = next((entry.get("autoscaling_config") for entry in application.get("deployments", [])), None)

@@ -8,18 +8,19 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.home import home_folder, new_folder
+from cluster.standing import CANARY, Standing, Word, share_tag
 from configs.errors import RegistryError
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-LIVE, PREVIOUS, CANARY, CANDIDATE = "live", "previous", "canary", "candidate"
+LIVE, PREVIOUS, CANDIDATE = "live", "previous", "candidate"
 MAX_TAG_LETTERS = 5000
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MANIFEST_FILE = "manifest.json"
@@ -63,27 +64,6 @@ class Version:
     def name(self) -> str:
         """The name by which requests ask for exactly this version."""
         return f"{self.chatbot}:{self.number}"
-
-
-@dataclass(frozen=True)
-class Standing:
-    """All that changes about a chatbot: the versions that its aliases name, what its tags say, and when it last got a version."""
-
-    aliases: dict[str, int]
-    tags: dict[str, str]
-    changed_ms: int
-
-    def aliases_of(self, number: int) -> tuple[str, ...]:
-        """Return the aliases of a version."""
-        return tuple(sorted(alias for alias, named in self.aliases.items() if named == number))
-
-    def canary_share(self, number: int) -> float:
-        """Return the share of a version that is the canary; 0 for any other, and where the tag says nonsense: anyone may write tags."""
-        try:
-            share = float(self.tags.get(_share_tag(number), 0)) if self.aliases.get(CANARY) == number else 0.0
-        except ValueError:
-            return 0.0
-        return share if 0 < share < 1 else 0.0
 
 
 def evaluation_page(version: Version) -> Path:
@@ -149,6 +129,12 @@ class Registry:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
             return _version(self.client.create_model_version(manifest.chatbot, source, run_id=manifest.run_id, tags=tags))
+
+    def of_run(self, run_id: str) -> Version | None:
+        """Return the version that a run was registered as, if it was."""
+        with mlflow_errors(self.url):
+            found = self.client.search_model_versions(f"run_id = '{run_id}'")
+        return _version(found[0]) if found else None
 
     def standings(self) -> dict[str, Standing]:
         """Return how each chatbot stands: one small request, equal to the last one's answer if `versions` would be."""
@@ -228,6 +214,7 @@ class Registry:
             if _with_alias(CANARY, wanted.chatbot, versions):
                 self.client.delete_registered_model_alias(wanted.chatbot, CANARY)
             self._end_candidacy(wanted, versions)
+        self._spread_word()
         return wanted
 
     def canary(self, name: str, share: float) -> Version:
@@ -245,9 +232,10 @@ class Registry:
             raise RegistryError(f"{wanted.name} cannot be a canary", why, "python -m serve status lists the bases")
         with mlflow_errors(self.url):
             # The share first: the alias without it would mean a canary that nobody meets. The chatbot's tag: engines look at nothing else.
-            self.client.set_registered_model_tag(wanted.chatbot, _share_tag(wanted.number), f"{share:g}")
+            self.client.set_registered_model_tag(wanted.chatbot, share_tag(wanted.number), f"{share:g}")
             self.client.set_registered_model_alias(wanted.chatbot, CANARY, str(wanted.number))
             self._end_candidacy(wanted, versions)
+        self._spread_word()
         return wanted
 
     def rollback(self, chatbot: str) -> Version:
@@ -278,6 +266,11 @@ class Registry:
                 (draft / "adapter").rmdir()
         return target
 
+    def _spread_word(self) -> None:
+        """Tell the engines of this machine at once; they look each second anyway."""
+        with suppress(OSError):
+            Word(self.url).spread(self.standings())
+
     def _end_candidacy(self, chosen: Version, versions: Iterable[Version]) -> None:
         if _with_alias(CANDIDATE, chosen.chatbot, versions) == chosen:
             self.client.delete_registered_model_alias(chosen.chatbot, CANDIDATE)
@@ -303,10 +296,6 @@ def _of(chatbot: str, versions: Iterable[Version]) -> list[Version]:
 
 def _with_alias(alias: str, chatbot: str, versions: Iterable[Version]) -> Version | None:
     return next((entry for entry in versions if entry.chatbot == chatbot and alias in entry.aliases), None)
-
-
-def _share_tag(number: int) -> str:
-    return f"canary_share.{number}"
 
 
 def _version(entry: Any, standing: Standing | None = None) -> Version:

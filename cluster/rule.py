@@ -176,8 +176,11 @@ class _Hand:
         num_missing = job.num_cards - len(claimed)
         lent = self._guests(job)[:num_missing]
         below = self._below(job, num_missing - len(lent))
-        if len(lent) + sum(self._num_suitable(other, job) for other in below) >= num_missing:
-            self.given_back |= {card.name for card in lent}
+        num_below = sum(self._num_suitable(other, job) for other in below)
+        if len(lent) + num_below >= num_missing:
+            self.given_back |= {
+                card.name for card in lent[: max(0, num_missing - num_below)]
+            }  # one that leaves may leave more than is missing
             for other in below:
                 self.actions.append(Leave(other.id, f"job {job.id} goes before it", for_job=job.id))
         self.waits[job.id] = self._reason(job, usable)

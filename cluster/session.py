@@ -8,19 +8,20 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from cluster.home import home_folder, log_folder, write_text
+from cluster.placement import HEAD
 from cluster.processes import Process
 from configs.errors import ClusterError
 from configs.schema import MachineConfig
 
-ARBITER = "arbiter"
+ARBITER, GATE, MLFLOW = "arbiter", "gate", "mlflow"
 LOGS_VARIABLE = "TANDEM_LOGS"  # how the settings of logs reach all that belongs to the cluster
 RAY_NAMESPACE = "tandem"  # of the named actors that drivers, workers and replicas find each other by
 
@@ -40,6 +41,22 @@ class Session:
     """Whether HAProxy stands before the engines, and not Ray Serve's own proxy."""
     ready: bool = True
     """False until all of it answers; an `up` that is killed leaves it so."""
+    head: str = ""
+    """Where the head's gate is; empty on the head itself."""
+
+    @property
+    def storage(self) -> str:
+        """Folder or URL that every machine reaches; empty where there is none."""
+        return str(self.machine.get("storage") or "")
+
+    @property
+    def machine_name(self) -> str:
+        """This machine's name in the labels of its cards."""
+        return str(self.machine.get("name") or "") if self.head else HEAD
+
+    def has_mlflow(self) -> bool:
+        """Whether MLflow is one of its processes, and not another server that the user named."""
+        return any(process.name == MLFLOW for process in self.processes)
 
     def environment(self) -> dict[str, str]:
         """Return what a process needs in its environment to belong to this session."""
@@ -80,11 +97,21 @@ def operator_key(token: Path | None = None) -> str | None:
 
     It is made from the token, which opens far more: whoever gets hold of the key learns nothing of the token.
     """
+    made = _made_from_token(b"chat endpoint", token)
+    return made and f"sk-tandem-{made}"
+
+
+def machine_key() -> str | None:
+    """Return the key that joined machines show at the head's gate, made from the token likewise."""
+    return _made_from_token(b"machines")
+
+
+def _made_from_token(purpose: bytes, token: Path | None = None) -> str | None:
     try:
         secret = (token or token_file()).read_bytes().strip()
     except OSError:
         return None
-    return f"sk-tandem-{hmac.digest(secret, b'chat endpoint', 'sha256').hex()}" if secret else None
+    return hmac.digest(secret, purpose, "sha256").hex() if secret else None
 
 
 def read_session() -> Session | None:
@@ -102,21 +129,38 @@ def keep_session(session: Session) -> None:
     write_text(home_folder() / "cluster.json", json.dumps(asdict(session), indent=2), mode=0o600)
 
 
-def require_session() -> Session:
+def require_session(only_head: bool = True) -> Session:
     """Return the running session.
 
+    Args:
+        only_head: Whether what is to be done is done on the head alone, where the line of jobs, the keys and the data are.
+
     Raises:
-        ClusterError: The cluster is not up, not yet or not whole.
+        ClusterError: The cluster is not up, not yet or not whole, or this machine only joined it.
     """
     session = read_session()
     if session is None:
         raise ClusterError("the cluster is not up", f"no session in {home_folder()}", "python -m cluster up")
+    again = f"python -m cluster join {session.head}" if session.head else "python -m cluster up"
     if not session.ready:
         why = f"`up` is still at work, or was ended before all of it answered; see {log_folder()}"
-        raise ClusterError("the cluster is not ready", why, "python -m cluster up")
+        raise ClusterError("the cluster is not ready", why, again)
     if missing := session.missing_parts():
-        raise ClusterError(f"the cluster is not whole: {', '.join(missing)} ended", f"see {log_folder()}", "python -m cluster up")
+        raise ClusterError(f"the cluster is not whole: {', '.join(missing)} ended", f"see {log_folder()}", again)
+    if only_head:
+        refuse_joined(session)
     return session
+
+
+def refuse_joined(session: Session | None) -> None:
+    """Refuse what is done on the head alone.
+
+    Raises:
+        ClusterError: This machine only joined the cluster.
+    """
+    if session and session.head:
+        why = "this machine joined it, and has neither its line of jobs, nor its keys, nor its data"
+        raise ClusterError("this is done on the cluster's head", why, f"the same command on {session.head.partition(':')[0]}")
 
 
 def require_same(session: Session, machine: MachineConfig) -> None:
@@ -150,6 +194,38 @@ def answers(url: str) -> bool:
 def read_raylets(client: httpx.Client) -> list[dict[str, Any]]:
     """Ask the dashboard for all raylets, with their labels and state; dead ones too."""
     return [node["raylet"] for node in client.get("/nodes", params={"view": "summary"}).json()["data"]["summary"]]
+
+
+def joined_cards(raylets: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], ...]:
+    """Return the labels of the cards that machines brought which joined and are there, by machine and card."""
+    return known_cards(raylet for raylet in raylets if is_alive(raylet) and is_joined(raylet))
+
+
+def known_cards(raylets: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], ...]:
+    """Return the labels of all cards of these raylets, each once; the head's first, then by machine."""
+    labels = [raylet["labels"] for raylet in raylets if {"card", "machine"} <= raylet.get("labels", {}).keys()]
+    own = {found["card"]: {key: value for key, value in found.items() if not key.startswith("ray.io/")} for found in labels}
+    return tuple(sorted(own.values(), key=_place))
+
+
+def with_joined(session: Session) -> Session:
+    """Return the session with the cards of machines that joined, as far as the dashboard tells of them."""
+    try:
+        with session.dashboard() as client:
+            joined = joined_cards(read_raylets(client))
+    except (httpx.HTTPError, KeyError, ValueError, OSError):
+        return session  # whoever needs the cluster now tells that it does not answer
+    return replace(session, cards=(*session.cards, *joined))
+
+
+def _place(labels: Mapping[str, str]) -> tuple[bool, str, str]:
+    return labels["machine"] != HEAD, labels["machine"], labels["card"]
+
+
+def is_joined(raylet: Mapping[str, Any]) -> bool:
+    """Whether a raylet is that of a card on a machine that joined."""
+    labels = raylet.get("labels", {})
+    return "card" in labels and labels.get("machine", HEAD) != HEAD
 
 
 def is_alive(raylet: Mapping[str, Any]) -> bool:

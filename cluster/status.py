@@ -11,7 +11,7 @@ import httpx
 from rich.table import Table
 
 from cluster.job_queue import LEAVING, RUNNING, Queue
-from cluster.session import Session, answers, is_alive, read_raylets
+from cluster.session import Session, answers, is_alive, known_cards, read_raylets
 from configs.errors import ClusterError
 
 NUM_JOBS = 8
@@ -36,6 +36,8 @@ def read_status(session: Session) -> list[Table]:
         holders = {**_engine_holders(raylets, served), **_job_holders(queue)}
         handovers = queue.handovers(NUM_HANDOVERS)
     tables = [_cards(session, raylets, holders), _services(session, served), _jobs(jobs)]
+    if machines := _machines(raylets):
+        tables.insert(0, machines)
     return [*tables, _handovers(handovers)] if handovers else tables
 
 
@@ -43,7 +45,9 @@ def _cards(session: Session, raylets: list[dict[str, Any]], holders: Mapping[str
     columns = ("card", "pool", "accelerator", "memory", "held by", "since", "why", "state")
     table = Table(*columns, title="cards", title_justify="left", box=None, pad_edge=False)
     alive = {raylet.get("labels", {}).get("card") for raylet in raylets if is_alive(raylet)}
-    for card in session.cards:
+    own = {card["card"] for card in session.cards}
+    others = [card for card in known_cards(raylets) if card["card"] not in own]
+    for card in (*session.cards, *others):
         state = "up" if card["card"] in alive else "[red]gone[/]"
         holder, since_s, why = holders.get(card["card"], ("", 0.0, ""))
         table.add_row(
@@ -56,6 +60,23 @@ def _cards(session: Session, raylets: list[dict[str, Any]], holders: Mapping[str
             why,
             state,
         )
+    return table
+
+
+def _machines(raylets: list[dict[str, Any]]) -> Table | None:
+    """Show the machines where more than one was there."""
+    cards = known_cards(raylets)
+    names = dict.fromkeys(card["machine"] for card in cards)
+    if len(names) < 2:
+        return None
+    labelled = [raylet for raylet in raylets if "machine" in raylet.get("labels", {})]
+    alive = {raylet["labels"]["machine"] for raylet in labelled if is_alive(raylet)}
+    address = {raylet["labels"]["machine"]: raylet.get("nodeManagerAddress", "") for raylet in labelled}
+    table = Table("machine", "address", "cards", "state", title="machines", title_justify="left", box=None, pad_edge=False)
+    for name in names:
+        own = ", ".join(card["card"] for card in cards if card["machine"] == name)
+        table.add_row(name, address[name], own, "up" if name in alive else "[red]gone[/]")
+    table.add_row()
     return table
 
 

@@ -5,17 +5,27 @@ A chatbot is one `ChatbotConfig`, a machine one `MachineConfig`, secrets and pla
 
 import math
 import os
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
 Port = Annotated[int, Field(ge=1024, le=65535)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+SECRETS_FOLDER = Path("/run/secrets")  # where containers find theirs, a file each
 METRICS = ("perplexity", "accuracy", "exact", "general", "forgotten", "judge")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone; a name other than localhost counts as open."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Settings(BaseModel):
@@ -257,7 +267,7 @@ class FeedbackConfig(Settings):
     """What people say of answers, and whether what was said is kept; FEEDBACK_URL names the database."""
 
     keep_conversations: bool = False
-    """Store each chat of /v1/chat/completions with its answer, so that feedback can become training data; the page then shows `consent`."""
+    """Store each chat, response and message with its answer, so that feedback can become training data; the page then shows `consent`."""
     consent: str = Field(
         "Conversations here are stored, and may be used to improve this chatbot. Do not enter personal data.", min_length=1
     )
@@ -488,6 +498,48 @@ class LendingConfig(Settings):
     """How often a job is begun whose process, card or machine is lost; then it has failed."""
 
 
+class PoolConfig(Settings):
+    """The pods of one pool on Kubernetes, each with one card."""
+
+    min_cards: int = Field(1, ge=0)
+    """Pods that always run."""
+    max_cards: int = Field(1, ge=1)
+    """Most pods; the autoscaler starts them when work waits for a card, and ends those that are idle."""
+    num_cpus: int = Field(4, ge=1)
+    """CPU cores of a pod."""
+    memory_gib: int = Field(16, ge=1)
+    """Memory of a pod, in GiB."""
+    gpu: str | None = "nvidia.com/gpu"
+    """Kubernetes' name for the GPU that a pod gets one of; a card is the pod's CPUs if empty."""
+    node_labels: dict[str, str] = {}
+    """Labels that a node must have, to choose a kind of GPU."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_cards > self.max_cards:
+            raise ValueError(f"min_cards={self.min_cards} is over max_cards={self.max_cards}")
+        return self
+
+
+class DeployConfig(Settings):
+    """What `python -m cluster manifests` needs to know of a Kubernetes cluster."""
+
+    image: str = Field("tandem:gpu", min_length=1)
+    """Image of the pods with cards, as the nodes pull it."""
+    head_image: str = Field("tandem:cpu", min_length=1)
+    """Image of the head and of MLflow, which compute nothing."""
+    serve: PoolConfig = PoolConfig()
+    """Pods that answer."""
+    train: PoolConfig = PoolConfig()
+    """Pods that train."""
+    storage_class: str | None = None
+    """Class of the volume that all pods share, which must allow ReadWriteMany; the cluster's default if empty."""
+    storage_gib: int = Field(100, ge=1)
+    """Size of that volume, in GiB."""
+    secret: Name = "tandem"  # noqa: S105 (its name)
+    """Name of the Secret with `auth_token`, `redis_password`, and whatever of `.env` is wanted."""
+
+
 class LogConfig(Settings):
     """What is logged, and how much of it is kept; LOG_DIR says where."""
 
@@ -508,8 +560,10 @@ class MachineConfig(Settings):
 
     cards: Literal["auto"] | list[CardConfig] = "auto"
     """`auto` makes a card of each GPU, or two of the CPU, and gives the largest to training."""
+    name: Name | None = None
+    """Name of a machine that joins, in the names of its cards; its host name if empty. The first machine is `head`."""
     listen_host: str = "127.0.0.1"
-    """Address that dashboard, job API and MLflow listen on."""
+    """This machine's address, at which dashboard and job API listen, and ask for the token. Other machines join at any but loopback."""
     http_proxy: Literal["auto", "python"] = "auto"
     """What stands before the engines: HAProxy where it runs, else Ray Serve's own proxy, which is slower; `python` is always the latter."""
     ray_port: Port = 6379
@@ -517,7 +571,9 @@ class MachineConfig(Settings):
     dashboard_port: Port = 8265
     """Port of Ray's dashboard and job API."""
     mlflow_port: Port = 5000
-    """Port of MLflow; unused where MLFLOW_TRACKING_URI names another server."""
+    """Port of MLflow, on loopback; at any other `listen_host` joined machines reach it there, through a gate that asks for the token."""
+    storage: str | None = Field(None, min_length=1)
+    """Folder, or URL such as `s3://bucket/tandem`, that every machine reaches, for data and checkpoints of runs; TANDEM_HOME if empty."""
     object_store_gib: float = Field(0.25, ge=0.1)
     """Shared memory for Ray's objects, each card, in GiB."""
     min_disk_free_gib: float = Field(2.0, ge=0.0)
@@ -526,13 +582,30 @@ class MachineConfig(Settings):
     """How long a run that is asked to leave its card, or stopped by `ray job stop`, has to save its checkpoint, in seconds."""
     lending: LendingConfig = LendingConfig()
     """Who may use a card, and for how long at least."""
+    deploy: DeployConfig = DeployConfig()
+    """What `python -m cluster manifests` needs to know of a Kubernetes cluster."""
     logs: LogConfig = LogConfig()
     """What is logged, and how much of it is kept."""
 
     @model_validator(mode="after")
     def _both_pools(self) -> Self:
-        if self.cards != "auto" and {card.pool for card in self.cards} != {"serve", "train"}:
+        if self.cards == "auto":
+            return self
+        # Where other machines may join, they may bring the other pool, or all cards.
+        if is_loopback(self.listen_host) and {card.pool for card in self.cards} != {"serve", "train"}:
             raise ValueError("cards: at least one card of each pool is needed, serve and train")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_path(self) -> Self:
+        if self.storage and "://" not in self.storage and not Path(self.storage).is_absolute():
+            raise ValueError(f"storage={self.storage} is neither a whole path, the same on every machine, nor a URL")
+        return self
+
+    @model_validator(mode="after")
+    def _one_address(self) -> Self:
+        if self.listen_host in ("0.0.0.0", "::", ""):  # noqa: S104 (names, not sockets)
+            raise ValueError(f"listen_host={self.listen_host!r} is no address at which others reach this machine; name one of its own")
         return self
 
     @model_validator(mode="after")
@@ -558,9 +631,11 @@ class Environment(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read `.env` of the checkout, whose copy in a Ray job has none: secrets are not uploaded."""
+        """Read `.env` of the checkout, whose copy in a Ray job has none: secrets are not uploaded; and a container's secret files."""
         checkout = Path(os.environ.get("TANDEM_CHECKOUT", "."))
-        return init_settings, env_settings, DotEnvSettingsSource(settings_cls, env_file=checkout / ".env", env_ignore_empty=True)
+        dotenv = DotEnvSettingsSource(settings_cls, env_file=checkout / ".env", env_ignore_empty=True)
+        files = (SecretsSettingsSource(settings_cls, secrets_dir=SECRETS_FOLDER),) if SECRETS_FOLDER.is_dir() else ()
+        return init_settings, env_settings, dotenv, *files
 
     huggingface_token: SecretStr | None = None
     """Token for gated models of the Hugging Face hub."""
@@ -568,6 +643,8 @@ class Environment(BaseSettings):
     """Another MLflow server; `up` starts none then."""
     feedback_url: SecretStr | None = None
     """SQLAlchemy URL of the database for feedback; `feedback.db` inside TANDEM_HOME if empty."""
+    tandem_token: SecretStr | None = None
+    """Token of the cluster, 32 letters or more, the same on each machine; `up` makes one in TANDEM_HOME if empty."""
     tandem_api_key: SecretStr | None = None
     """Key for our own endpoint; on the cluster's machine none is needed."""
     judge_api_key: SecretStr | None = None

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from cluster.registry import CANARY, Registry
+from cluster.registry import Registry
 from cluster.session import require_session
+from cluster.standing import CANARY
 from configs.cli import Overrides, console, make_app, parse_duration_s, run_app
 from configs.errors import RegistryError
 from configs.loader import load_chatbot
@@ -55,6 +56,19 @@ def ui(
     from serve.ui import run_ui
 
     run_ui(load_chatbot(config, overrides or []))
+
+
+@app.command(hidden=True)
+def application(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The chatbot's YAML file.")],
+    overrides: Overrides = None,
+    num_cards: Annotated[int, typer.Option(min=1, help="Cards that engines may take.")] = 1,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Whether a card is a GPU.")] = False,
+) -> None:
+    """Print as JSON what Ray Serve is to run, for `python -m cluster manifests`."""
+    from serve.deploy import serve_application
+
+    print(json.dumps(serve_application(load_chatbot(config, overrides or []), 1.0 if gpu else None, num_cards)))
 
 
 @app.command()

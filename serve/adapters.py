@@ -7,15 +7,18 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.metrics import ADAPTER_LOAD, ADAPTERS_LOADED
-from cluster.registry import ADAPTER_FILES, CANARY, LIVE, MANIFEST_FILE, VERSION_NAME, Registry, Standing, Version
+from cluster.registry import ADAPTER_FILES, LIVE, MANIFEST_FILE, VERSION_NAME, Registry, Version
+from cluster.standing import CANARY, Standing, Word
 
 REFRESH_S = 1.0
+LISTEN_S = 0.1
 MIN_REFRESH_S = 0.2
 REGISTRY_TIMEOUT_S = 10.0
 log = logging.getLogger("tandem.inference")
@@ -42,7 +45,7 @@ class Adapters:
     """Names and adapters of one engine.
 
     The registry is read each second in the background, so that a request never waits for it: a promotion reaches every replica within
-    about a second. If the registry does not answer, the last known names stay.
+    about a second, and those on its own machine sooner, by word. If the registry does not answer, the last known names stay.
     """
 
     def __init__(self, registry: Registry, base: Base) -> None:
@@ -56,9 +59,31 @@ class Adapters:
         self._locks: dict[str, asyncio.Lock] = {}
         self._refresh_lock = asyncio.Lock()
         self._looked_s = -MIN_REFRESH_S
+        self._heard_s = -math.inf
 
     async def watch(self) -> None:
-        """Read the registry for ever. What is to be fetched is fetched meanwhile: a large adapter must not hold up a rollback."""
+        """Read the registry for ever, and listen meanwhile: a registry that has no cores to answer with holds up no promotion."""
+        await asyncio.gather(self._look_again_and_again(), self._listen())
+
+    async def _listen(self) -> None:
+        word = Word(self.registry.url)
+        while True:
+            if standings := word.hear():
+                self._take_word(standings)
+            await asyncio.sleep(LISTEN_S)
+
+    def _take_word(self, standings: dict[str, Standing]) -> None:
+        """Let chatbots whose versions are known stand as they are said to; the next look, which begins after this, has the last word."""
+        self._heard_s, self._standings = time.monotonic(), None
+        self._take([self._as_said(version, standings.get(version.chatbot)) for version in self._versions.values()])
+
+    def _as_said(self, version: Version, said: Standing | None) -> Version:
+        if said is None or any(f"{version.chatbot}:{number}" not in self._versions for number in said.aliases.values()):
+            return version
+        return replace(version, aliases=said.aliases_of(version.number), canary_share=said.canary_share(version.number))
+
+    async def _look_again_and_again(self) -> None:
+        """Look each second. What is to be fetched is fetched meanwhile: a large adapter must not hold up a rollback."""
         fetching: asyncio.Task[None] | None = None
         while True:
             try:
@@ -85,8 +110,10 @@ class Adapters:
             try:
                 standings = await asyncio.wait_for(asyncio.to_thread(self.registry.standings), REGISTRY_TIMEOUT_S)
                 if standings != self._standings:
-                    self._take(await asyncio.wait_for(asyncio.to_thread(self.registry.versions, standings), REGISTRY_TIMEOUT_S))
-                    self._standings = standings
+                    versions = await asyncio.wait_for(asyncio.to_thread(self.registry.versions, standings), REGISTRY_TIMEOUT_S)
+                    if self._heard_s < self._looked_s:  # or else it may be older than what was heard
+                        self._take(versions)
+                        self._standings = standings
             except Exception as error:  # whatever a registry that is down may raise: serving goes on without it
                 log.warning("the registry does not answer, the known names stay: %s", error)
 

@@ -11,17 +11,20 @@ from ray import serve as ray_serve
 
 from cluster.logs import set_up, streams
 from cluster.models import ensure_model, model_fingerprint
+from cluster.placement import HEAD
 from cluster.registry import Registry
-from cluster.session import operator_key
+from cluster.session import operator_key, read_session
 from configs.schema import ModelConfig, ServeConfig
 from serve.activity import Noted
 from serve.adapters import Adapters, Base
 from serve.counted import count_request
 from serve.deploy import DEPLOYMENT
+from serve.desk import HeadKeys, feedback_of_head, find_desk, watch_keys
 from serve.engine import engine_arguments, engine_environment, start_engine
 from serve.feedback import FeedbackDesk
 from serve.front import Doors, Front
 from serve.keys import KeyFile
+from serve.last_words import guard_streams
 from serve.observed import Watch
 from serve.quotas import ClusterQuotas
 from serve.request_log import request_log
@@ -41,11 +44,14 @@ class Engine:
         self.base_name, self.gpu_share = base_name, gpu_share
         set_up()
         self.engine: Any = None
-        self.watcher: asyncio.Task[None] | None = None
-        self.feedback = FeedbackDesk.of_home(self.serve.feedback)
+        self.watchers: list[asyncio.Task[None]] = []
+        session = read_session()
+        self.desk: Any = find_desk() if session and session.head else None  # on a machine that joined, the head has keys and feedback
+        self.feedback = None if self.desk else FeedbackDesk.of_home(self.serve.feedback)
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Start the engine; Serve calls this once, after the constructor."""
+        feedback = self.feedback = self.feedback or await feedback_of_head(self.serve.feedback, self.desk)
         folder = await asyncio.to_thread(ensure_model, self.model)
         base = Base(self.base_name, await asyncio.to_thread(model_fingerprint, folder), self.serve.max_lora_rank)
         adapters = Adapters(Registry(os.environ["MLFLOW_TRACKING_URI"]), base)
@@ -55,12 +61,21 @@ class Engine:
         watch = Watch([count_request])
         self.engine, app = await start_engine(arguments, adapters, watch)
         await adapters.refresh()
-        self.watcher = asyncio.create_task(adapters.watch())
-        doors = Doors(KeyFile(host=settings.host, operator_secret=operator_key()), ClusterQuotas())
-        front = Front(app, adapters, doors, self.feedback, settings)
+        self.watchers.append(asyncio.create_task(adapters.watch()))
+        # After the engine's processes: each would hold the guardian's line open too.
+        await asyncio.to_thread(guard_streams)
+        doors = Doors(self._keys(settings.host), ClusterQuotas())
+        front = Front(app, adapters, doors, feedback, settings)
         front.watch = watch
         watch.observers.append(request_log(streams()))
         return Noted(front)
+
+    def _keys(self, host: str) -> KeyFile:
+        if not self.desk:
+            return KeyFile(host=host, operator_secret=operator_key())
+        keys = HeadKeys(host)
+        self.watchers.append(asyncio.create_task(watch_keys(self.desk, keys)))
+        return keys
 
     async def check_health(self) -> None:
         """Tell Serve to replace this replica if its engine has died."""
@@ -71,7 +86,8 @@ class Engine:
         """End the engine's own process, which holds the card's memory; write what is still to be kept."""
         if self.engine is not None:
             self.engine.shutdown()
-        self.feedback.store.close()
+        if self.feedback is not None:
+            self.feedback.store.close()
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -81,8 +97,10 @@ def build(args: dict[str, Any]) -> Any:
     """
     serve = ServeConfig.model_validate(args["serve"])
     gpu_share: float | None = args["gpu_share"]
-    on_gpu = gpu_share is not None
+    on_gpu, where = gpu_share is not None, {"machine": HEAD} if args.get("only_head") else {}
     num_requests = serve.max_num_seqs + serve.max_waiting_requests + NUM_ARRIVING
+    # Streams of a replica are guarded without a word in between; see `serve.last_words`.
+    environment = engine_environment(serve, on_gpu, num_threads=os.cpu_count() or 1) | {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ""}
     deployment = ray_serve.deployment(
         ray_serve.ingress()(Engine),
         name=DEPLOYMENT,
@@ -95,9 +113,9 @@ def build(args: dict[str, Any]) -> Any:
             "num_cpus": 1,
             "num_gpus": 1 if on_gpu else 0,
             "resources": {"card": 1},
-            "label_selector": {"pool": "serve"},
-            "fallback_strategy": [{"label_selector": {"pool": "train"}}] if args["use_train_cards"] else [],
-            "runtime_env": {"env_vars": engine_environment(serve, on_gpu, num_threads=os.cpu_count() or 1)},
+            "label_selector": {"pool": "serve", **where},
+            "fallback_strategy": [{"label_selector": {"pool": "train", **where}}] if args["use_train_cards"] else [],
+            "runtime_env": {"env_vars": environment},
         },
     )
     return deployment.bind(args["model"], args["serve"], args["base_name"], gpu_share)

@@ -7,18 +7,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
 
 from cluster.chat_wish import keep_wish, wish_lock
 from cluster.models import check_model, ensure_model, served_base_name
+from cluster.placement import HEAD
 from cluster.processes import port_owner
-from cluster.session import Session, is_alive, read_raylets
+from cluster.session import Session, is_alive, joined_cards, read_raylets
 from configs.errors import AccessError, ClusterError, last_lines
-from configs.schema import ChatbotConfig, ServeConfig
+from configs.schema import ChatbotConfig, ServeConfig, is_loopback
 from data.feedback_store import check_store
-from serve.keys import KeyFile, is_loopback
+from serve.keys import KeyFile
 
 APPLICATION, DEPLOYMENT = "chat", "engine"
 BEHIND_HAPROXY = ("127.0.0.1", "localhost", "0.0.0.0")  # noqa: S104 (names, not sockets)
@@ -46,7 +48,9 @@ def deploy(config: ChatbotConfig, session: Session, say: Callable[[str], None], 
     check_model(config.model)
     with _dashboard(session) as client:
         _require_port(config, _details(client))
-        num_cards = _num_cards(config, read_raylets(client))
+        raylets = read_raylets(client)
+        num_cards = _num_cards(config, raylets, only_head(config, session))
+    session = replace(session, cards=(*session.cards, *joined_cards(raylets)))
     say("fetching the base model")
     ensure_model(config.model)  # here, where its progress and its errors are seen, and not in the replica
     with _dashboard(session) as client, wish_lock():
@@ -80,14 +84,25 @@ def _require_host(config: ChatbotConfig, session: Session) -> None:
         raise ClusterError(f"serve.host={host} is not served", f"behind HAProxy it is one of {', '.join(BEHIND_HAPROXY)}", remedy)
 
 
-def _num_cards(config: ChatbotConfig, raylets: list[dict[str, Any]]) -> int:
+def only_head(config: ChatbotConfig, session: Session) -> bool:
+    """Whether engines must be on the head: HAProxy's connections reach no other machine's loopback."""
+    return session.has_haproxy and is_loopback(config.serve.host)
+
+
+def _num_cards(config: ChatbotConfig, raylets: list[dict[str, Any]], on_head: bool) -> int:
     """Return how many cards engines may take; refuse fewer than those that must run."""
     scaling = config.serve.scaling
     pools = ("serve", "train") if scaling.use_train_cards else ("serve",)
-    found = sum(is_alive(raylet) and raylet.get("labels", {}).get("pool") in pools for raylet in raylets)
+    usable: list[dict[str, str]] = [
+        raylet.get("labels", {}) for raylet in raylets if is_alive(raylet) and raylet.get("labels", {}).get("pool") in pools
+    ]
+    found = sum(not on_head or labels.get("machine", HEAD) == HEAD for labels in usable)
     if found < max(1, scaling.min_replicas):
         why = f"each engine takes a card, and there {'is' if found == 1 else 'are'} {found} of {' and '.join(pools)}"
         remedy = "a smaller serve.scaling.min_replicas, more cards, or serve.scaling.use_train_cards=true"
+        if len(usable) > found:
+            why += f", and {len(usable) - found} of machines that joined, whose engines are reached only where the endpoint is open"
+            remedy = "python -m serve keys create NAME, then serve.host=0.0.0.0"
         raise ClusterError(f"serve.scaling.min_replicas={scaling.min_replicas} engines cannot run", why, remedy)
     return found
 
@@ -187,15 +202,27 @@ def _details(client: httpx.Client) -> dict[str, Any]:
 
 
 def _wanted(config: ChatbotConfig, session: Session, num_cards: int) -> dict[str, Any]:
-    scaling = config.serve.scaling
-    cards = [card for card in session.cards if card["pool"] == "serve" or scaling.use_train_cards]
+    cards = [card for card in session.cards if card["pool"] == "serve" or config.serve.scaling.use_train_cards]
     shares = [float(card["gpu-share"]) for card in cards if "gpu-share" in card]
+    return serve_application(config, min(shares) if shares else None, num_cards, only_head(config, session))
+
+
+def serve_application(config: ChatbotConfig, gpu_share: float | None, num_cards: int, on_head: bool = False) -> dict[str, Any]:
+    """Return what Ray Serve is to run, in the form of its declarative API.
+
+    Args:
+        config: The chatbot.
+        gpu_share: The part of a GPU that a card is; None for cards without one.
+        num_cards: How many cards engines may take.
+        on_head: Whether engines must be on the head.
+    """
     arguments = {
         "model": config.model.model_dump(mode="json"),
         "serve": config.serve.model_dump(mode="json", exclude={"scaling"}),
         "base_name": served_base_name(config.model.name),
-        "gpu_share": min(shares) if shares else None,
-        "use_train_cards": scaling.use_train_cards,
+        "gpu_share": gpu_share,
+        "use_train_cards": config.serve.scaling.use_train_cards,
+        "only_head": on_head,
     }
     application = {"name": APPLICATION, "route_prefix": "/", "import_path": "serve.app:build", "args": arguments}
     return {

@@ -15,6 +15,8 @@ from serve.observed import EngineTimes, Watch
 from serve.tools import OFF
 
 CPU_WORKER = "serve.cpu_lora.GroupedLoraWorker"
+# In the engine's own process, as on a GPU. For `uni` vLLM would start one more, to bind its threads to cores; ours are not bound.
+CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> dict[str, str]:
@@ -61,7 +63,7 @@ def engine_arguments(model: ModelConfig, config: ServeConfig, folder: Path, base
         if config.quantization != "none":
             arguments["--quantization"] = config.quantization
     else:
-        arguments["--worker-cls"] = CPU_WORKER
+        arguments |= {"--worker-cls": CPU_WORKER, "--distributed-executor-backend": CPU_EXECUTOR}
     if gpu_share is None or config.enforce_eager:
         flags.append("--enforce-eager")
     return [*(word for pair in arguments.items() for word in pair), *flags]

@@ -74,11 +74,11 @@ class FeedbackDesk:
     @contextmanager
     def listening(self, send: Send, request: dict[str, Any], key: Key | None, protocol: Protocol) -> Iterator[Send]:
         """Give a `send` for a request's answer; where conversations are kept, the chat is handed to the store at the end."""
-        messages, version = protocol.turns_of(request), request["model"]
-        if not self.config.keep_conversations or not protocol.is_kept or not messages or is_operator(key):
+        version = request["model"]
+        if not self.config.keep_conversations or not protocol.reader or not protocol.turns_of(request) or is_operator(key):
             yield send
             return
-        transcript = Transcript(messages)
+        transcript = Transcript(protocol.chat_of(request), protocol.reader)
 
         def make_row() -> Row | None:
             heard = transcript.row()

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from configs.errors import AccessError
@@ -20,18 +21,30 @@ from serve.bounds import check_bounds
 from serve.completion_ids import request_id_of
 from serve.feedback import FeedbackDesk
 from serve.keys import Key, KeyFile, is_operator
+from serve.last_words import hold_of
 from serve.meter import Meter
 from serve.observed import Observed, Watch
 from serve.openapi import describe
 from serve.page import FILES, send_page
 from serve.protocols import ANTHROPIC_KEY_HEADER, PROTOCOLS, error_body, with_bearer
 from serve.quotas import Admission, QuotaError, Quotas, quotas_of
-from serve.refusal import UNAVAILABLE, App, Headers, Message, Receive, RefusedError, Scope, Send, send_json
+from serve.refusal import (
+    RETRY_S,
+    UNAVAILABLE,
+    App,
+    Headers,
+    Message,
+    Receive,
+    RefusedError,
+    Scope,
+    Send,
+    engine_lost,
+    send_json,
+)
 
 FEEDBACK_PATH = "/v1/feedback"
 MODEL_HEADER = b"x-tandem-model"
 ID_HEADER = b"x-request-id"  # from which vLLM makes the completion's id
-RETRY_S = 1
 LETTERS_A_TOKEN = 4  # of English; a guess that is set right by the usage that the engine states
 MAX_HEADER_BYTES = 64 * 1024  # the server before us knows no bound
 # Ours are made anew, a key is nothing that the engine should see, and by vLLM's own a client could jump the queue.
@@ -39,6 +52,7 @@ OURS = {b"content-length", b"transfer-encoding", b"authorization", ANTHROPIC_KEY
 HEADERS_KEPT_BACK = frozenset(OURS | {b"x-vllm-priority", b"x-data-parallel-rank"})
 ROUTES = frozenset({*PROTOCOLS, *FILES, FEEDBACK_PATH, "/v1/models", "/health", "/openapi.json", "/page.json"})
 OTHER = "other"
+LAST_WORDS = {path: protocol.error_event(engine_lost()) for path, protocol in PROTOCOLS.items()}
 
 
 log = logging.getLogger("tandem.api")
@@ -161,8 +175,10 @@ class Front:
             with self.feedback.listening(send, request, key, protocol) as send_heard:
                 protocol.put_id(request, completion_id)
                 protocol.add_system_prompt(request, self.adapters.system_prompt(version))
+                hold = hold_of(scope) if request.get("stream") is True else None
+                begun = hold and partial(hold, LAST_WORDS[scope["path"]])
                 async with self._counted(key, request, seen.meter) as standing:
-                    send_named = _with_headers(send_heard, [(MODEL_HEADER, version.encode()), *standing])
+                    send_named = _with_headers(send_heard, [(MODEL_HEADER, version.encode()), *standing], begun)
                     await self._hand_on(request, scope, receive, send_named)
 
     def _model_card(self, name: str) -> dict[str, Any]:
@@ -237,11 +253,16 @@ def _with_id(scope: Scope, completion_id: str) -> Scope:
     return {**scope, "headers": [*others, (ID_HEADER, completion_id.encode())]}
 
 
-def _with_headers(send: Send, headers: Headers) -> Send:
+def _with_headers(send: Send, headers: Headers, begun: Callable[[], None] | None = None) -> Send:
+    """Give a `send` that adds headers, and calls `begun` when a good answer has begun."""
+
     async def send_named(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", []), *headers]}
-        await send(message)
+        if message["type"] != "http.response.start":
+            await send(message)
+            return
+        await send({**message, "headers": [*message.get("headers", []), *headers]})
+        if begun and message["status"] == 200:
+            begun()
 
     return send_named
 

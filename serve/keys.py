@@ -8,7 +8,6 @@ import hashlib
 import secrets
 import time
 from contextlib import AbstractContextManager
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, StringConstraints, Type
 
 from cluster.home import OWNER_ONLY, home_folder, locked, write_text
 from configs.errors import AccessError
+from configs.schema import is_loopback
 
 KEY_BYTES = 32
 PREFIX = "sk-tandem-"
@@ -160,11 +160,3 @@ def is_operator(key: Key | None) -> bool:
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone; a name other than localhost counts as open."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from serve.refusal import RefusedError, Scope
+from serve.transcript import Reader, read_chat, read_message, read_response
 
 CONVERSATION_HEADER = b"x-tandem-conversation"
 ANTHROPIC_KEY_HEADER = b"x-api-key"
 OWN_WORD = ("system", "developer")
+TEXTS = ("input_text", "output_text")
 
 
 class Usage(NamedTuple):
@@ -37,12 +39,14 @@ class Protocol:
     usage_is_asked_for: bool = False
     """Whether a stream states its usage only where `stream_options` asks for it, in an event that says nothing else."""
     has_anthropics_errors: bool = False
+    names_events: bool = False
+    """Whether the events of a stream have names."""
     id_prefix: str | None = None
     """What an answer's id begins with, where vLLM takes it from the request's body; None where it takes it from a header."""
     kinds_of_turns: tuple[str, ...] | None = None
     """Types that a turn may have, where others make vLLM stumble; all, if None."""
-    is_kept: bool = False
-    """Whether conversations are kept, where the operator wants it: those whose answers `serve.transcript` can read."""
+    reader: Reader | None = None
+    """What puts an answer together, for conversations that are kept where the operator wants it; none of this route are, if None."""
 
     def turns_of(self, request: dict[str, Any]) -> list[Any]:
         """Return the conversation so far; empty where there is none, or of another shape."""
@@ -50,6 +54,12 @@ class Protocol:
         if isinstance(turns, str) and turns:  # of responses: the same as one message of a user
             return [{"role": "user", "content": turns}]
         return turns if isinstance(turns, list) else []
+
+    def chat_of(self, request: dict[str, Any]) -> list[Any]:
+        """Return the conversation as chats are written: a system prompt is its first turn, and a text is a text."""
+        system = request.get(self.system) if self.system else None
+        turns = [{"role": "system", "content": system}] if system else []
+        return [_with_plain_texts(turn) for turn in (*turns, *self.turns_of(request))]
 
     def conversation(self, scope: Scope, request: dict[str, Any], owner: str) -> str:
         """Return what stays the same over a conversation: what the client says it is, or its first user message; and always its owner.
@@ -94,6 +104,12 @@ class Protocol:
             return refusal.body()
         return {"type": "error", "error": {"type": ANTHROPIC_ERRORS.get(refusal.status, "api_error"), "message": refusal.message}}
 
+    def error_event(self, refusal: RefusedError) -> bytes:
+        """Return the event by which the route's own client learns that a stream under way has failed."""
+        name = "event: error\n" if self.names_events else ""
+        body = {"type": "error", **self.error_body(refusal)} if self.names_events else self.error_body(refusal)
+        return f"{name}data: {json.dumps(body)}\n\n".encode()
+
     def usage(self, answer: Any) -> Usage | None:
         """Return the tokens of prompt and answer that an answer states, or the event of a stream that does."""
         try:
@@ -118,11 +134,28 @@ ANTHROPIC_ERRORS = {
     503: "overloaded_error",
 }
 
-_CHAT = Protocol("messages", None, b'"choices":[]', b"data: {", usage_is_asked_for=True, is_kept=True)
+_CHAT = Protocol("messages", None, b'"choices":[]', b"data: {", usage_is_asked_for=True, reader=read_chat)
 _COMPLETIONS = Protocol(None, None, b'"choices":[]', b"data: {", usage_is_asked_for=True)
 _KINDS = ("message", "function_call", "function_call_output", "reasoning")
-_RESPONSES = Protocol("input", "instructions", b"event: response.completed\n", b".delta\n", id_prefix="resp_", kinds_of_turns=_KINDS)
-_MESSAGES = Protocol("messages", "system", b"event: message_delta\n", b"event: content_block_delta\n", has_anthropics_errors=True)
+_RESPONSES = Protocol(
+    "input",
+    "instructions",
+    b"event: response.completed\n",
+    b".delta\n",
+    names_events=True,
+    id_prefix="resp_",
+    kinds_of_turns=_KINDS,
+    reader=read_response,
+)
+_MESSAGES = Protocol(
+    "messages",
+    "system",
+    b"event: message_delta\n",
+    b"event: content_block_delta\n",
+    names_events=True,
+    has_anthropics_errors=True,
+    reader=read_message,
+)
 PROTOCOLS = {
     "/v1/chat/completions": _CHAT,
     "/v1/completions": _COMPLETIONS,
@@ -149,6 +182,14 @@ def _user(request: dict[str, Any]) -> str | None:
     metadata = request.get("metadata")
     said = request.get("user") or (metadata.get("user_id") if isinstance(metadata, dict) else None)
     return said if isinstance(said, str) else None
+
+
+def _with_plain_texts(turn: Any) -> Any:
+    """Name the texts of a turn as chats do, where responses name who wrote them."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("content"), list):
+        return turn
+    parts = [{**part, "type": "text"} if isinstance(part, dict) and part.get("type") in TEXTS else part for part in turn["content"]]
+    return {**turn, "content": parts}
 
 
 def _text(content: Any) -> Any:

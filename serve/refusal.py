@@ -16,6 +16,7 @@ Headers = list[tuple[bytes, bytes]]
 
 INVALID = "invalid_request_error"
 UNAVAILABLE = "service_unavailable"
+RETRY_S = 1
 
 
 class RefusedError(Exception):
@@ -34,6 +35,11 @@ class RefusedError(Exception):
         """Say when to try again; OpenAI's client waits so long before it does."""
         self.headers.append((b"retry-after", str(seconds).encode()))
         return self
+
+
+def engine_lost() -> RefusedError:
+    """Return the error for what was under way on an engine that has died."""
+    return RefusedError(503, "the engine was lost while it answered; ask again", kind=UNAVAILABLE, code="engine_lost").after(RETRY_S)
 
 
 async def send_json(send: Send, status: int, content: dict[str, Any], headers: Headers | None = None) -> None:

@@ -55,8 +55,8 @@ class Control:
 
 
 def make_control(run_id: str) -> Any:
-    """Start the actor of a run; it takes no card, and ends with its driver, on whose machine it is: a card that dies leaves it alone."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    """Start the actor of a run; it takes no card, and ends with its driver, with which it is: another card that dies leaves it alone."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # soft, a busy one would send it elsewhere
     settings = {"name": f"run-{run_id}", "namespace": RAY_NAMESPACE, "num_cpus": 0, "get_if_exists": True}
     return ray.remote(Control).options(scheduling_strategy=here, **settings).remote()
 

@@ -15,12 +15,13 @@ from cluster.home import require_disk
 from cluster.job_queue import note_run
 from cluster.models import check_model, ensure_model, model_fingerprint
 from cluster.placement import is_usable
-from cluster.registry import Registry
-from cluster.session import LOGS_VARIABLE, RAY_NAMESPACE, Session, require_session
+from cluster.registry import Registry, mlflow_errors
+from cluster.session import LOGS_VARIABLE, RAY_NAMESPACE, Session, require_session, with_joined
+from configs.cli import JOB_VARIABLE
 from configs.errors import ClusterError, RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
-from train.record import FAILED, RUN, STOPPED, Record
+from train.record import FAILED, FINISHED, RUN, STOPPED, Record
 from train.sizing import require_room
 
 ASKED = "the job was asked to stop"
@@ -51,7 +52,7 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
     Raises:
         TandemError: What the user can mend; nothing was begun.
     """
-    session = require_session()
+    session = with_joined(require_session())
     require_disk(session.machine.get("min_disk_free_gib", MachineConfig().min_disk_free_gib))
     registry = Registry(session.mlflow_url)
     earlier: Record | None = None
@@ -70,6 +71,15 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
     if earlier:
         earlier.require_same(data, base_fingerprint)
     return Start(session, registry, config, folder, data, base_fingerprint, kind, earlier)
+
+
+def had_ended(run_id: str) -> bool:
+    """Whether this is a job of the queue that had ended well, and what it ran in was killed before anybody saw that."""
+    if JOB_VARIABLE not in os.environ:
+        return False
+    client = Registry(require_session().mlflow_url).client
+    with mlflow_errors(client.tracking_uri):
+        return bool(client.get_run(run_id).info.status == FINISHED)
 
 
 @contextmanager

@@ -3,24 +3,26 @@
 Knows Ray Train and the order of things. Does not know the step.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cluster.home import home_folder
 from cluster.placement import card_selector, is_usable
 from cluster.registry import Manifest, Version
 from cluster.session import Session
+from cluster.versions import git_commit
 from configs.errors import ClusterError, RunError, TandemError, last_lines
-from configs.schema import ChatbotConfig
+from configs.schema import ChatbotConfig, TrainConfig
 from train.driver import ASKED, Say, Start, make_ready, on_record, on_signals
-from train.record import FINISHED, STOPPED, config_fingerprint, git_commit
+from train.places import has_checkpoint, on_disk, runs_place, send_data
+from train.record import FINISHED, STOPPED, config_fingerprint
 from train.sizing import size_prepared
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
     from train.worker import Task
 
 POLL_S = 0.5
+# Ray Train's controller takes these from its driver.
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # it takes one checkpoint at each look; by Ray's two seconds a run also ends later
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for what our workers do not ask: the run's control calls them back
+}
 DEATHS = ("ActorDiedError", "ActorUnavailableError", "NodeDiedError", "OwnerDiedError", "WorkerCrashedError")
 
 
@@ -69,10 +76,13 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
             from train.worker import Task
 
             task = Task(config, run_id, str(start.folder), str(data.train_file), str(data.heldout_file), start.session.mlflow_url, sizing)
+            task = replace(task, storage=start.session.storage)
+            send_data(task.storage, data.folder)
             checkpoint, metrics, stop_reason = _fit(task, start.session, show)
             if not stop_reason:
                 say("registering the adapter")
-                version = start.registry.register(make_manifest(start, run_id, checkpoint, metrics), checkpoint)
+                made = start.registry.of_run(run_id) if resume else None  # by a driver that was killed then
+                version = made or start.registry.register(make_manifest(start, run_id, checkpoint, metrics), checkpoint)
     except KeyboardInterrupt:
         if not run_id:
             raise
@@ -86,6 +96,7 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
     import ray
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
 
     from train.control import make_control
     from train.worker import train_worker
@@ -94,12 +105,16 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
         def _register_sigint_handler(self, controller: Any) -> None:
             """Leave SIGINT to us: Ray's handler would abort the run and exit with status 0."""
 
+        def _create_default_callbacks(self) -> list[Any]:
+            """Leave out the process that would hand Ray's own data sets to workers: ours read their rows."""
+            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
+
     config, run_id = task.config, task.run_id
+    os.environ.update(SETTINGS)
     control = make_control(run_id)
     keep_best = bool(config.train.early_stopping_patience)
     ranking = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"} if keep_best else {}
     on_gpu = any("gpu-share" in card for card in session.cards if is_usable(card))
-    num_threads = max(1, (psutil.cpu_count() or 1) // config.train.num_workers)
     trainer = Trainer(
         train_worker,
         train_loop_config=task,
@@ -111,33 +126,41 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
         ),
         run_config=ray_train.RunConfig(
             name=run_id,
-            storage_path=str(home_folder() / "runs"),
+            storage_path=runs_place(task.storage),
             checkpoint_config=ray_train.CheckpointConfig(num_to_keep=config.train.num_checkpoints_kept, **ranking),
             failure_config=ray_train.FailureConfig(max_failures=config.train.max_failures),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(num_threads)}} if not on_gpu else None,
+            worker_runtime_env=None if on_gpu else {"env_vars": _cpu_environment(config.train)},
         ),
     )
     with _watch(control, show) as stop_reason:
         try:
             result = trainer.fit()
         except ray_train.TrainingFailedError as error:
-            raise _failure(error, run_id) from None
+            raise _failure(error, run_id, task.storage) from None
         refusal: TandemError | None = ray.get(control.read_refusal.remote())
     if refusal:
         raise refusal
     if result.error or result.checkpoint is None:
-        raise _failure(result.error or RuntimeError("it ended without a checkpoint"), run_id)
-    kept = [(Path(checkpoint.path), metrics) for checkpoint, metrics in result.best_checkpoints]
-    newest = next(entry for entry in kept if entry[0] == Path(result.checkpoint.path))
-    if newest[1]["step"] < newest[1]["num_steps"] and (stop_reason() or not keep_best):
-        return *newest, stop_reason() or "stopped"
+        raise _failure(result.error or RuntimeError("it ended without a checkpoint"), run_id, task.storage)
+    newest, metrics = next(entry for entry in result.best_checkpoints if entry[0].path == result.checkpoint.path)
+    if metrics["step"] < metrics["num_steps"] and (stop_reason() or not keep_best):
+        return on_disk(newest), metrics, stop_reason() or "stopped"
     # Of those without a held-out loss of their own, none was measured.
-    measured = [entry for entry in kept if "eval_loss" in entry[1]] if keep_best else []
-    best = min(measured, key=lambda entry: entry[1]["eval_loss"], default=newest)
-    return *best, None
+    measured = [entry for entry in result.best_checkpoints if "eval_loss" in entry[1]] if keep_best else []
+    best, metrics = min(measured, key=lambda entry: entry[1]["eval_loss"], default=(newest, metrics))
+    return on_disk(best), metrics, None
 
 
-def _failure(error: Exception, run_id: str) -> TandemError:
+def _cpu_environment(train: TrainConfig) -> dict[str, str]:
+    """Return what a worker without a GPU is to find as it imports torch: its share of the cores, and no compiler where it needs none.
+
+    bitsandbytes, which PEFT imports, gets the compiler ready, for bases in 4 bit; that takes a second.
+    """
+    num_threads = max(1, (psutil.cpu_count() or 1) // train.num_workers)
+    return {"OMP_NUM_THREADS": str(num_threads), "TORCHDYNAMO_DISABLE": "1" if train.quantization == "none" else "0"}
+
+
+def _failure(error: Exception, run_id: str, storage: str = "") -> TandemError:
     """Tell the reason that a worker found, or else its last lines, which name it."""
     for cause in getattr(error, "worker_failures", {}).values():
         if isinstance(cause, TandemError):
@@ -145,7 +168,7 @@ def _failure(error: Exception, run_id: str) -> TandemError:
     why = last_lines(str(error))
     if any(name in str(error) for name in DEATHS):
         return ClusterError("a part of the cluster died under the training", why, f"python -m train CONFIG --resume {run_id}")
-    if not any((home_folder() / "runs" / run_id).glob("checkpoint_*/")):  # Ray keeps a file of that name beside them
+    if not has_checkpoint(storage, run_id):
         return RunError("training failed before its first checkpoint", why, "mend the reason, then begin anew")
     return RunError(
         "training failed", why, f"mend the reason, then python -m train CONFIG --resume {run_id}, or without --resume to begin anew"

@@ -5,9 +5,7 @@ Knows MLflow's runs. Does not know how training works.
 
 import hashlib
 import json
-import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -20,8 +18,9 @@ from pydantic import ValidationError
 
 from cluster.logs import TRAINING, Logger, streams
 from cluster.registry import Registry, Version, mlflow_errors
+from cluster.versions import git_commit
 from configs.errors import RunError
-from configs.loader import ROOT, setting_paths
+from configs.loader import setting_paths
 from configs.schema import ChatbotConfig
 from data.prepare import Prepared
 from train.scores import Interval, shown_interval
@@ -72,9 +71,7 @@ class Record:
             Param(f"data.{name}", str(getattr(data, name))) for name in ("num_train", "num_heldout", "num_train_tokens", "num_loss_tokens")
         ]
         with mlflow_errors(client.tracking_uri):
-            experiment = client.get_experiment_by_name(config.name)
-            experiment_id = experiment.experiment_id if experiment else client.create_experiment(config.name)
-            record = cls(client, client.create_run(experiment_id).info.run_id)
+            record = cls(client, client.create_run(_experiment_id(client, config.name)).info.run_id)
             client.log_batch(record.run_id, params=params, tags=[RunTag(name, text) for name, text in facts.items()])
         run_logger(record.run_id).info("begun", chatbot=config.name, kind=kind)
         record.attach("environment.txt", "\n".join(sorted({f"{found.name}=={found.version}" for found in distributions()})))
@@ -142,6 +139,20 @@ class Record:
             self.client.set_terminated(self.run_id, status)
 
 
+def _experiment_id(client: Any, name: str) -> str:
+    """Return the id of a chatbot's experiment, which is made with its first run; another process may be making it too."""
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return str(client.get_experiment_by_name(name).experiment_id)
+
+
 def read_config(client: Any, run_id: str) -> ChatbotConfig:
     """Return the config that a run began with.
 
@@ -187,19 +198,3 @@ def flat_settings(config: ChatbotConfig) -> Iterator[tuple[str, str]]:
             value = getattr(value, part)
         if not hasattr(value, "model_fields"):
             yield path, str(value)
-
-
-def git_commit() -> str:
-    """Return the checkout's commit, marked where files differ from it; `unknown` outside git.
-
-    A Ray job runs in a copy without git's folder, so the stack names its checkout in TANDEM_CHECKOUT.
-    """
-    git = ["git", "-C", os.environ.get("TANDEM_CHECKOUT", str(ROOT))]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{commit}-changed" if changed else commit

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from cluster.decisions import note_decision
 from cluster.home import OWNER_ONLY, write_text
-from cluster.registry import CANARY, LIVE, Registry, Version, evaluation_page
+from cluster.registry import LIVE, Registry, Version, evaluation_page
+from cluster.standing import CANARY
 from configs.errors import RegistryError, RunError
 from configs.schema import ChatbotConfig
 from data.ask import first_token_of, own_endpoint

@@ -8,15 +8,17 @@ every token), and its switch for loss on the answers alone refuses templates wit
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster.logs import set_up
+from cluster.models import ensure_model
 from configs.errors import ModelError, TandemError
 from configs.schema import ChatbotConfig
 from train.control import find_control
 from train.host import Host, TrainHost
+from train.places import fetch_data
 from train.sizing import Sizing
 
 
@@ -32,6 +34,8 @@ class Task:
     mlflow_url: str
     sizing: Sizing | None = None
     """What the run's size was chosen by; None where the plan does not know the model."""
+    storage: str = ""
+    """Where its data lies for workers on other machines; empty where there are none."""
 
 
 def train_worker(task: Task) -> None:
@@ -56,6 +60,7 @@ def train_adapter(task: Task, host: Host, checkpoint: Any = None) -> None:
     Raises:
         TandemError: What the user can mend.
     """
+    task = on_this_machine(task)
     if host.num_workers == 1:
         # With these set, accelerate would wrap a lone worker for data-parallel training.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -67,6 +72,21 @@ def train_adapter(task: Task, host: Host, checkpoint: Any = None) -> None:
                 trainer.train(resume_from_checkpoint=folder)
         else:
             trainer.train()
+
+
+def on_this_machine(task: Task) -> Task:
+    """Return the task with files of this machine: what lies on the driver's alone is fetched.
+
+    Raises:
+        TandemError: They cannot be had here.
+    """
+    folder, data = Path(task.model_folder), Path(task.train_file).parent
+    if not folder.is_dir():
+        folder = ensure_model(task.config.model)
+    if not data.is_dir():
+        data = fetch_data(task.storage, data.name)
+    train_file, heldout_file = (str(data / Path(file).name) for file in (task.train_file, task.heldout_file))
+    return replace(task, model_folder=str(folder), train_file=train_file, heldout_file=heldout_file)
 
 
 def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:

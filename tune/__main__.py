@@ -25,6 +25,11 @@ def run(
         why = "a sweep goes on with the config that it was begun with"
         raise RunError("--resume takes no settings", why, f"leave out {' '.join(overrides)}, or --resume to begin anew")
     settings = load_chatbot(config) if resume else load_sweep(config, overrides or [])
+    from train.driver import had_ended
+
+    if resume and had_ended(resume):
+        console.print(f"[green]done[/]   sweep {resume} had ended before")
+        return
     from tune.outcome import table
     from tune.progress import Lines
     from tune.sweep import sweep

@@ -20,7 +20,7 @@ from configs.schema import ChatbotConfig
 from data.prepare import Prepared
 from train.host import Host
 from train.memory import MAX_BATCH_TOKENS, Memory, outline
-from train.worker import Task
+from train.worker import Task, on_this_machine
 
 NUM_TRIALS = 4
 MAX_TOKENS = 2048  # of a step: at 1,500, four share an H100 at three times the pace of one after another; at 6,000 one fills it by itself
@@ -114,7 +114,8 @@ class BaseActor:
             if self.base is None:
                 if not torch.cuda.is_available():
                     torch.set_num_threads(max(1, (psutil.cpu_count() or 1) // self.num_cards))
-                folder, train_file, heldout_file = map(Path, (self.task.model_folder, self.task.train_file, self.task.heldout_file))
+                task = on_this_machine(self.task)
+                folder, train_file, heldout_file = map(Path, (task.model_folder, task.train_file, task.heldout_file))
                 self.base = share_base(self.task.config, folder, train_file, heldout_file, self.max_batch_tokens)
         node_id: str = ray.get_runtime_context().get_node_id()
         return node_id

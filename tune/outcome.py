@@ -13,6 +13,7 @@ from rich.table import Table
 
 from configs.errors import last_lines
 from configs.schema import SweepConfig
+from train.places import on_disk
 from tune.looks import REASON, Looks
 from tune.record import trial_number
 
@@ -65,15 +66,15 @@ def read_rows(results: Any, sweep: SweepConfig) -> tuple[Row, ...]:
 def _row(trial: Any, result: Any, sweep: SweepConfig) -> Row:
     metrics = result.metrics or {}
     reason = metrics.get(REASON) or (last_lines(str(result.error), 1).strip() if result.error else None)
-    kept = [(Path(checkpoint.path), found) for checkpoint, found in result.best_checkpoints or []]
+    kept = [(checkpoint, found) for checkpoint, found in result.best_checkpoints or []]
     looks: Looks = metrics.get("looks") or (max((entry[1]["looks"] for entry in kept), key=len, default=[]))
     choose = min if sweep.mode == "min" else max
     measured = (entry for entry in kept if math.isfinite(entry[1][sweep.metric]))
-    path, found = choose(measured, key=lambda entry: entry[1][sweep.metric], default=(None, {}))
+    checkpoint, found = choose(measured, key=lambda entry: entry[1][sweep.metric], default=(None, {}))
     score = choose((look[sweep.metric] for look in looks if math.isfinite(look[sweep.metric])), default=None)
     if looks and score is None and not reason:
         reason = f"it diverged: its {sweep.metric} was {looks[-1][sweep.metric]} at every look"
-    return Row(str(trial), trial.config["settings"], looks, score, reason, path, found)
+    return Row(str(trial), trial.config["settings"], looks, score, reason, on_disk(checkpoint) if checkpoint else None, found)
 
 
 def best_row(rows: Sequence[Row], sweep: SweepConfig) -> Row | None:

@@ -17,6 +17,7 @@ from configs.errors import RunError
 from configs.schema import ChatbotConfig, SweepConfig
 from train.driver import ASKED, Say, Start, count_cards, make_ready, on_record
 from train.job import make_manifest
+from train.places import runs_place, send_data
 from train.record import CONFIG_FILE, FINISHED, SWEEP, Record
 from train.sizing import size_prepared
 from tune.outcome import Row, best_row, read_rows, summary
@@ -110,14 +111,17 @@ def _try_all(start: Start, record: Record, show: "Show") -> tuple[Row, ...]:
         config, sizing = sizing.settle_base(config, num_beside), None
         sharing = replace(sharing, recompute=sharing.recompute or config.train.gradient_checkpointing is True)
     task = Task(config, record.run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url, sizing)
+    task = replace(task, storage=session.storage)
+    send_data(task.storage, data.folder)
     shared = {"train_trial": start_bases(task, sharing, num_cards, on_gpu)} if num_beside > 1 else {}
     trainable = ray_tune.with_resources(
         ray_tune.with_parameters(run_trial, sweep=Sweep(task, data.num_train, num_cards, **shared)),
         _part_of_a_card(num_beside) if shared else _one_card(on_gpu),
     )
-    place = sweeps_folder() / record.run_id
-    if ray_tune.Tuner.can_restore(str(place)):
-        tuner = ray_tune.Tuner.restore(str(place), trainable, resume_errored=True)  # what made them fail may be mended
+    root = runs_place(session.storage, "sweeps")
+    place = f"{root}/{record.run_id}"
+    if ray_tune.Tuner.can_restore(place):
+        tuner = ray_tune.Tuner.restore(place, trainable, resume_errored=True)  # what made them fail may be mended
     else:
         space, search = make_search(config.tune, num_cards * num_beside)
         tune = config.tune
@@ -127,7 +131,7 @@ def _try_all(start: Start, record: Record, show: "Show") -> tuple[Row, ...]:
             tune_config=search,
             run_config=ray_tune.RunConfig(
                 name=record.run_id,
-                storage_path=str(place.parent),
+                storage_path=root,
                 stop=Budget(tune.budget.tokens, tune.budget.hours, num_beside),
                 checkpoint_config=ray_tune.CheckpointConfig(
                     num_to_keep=NUM_KEPT_PBT if tune.scheduler == "pbt" else NUM_KEPT,
@@ -185,5 +189,6 @@ def _conclude(start: Start, record: Record, rows: tuple[Row, ...]) -> Outcome:
     settings, run_id = trial_config(config, best.settings, start.data.num_train), run_ids[best.name]
     Record(registry.client, run_id).attach(CONFIG_FILE, settings.model_dump_json(indent=2))
     manifest = make_manifest(replace(start, config=settings), run_id, best.checkpoint, best.metrics)
-    version = registry.nominate(registry.register(manifest, best.checkpoint).name)
+    made = registry.of_run(run_id) or registry.register(manifest, best.checkpoint)  # a driver may have been killed then
+    version = registry.nominate(made.name)
     return Outcome(record.run_id, config.tune, rows, best, version, figures, folder)

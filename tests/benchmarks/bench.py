@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,17 @@ def run_cli(*words: str, timeout_s: float = 900) -> str:
         raise SystemExit(f"python -m {' '.join(words)} failed ({done.returncode}):\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     console.print(f"[dim]python -m {' '.join(words)}: {time.monotonic() - started_s:.0f} s[/]")
     return done.stdout
+
+
+def loss_history(client: Any, run_id: str) -> list[tuple[float, int]]:
+    """Return when each step of a run was done, as they were: those that were done again too. None of a job that has no run yet."""
+    history = client.get_metric_history(run_id, "loss") if run_id else []
+    return sorted((metric.timestamp / 1000, metric.step) for metric in history)
+
+
+def steps_lost(history: list[tuple[float, int]]) -> list[int]:
+    """Return how many steps were done again, each time that a run went back."""
+    return [before - now + 1 for (_, before), (_, now) in pairwise(history) if now <= before]
 
 
 def _version(package: str) -> str | None:

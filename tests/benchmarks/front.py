@@ -14,7 +14,8 @@ from typing import Any
 from bench import write_result
 
 from cluster.logs import Streams
-from cluster.registry import Standing, Version
+from cluster.registry import Version
+from cluster.standing import Standing
 from configs.schema import LogConfig, ServeConfig
 from data.feedback_store import FeedbackStore
 from serve.adapters import Adapters, Base

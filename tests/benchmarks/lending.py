@@ -2,7 +2,7 @@
 
 `PYTHONPATH=. python tests/benchmarks/lending.py [--config CONFIG] [--minutes 10] [key=value ...]`. It starts a Tandem of its own twice, the
 second time with `lending.enabled=true`; in both two training jobs wait in line, of which the fixed split can only ever run one. A third
-of the time there are bursts of chat. A request counts as asleep that was sent while there was no engine.
+of the time there are bursts of chat. A request counts as asleep that was sent while no engine answered: none was there, or it started.
 """
 
 import argparse
@@ -10,17 +10,21 @@ import json
 import tempfile
 import threading
 import time
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 
 import httpx
-from bench import write_result
+from bench import loss_history, steps_lost, write_result
 
 from cluster.cards import find_gpus
-from cluster.job_queue import RUNNING, WAITING, Queue, QueuedJob
+from cluster.job_queue import STANDING, Queue, QueuedJob
+from cluster.models import served_base_name
 from cluster.processes import free_port
+from cluster.ray_ground import APPLICATION, SERVE_API
+from cluster.rule import SERVE, TRAIN
 from configs.cli import console
 from configs.loader import load_chatbot
 from tests.ray.stack import Stack, make_config, make_tiny_model, wait_for
@@ -29,8 +33,10 @@ NUM_BURSTS, BURST_SHARE = 4, 1 / 3
 NUM_ASKING = 3
 MAX_TOKENS = 24
 QUESTION = "How do I start?"
+WHOLE = {"temperature": 0, "ignore_eos": True}  # each answer has all its tokens
 PORTS = ("ray_port", "dashboard_port", "mlflow_port", "chat")
 FOREVER = ("train.max_steps=1000000", "train.checkpoint_every_steps=100")
+ONE_ENGINE = ("serve.scaling.min_replicas=1", "serve.scaling.max_replicas=1", "serve.scaling.use_train_cards=false")
 
 
 @dataclass
@@ -41,43 +47,29 @@ class Asked:
     was_asleep: bool
     first_token_s: float = 0.0
     error: str = ""
+    is_over: bool = False
 
 
 @dataclass
 class Watch:
     """What was seen of the cards, about once a second."""
 
+    pools: dict[str, str]
+    """Of each card."""
     looks: int = 0
-    train_busy: int = 0
-    serve_busy: int = 0
-    first_steps: dict[tuple[int, str], int] = field(default_factory=dict)
-    """By job and submission."""
-    last_steps: dict[tuple[int, str], int] = field(default_factory=dict)
+    busy: Counter[str] = field(default_factory=Counter)
+    """How often each card was."""
 
-    def look(self, jobs: list[QueuedJob], num_asking: int) -> None:
-        """Count the cards that somebody uses."""
+    def look(self, jobs: list[QueuedJob], is_asked: bool) -> None:
+        """Count the cards that somebody uses: jobs that have made a step since they have them, and chat while somebody waits for it."""
         self.looks += 1
-        cards = {card for job in jobs if job.num_steps for card in job.cards}
-        self.train_busy += "card1" in cards
-        self.serve_busy += bool(num_asking) or "card0" in cards
-        for job in jobs:
-            if job.num_steps and job.submission:
-                key = job.id, job.submission
-                self.first_steps.setdefault(key, job.first_step)
-                self.last_steps[key] = max(job.step, self.last_steps.get(key, 0))
+        training = {card for job in jobs if job.num_steps for card in job.cards}
+        self.busy.update(card for card, pool in self.pools.items() if card in training or (pool == SERVE and is_asked))
 
-    def steps_done(self) -> int:
-        """Return the steps of all jobs, each step once."""
-        ids = {job_id for job_id, _ in self.last_steps}
-        return sum(max(step for (other, _), step in self.last_steps.items() if other == job_id) for job_id in ids)
-
-    def steps_lost(self) -> int:
-        """Return the steps that were done twice, as far as looks can tell: where a job went on below what was seen of it."""
-        lost, highest = 0, dict.fromkeys({job_id for job_id, _ in self.last_steps}, 0)
-        for key, step in self.last_steps.items():  # in the order of their beginning
-            lost += max(0, highest[key[0]] - self.first_steps[key])
-            highest[key[0]] = max(highest[key[0]], step)
-        return lost
+    def busy_share(self, pool: str) -> float:
+        """Return the share of the time in which the cards of a pool were busy."""
+        cards = [card for card, found in self.pools.items() if found == pool]
+        return sum(self.busy[card] for card in cards) / (self.looks * len(cards))
 
 
 class Way:
@@ -90,7 +82,8 @@ class Way:
         self.lending = f"lending={{enabled: {str(lends).lower()}, quiet_after_s: {arguments.quiet_s}, min_hold_s: 0}}"
         self.config = Path(arguments.config) if arguments.config else None
         self.asked: list[Asked] = []
-        self.watch, self.num_asking, self.over = Watch(), 0, threading.Event()
+        self.over = threading.Event()
+        self.began_s = self.ended_s = 0.0
 
     def measure(self) -> dict[str, float]:
         """Run the trace, and return what came of it."""
@@ -100,9 +93,9 @@ class Way:
         try:
             if self.config is None:
                 self.config = make_config(self.folder, make_tiny_model(self.folder / "model"), self.stack.ports["chat"])
-            settings = [f"serve.port={self.stack.ports['chat']}", "serve.scaling.min_replicas=1", *self.overrides]
+            settings = [f"serve.port={self.stack.ports['chat']}", *ONE_ENGINE, *self.overrides]
             self._do("serve", str(self.config), *settings)
-            self.model = load_chatbot(str(self.config), self.overrides).model.name
+            self.model = served_base_name(load_chatbot(str(self.config), self.overrides).model.name)
             for number in (1, 2):
                 self._do("cluster", "submit", str(self.config), *self.overrides, *FOREVER, f"name=job{number}")
             wait_for(lambda: any(job.num_steps for job in self._jobs()), timeout_s=600)
@@ -119,11 +112,14 @@ class Way:
 
     def _jobs(self) -> list[QueuedJob]:
         with closing(Queue(self.stack.home / "queue.db")) as queue:
-            return queue.jobs(RUNNING, WAITING, "leaving")
+            return queue.jobs(*STANDING)
 
     def _trace(self) -> None:
         """Quiet, then a burst, so many times."""
+        cards = json.loads((self.stack.home / "cluster.json").read_text())["cards"]
+        self.watch = Watch({card["card"]: card["pool"] for card in cards})
         watcher = threading.Thread(target=self._look, daemon=True)
+        self.began_s = time.time()
         watcher.start()
         whole_s = self.minutes * 60 / NUM_BURSTS
         for number in range(NUM_BURSTS):
@@ -134,29 +130,36 @@ class Way:
                 thread.start()
             for thread in threads:
                 thread.join()
-            console.print(f"burst {number + 1}: {len(self.asked)} requests, {self.watch.steps_done()} steps")
+            console.print(f"burst {number + 1}: {len(self.asked)} requests, {sum(one.was_asleep for one in self.asked)} while asleep")
+        self.ended_s = time.time()
         self.over.set()
         watcher.join()
 
     def _look(self) -> None:
         while not self.over.wait(1.0):
-            self.watch.look(self._jobs(), self.num_asking)
+            self.watch.look(self._jobs(), any(not one.is_over for one in self.asked))
 
     def _burst(self, until_s: float) -> None:
         while time.monotonic() < until_s:
-            was_asleep = not self.stack.workers("ServeReplica")
-            asked = Asked(time.monotonic(), was_asleep)
+            asked = Asked(0.0, was_asleep=not self._is_awake())
+            asked.sent_s = time.monotonic()
             self.asked.append(asked)
-            self.num_asking += 1
             try:
                 self._ask(asked)
             except httpx.HTTPError as error:
                 asked.error = repr(error)
             finally:
-                self.num_asking -= 1
+                asked.is_over = True
+
+    def _is_awake(self) -> bool:
+        """Whether an engine answers: one that starts or leaves does not."""
+        headers = {"Authorization": f"Bearer {(self.stack.home / 'ray_token').read_text().strip()}"}
+        address = f"http://127.0.0.1:{self.stack.ports['dashboard_port']}{SERVE_API}"
+        deployments = httpx.get(address, headers=headers, timeout=60).json()["applications"][APPLICATION]["deployments"].values()
+        return any(replica["state"] == "RUNNING" for entry in deployments for replica in entry["replicas"])
 
     def _ask(self, asked: Asked) -> None:
-        body = {"model": self.model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": MAX_TOKENS, "stream": True}
+        body = {"model": self.model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": MAX_TOKENS, "stream": True, **WHOLE}
         with httpx.stream("POST", f"{self.stack.endpoint}/chat/completions", json=body, timeout=300) as answer:
             if answer.status_code != 200:
                 asked.error = f"{answer.status_code} {answer.read()[:200]!r}"
@@ -170,16 +173,20 @@ class Way:
     def _figures(self) -> dict[str, float]:
         awake = [one.first_token_s for one in self.asked if not one.error and not one.was_asleep]
         asleep = [one.first_token_s for one in self.asked if not one.error and one.was_asleep]
+        histories = [loss_history(self.stack.registry.client, job.run_id) for job in self._jobs()]
+        steps = [{step for at_s, step in history if self.began_s <= at_s <= self.ended_s} for history in histories]
+        before = [{step for at_s, step in history if at_s < self.began_s} for history in histories]
         figures: dict[str, float] = {
             "requests": len(self.asked),
             "failed": sum(bool(one.error) for one in self.asked),
-            "ttft_awake_p50_s": median(awake) if awake else float("nan"),
-            "ttft_awake_p95_s": quantiles(awake, n=20)[-1] if len(awake) > 1 else float("nan"),
-            "steps_done": self.watch.steps_done(),
-            "steps_lost": self.watch.steps_lost(),
-            "train_card_busy_share": self.watch.train_busy / self.watch.looks,
-            "serve_card_busy_share": self.watch.serve_busy / self.watch.looks,
+            "awake": len(awake),
+            "steps_done": sum(len(now - then) for now, then in zip(steps, before, strict=True)),
+            "steps_lost": sum(number for history in histories for number in steps_lost(history)),
+            "train_card_busy_share": self.watch.busy_share(TRAIN),
+            "serve_card_busy_share": self.watch.busy_share(SERVE),
         }
+        if len(awake) > 1:
+            figures |= {"ttft_awake_p50_s": median(awake), "ttft_awake_p95_s": quantiles(awake, n=20, method="inclusive")[-1]}
         if asleep:
             figures |= {"asleep": len(asleep), "ttft_asleep_p50_s": median(asleep), "ttft_asleep_max_s": max(asleep)}
         if took_s := self._took_s_to_leave():
@@ -213,8 +220,11 @@ def main() -> None:
     fixed, lending = Way(arguments, lends=False).measure(), Way(arguments, lends=True).measure()
     figures = {f"fixed_{name}": value for name, value in fixed.items()} | {f"lending_{name}": value for name, value in lending.items()}
     figures["steps_ratio"] = lending["steps_done"] / fixed["steps_done"]
-    figures["ttft_awake_p95_ratio"] = lending["ttft_awake_p95_s"] / fixed["ttft_awake_p95_s"]
-    write_result("lending", figures, {"minutes": arguments.minutes, "config": arguments.config or "tiny", "settings": arguments.overrides})
+    if "ttft_awake_p95_s" in lending:
+        figures["ttft_awake_p95_ratio"] = lending["ttft_awake_p95_s"] / fixed["ttft_awake_p95_s"]
+    cards = "of their own memory and speed" if find_gpus() else "that share the machine's cores"
+    notes = {"minutes": arguments.minutes, "config": arguments.config or "tiny", "settings": arguments.overrides, "cards": cards}
+    write_result("lending", figures, notes)
 
 
 if __name__ == "__main__":

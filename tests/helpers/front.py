@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.registry import Standing, Version
+from cluster.registry import Version
+from cluster.standing import Standing
 from configs.schema import ServeConfig
 from data.feedback_store import FeedbackStore
 from serve.adapters import Adapters, Base

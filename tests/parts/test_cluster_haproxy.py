@@ -32,7 +32,10 @@ frontend prometheus
     http-request use-service prometheus-exporter if {{ path /metrics }}
 frontend http_frontend
     bind 127.0.0.1:{chat}
-    default_backend nobody
+    use_backend nobody if {{ path /gone }}
+    default_backend default_backend
+backend default_backend
+    http-request return status 404 content-type text/plain lf-string "Path \\'%[path]\\' not found."
 backend nobody
     server gone 127.0.0.1:{gone}
 listen stats
@@ -83,9 +86,10 @@ def test_all_that_it_listens_on_is_the_chats_port(proxy):
     assert [(address.ip, address.port) for address in found] == [("127.0.0.1", port)]
 
 
-def test_a_replica_that_has_gone_is_503_in_openais_shape_and_worth_another_try(proxy):
+@pytest.mark.parametrize("path", ["/gone", "/v1/models"], ids=["its replica has gone", "its application is not there yet"])
+def test_what_is_not_there_now_is_503_in_openais_shape_and_worth_another_try(proxy, path):
     port, _ = proxy
-    answer = httpx.get(f"http://127.0.0.1:{port}/v1/models")
+    answer = httpx.get(f"http://127.0.0.1:{port}{path}")
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "1"
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

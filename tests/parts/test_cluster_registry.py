@@ -33,6 +33,13 @@ def test_the_first_version_carries_its_manifest_as_tags(registry, make_run):
     assert set(asdict(made.manifest)) - set(version.tags) == {"system_prompt"}, "a prompt may be longer than a tag"
 
 
+def test_a_version_is_found_by_its_run(registry, register):
+    register("helpdesk")
+    version = register("helpdesk")
+    assert registry.of_run(version.run_id) == version
+    assert registry.of_run("0" * 32) is None
+
+
 def test_versions_count_up_for_each_chatbot(registry, register):
     made = [register("helpdesk"), register("other"), register("helpdesk")]
     assert [version.name for version in made] == ["helpdesk:1", "other:1", "helpdesk:2"]

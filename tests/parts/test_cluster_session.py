@@ -21,7 +21,7 @@ from cluster.cards import find_cards
 from cluster.home import write_text
 from cluster.processes import Process, port_owner
 from cluster.session import ARBITER, Session, answers, read_session, require_session, token_file, write_exports
-from cluster.stack import _commands, _require_free_ports, _spawn, start, stop
+from cluster.stack import _commands, _require_free_ports, spawn, start, stop
 from configs.errors import ClusterError
 from configs.loader import ROOT
 from configs.schema import MachineConfig
@@ -189,7 +189,7 @@ def test_without_its_arbiter_the_cluster_is_whole_and_up_starts_another(home, mo
 
 
 def test_what_ends_by_itself_as_soon_as_it_began_is_left_alone_and_what_is_killed_is_begun_again(home):
-    ended, kept = _spawn("ended", ["false"], {}), _spawn("kept", ["sleep", "60"], {})
+    ended, kept = spawn("ended", ["false"], {}), spawn("kept", ["sleep", "60"], {})
     try:
         while ended.running():
             time.sleep(0.01)
@@ -304,9 +304,9 @@ def test_one_up_or_down_at_a_time(home):
     home.mkdir()
     with (home / "cluster.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(ClusterError, match="another `up` or `down` is at work"):
+        with pytest.raises(ClusterError, match="another `up`, `down` or `restore` is at work"):
             stop()
-        with pytest.raises(ClusterError, match="another `up` or `down` is at work"):
+        with pytest.raises(ClusterError, match="another `up`, `down` or `restore` is at work"):
             start(MachineConfig(), print)
     assert stop() == 0
 

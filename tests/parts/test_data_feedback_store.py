@@ -1,9 +1,10 @@
-"""The store on real SQLite: several writers, a full disk, a database that is held by someone else, an address that is wrong."""
+"""The store on real SQLite and PostgreSQL: several writers, a full disk, a database that others hold or end, an address that is wrong."""
 
 import asyncio
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,10 +12,26 @@ import pytest
 import sqlalchemy
 from sqlalchemy import Engine, event
 
+from cluster.processes import free_port
 from configs.errors import ClusterError
 from configs.loader import ROOT
 from data import feedback_store
-from data.feedback_store import MAX_WAITING_ROWS, FeedbackStore, Row, StoreError, check_store, open_database, read_feedback
+from data.feedback_store import (
+    MAX_WAITING_ROWS,
+    TABLES,
+    FeedbackStore,
+    Row,
+    StoreError,
+    all_feedback,
+    check_store,
+    delete_rows,
+    feedback_url,
+    open_database,
+    read_feedback,
+    read_ratings,
+    stored_rows,
+)
+from tests.helpers.postgres import find_postgres, own_postgres
 
 NUM_WRITERS, NUM_ROWS = 4, 50
 WRITER = """
@@ -38,6 +55,28 @@ def url(tmp_path) -> str:
     return f"sqlite:///{tmp_path}/feedback.db"
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    programs = find_postgres()
+    if programs is None:
+        pytest.skip("there is no PostgreSQL server on this machine, or nobody whom it would run as")
+    with own_postgres(programs) as address:
+        yield address
+
+
+@pytest.fixture
+def postgres(server) -> str:
+    """The address of an empty PostgreSQL database."""
+    with sqlalchemy.create_engine(server).begin() as connection:
+        TABLES.drop_all(connection)
+    return server
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def any_url(request) -> str:
+    return request.getfixturevalue({"sqlite": "url"}.get(request.param, request.param))
+
+
 def about(number: int) -> Row:
     return {"completion_id": f"chatcmpl-{number}", "version": "helpdesk:2", "key_name": "alice", "created_s": time.time()}
 
@@ -55,15 +94,15 @@ def count(url: str, table: str) -> int:
         return int(connection.execute(sqlalchemy.text(f"SELECT count(*) FROM {table}")).scalar_one())
 
 
-def test_several_processes_write_to_one_file_at_once(url):
+def test_several_processes_write_to_one_database_at_once(any_url):
     def write(number: int) -> None:
-        command = [sys.executable, "-c", WRITER.format(num_rows=NUM_ROWS), url, f"writer{number}"]
+        command = [sys.executable, "-c", WRITER.format(num_rows=NUM_ROWS), any_url, f"writer{number}"]
         subprocess.run(command, cwd=ROOT, check=True, timeout=120)
 
-    open_database(url).dispose()
+    open_database(any_url).dispose()
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
         list(pool.map(write, range(NUM_WRITERS)))
-    rows = read_feedback(url)
+    rows = read_feedback(any_url)
     assert len(rows) == NUM_WRITERS * NUM_ROWS
     assert {row["answer"] for row in rows} == {"Hello."}
 
@@ -115,15 +154,15 @@ def test_while_another_holds_the_database_nothing_waits_and_the_queue_is_bounded
         asyncio.run(store.save(opinion(3)))
 
 
-def test_the_bytes_that_wait_are_bounded_and_leave_when_written(url):
-    store = FeedbackStore(url)
+def test_the_bytes_that_wait_are_bounded_and_leave_when_written(any_url):
+    store = FeedbackStore(any_url)
     store.keep(lambda: conversation(0), feedback_store.MAX_WAITING_BYTES + 1)
     assert store.num_dropped == 1
     store.keep(lambda: conversation(1), feedback_store.MAX_WAITING_BYTES)
     asyncio.run(store.save(opinion(1)))
     store.keep(lambda: conversation(2), feedback_store.MAX_WAITING_BYTES)
     store.close()
-    assert (count(url, "conversations"), store.num_dropped) == (2, 1)
+    assert (count(any_url, "conversations"), store.num_dropped) == (2, 1)
 
 
 def test_others_read_while_one_writes(url):
@@ -159,3 +198,68 @@ def test_a_database_that_can_be_opened_is_not_refused(home, tmp_path, monkeypatc
     monkeypatch.setenv("FEEDBACK_URL", f"sqlite:///{tmp_path}/other.db")
     check_store()
     assert count(f"sqlite:///{tmp_path}/other.db", "feedback") == 0
+
+
+def test_what_is_written_is_read_changed_and_deleted(any_url, home, monkeypatch):
+    monkeypatch.setenv("FEEDBACK_URL", any_url)
+    check_store()
+    kept = {**conversation(1, "Wie geht's? 😀 \x00"), "answer": "Gut. 😀", "finish_reason": None}
+
+    async def write() -> None:
+        store.keep(lambda: kept)
+        for comment in ("Good.", "Très bien. 😀"):
+            await store.save(opinion(1, comment))
+        await store.save({**opinion(2), "rating": "down", "key_name": None})
+
+    store = FeedbackStore(feedback_url())
+    asyncio.run(write())
+    store.close()
+    assert store.num_dropped == 0
+    first, second = all_feedback()
+    assert (first["comment"], first["messages"], first["answer"]) == ("Très bien. 😀", kept["messages"], kept["answer"])
+    assert (second["rating"], second["key_name"], second["messages"]) == ("down", None, None)
+    assert sorted(read_ratings("helpdesk:2", time.time() - 60)) == ["down", "up"]
+    assert read_ratings("helpdesk:2", time.time() + 60) == read_ratings("helpdesk:1", 0) == []
+    assert len(stored_rows()) == 3
+    delete_rows({first["completion_id"], "chatcmpl-unknown"})
+    assert [row["completion_id"] for row in stored_rows()] == [second["completion_id"]]
+
+
+def test_while_others_hold_postgres_nothing_waits_and_what_cannot_be_stored_is_named_without_its_words(postgres, monkeypatch, caplog):
+    monkeypatch.setattr(feedback_store, "WRITE_TIMEOUT_S", 0.2)
+    store = FeedbackStore(postgres)
+    open_database(postgres).dispose()
+    with sqlalchemy.create_engine(postgres).begin() as other:
+        other.execute(sqlalchemy.text("LOCK TABLE feedback, conversations IN ACCESS EXCLUSIVE MODE"))
+        store.keep(lambda: conversation(0))
+        with pytest.raises(StoreError, match="TimeoutError"):
+            asyncio.run(store.save(opinion(1)))
+    store.keep(lambda: {**conversation(1), "answer": "secret words \x00"})
+    store.close()
+    assert (count(postgres, "conversations"), count(postgres, "feedback"), store.num_dropped) == (1, 0, 1)
+    assert "conversations are not kept" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_connections_that_postgres_ended_meanwhile_lose_nothing(postgres):
+    """As a restart of the server does."""
+    store = FeedbackStore(postgres)
+
+    async def story() -> None:
+        await store.save(opinion(0))
+        with sqlalchemy.create_engine(postgres, isolation_level="AUTOCOMMIT").connect() as other:
+            others = "backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            ended = other.execute(sqlalchemy.text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"))
+            assert any(ended.scalars())
+        await store.save(opinion(1))
+
+    asyncio.run(story())
+    store.close()
+    assert count(postgres, "feedback") == 2
+
+
+def test_a_postgres_that_does_not_answer_is_refused_without_its_password(home, monkeypatch):
+    monkeypatch.setenv("FEEDBACK_URL", f"postgresql+psycopg://scott:tiger@127.0.0.1:{free_port()}/feedback")
+    with pytest.raises(ClusterError, match="OperationalError: connection failed") as refusal:
+        check_store()
+    assert "tiger" not in str(refusal.value)

@@ -31,6 +31,7 @@ class Dashboard(ThreadingHTTPServer):
         self.put: list[dict[str, Any]] = []
         self.tokens: set[str | None] = set()
         self.refuses_with = 200
+        self.cards = [{"machine": "head", "card": "card0", "pool": "serve"}]
 
 
 class DashboardDoor(JsonDoor):
@@ -41,7 +42,7 @@ class DashboardDoor(JsonDoor):
         if self.path.startswith("/api/jobs"):
             self.send_json(200, [])
         elif self.path.startswith("/nodes"):
-            self.send_json(200, {"data": {"summary": [{"raylet": {"state": "ALIVE", "labels": {"card": "card0", "pool": "serve"}}}]}})
+            self.send_json(200, {"data": {"summary": [{"raylet": {"state": "ALIVE", "labels": labels}} for labels in self.server.cards]}})
         else:
             if self.server.after_put and self.server.put:
                 self.server.applications = {"chat": self.server.after_put.pop(0)}
@@ -113,6 +114,20 @@ def test_an_address_that_others_reach_is_served_with_a_key_alone(bot, up, dashbo
     KeyFile().create("bob")
     deploy(opened, up(dashboard.url), print, wait=False)
     assert dashboard.put[0]["http_options"]["host"] == "0.0.0.0"
+
+
+def test_behind_haproxy_engines_of_joined_machines_answer_only_where_the_endpoint_is_open(bot, up, dashboard):
+    KeyFile().create("alice")
+    dashboard.cards = [{"machine": "desk", "card": "desk-card0", "pool": "serve"}]
+    session = replace(up(dashboard.url), has_haproxy=True)
+    with pytest.raises(ClusterError, match=r"(?s)cannot run.*1 of machines that joined.*serve.host=0\.0\.0\.0"):
+        deploy(bot, session, print, wait=False)
+    opened = bot.model_copy(update={"serve": bot.serve.model_copy(update={"host": "0.0.0.0"})})
+    deploy(opened, session, print, wait=False)
+    dashboard.cards.append({"machine": "head", "card": "card0", "pool": "serve"})
+    deploy(bot, session, print, wait=False)
+    deploy(bot, replace(session, has_haproxy=False), print, wait=False)
+    assert [told["applications"][0]["args"]["only_head"] for told in dashboard.put] == [False, True, False]
 
 
 def test_haproxy_asks_engines_at_127_0_0_1_so_another_address_is_refused(bot, up, dashboard):
@@ -235,6 +250,7 @@ def test_an_engine_on_the_cpu_is_eager_and_takes_nothing_of_a_gpu(tmp_path):
         "--disable-uvicorn-access-log": None,
         "--enforce-eager": None,
         "--worker-cls": "serve.cpu_lora.GroupedLoraWorker",
+        "--distributed-executor-backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
     }
 
 
@@ -248,7 +264,7 @@ def test_an_engine_on_a_gpu_takes_its_share_of_the_memory(share, memory, tmp_pat
     options = pairs(engine_arguments(ModelConfig(), SERVE, tmp_path, "base", share))
     assert (options["--gpu-memory-utilization"], options["--quantization"], options["--dtype"]) == (memory, "fp8", "auto")
     assert "--enforce-eager" not in options
-    assert "--worker-cls" not in options
+    assert not {"--worker-cls", "--distributed-executor-backend"} & set(options)
     options = pairs(engine_arguments(ModelConfig(), ServeConfig(enforce_eager=True), tmp_path, "base", share))
     assert "--enforce-eager" in options
     assert "--quantization" not in options

@@ -190,12 +190,69 @@ def test_what_is_no_answer_is_not_kept(status, pieces, ask, engine, rows):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1/completions"])
-def test_other_routes_conversations_are_not_kept(path, stream, ask, engine, keys):
+def test_a_plain_completion_is_no_conversation(stream, ask, engine, keys):
     engine.pieces = STREAMED if stream else WHOLE
-    fields = {"messages": [QUESTION], "input": [QUESTION], "prompt": "Hi", "stream": stream}
-    assert ask("POST", path, {"model": "helpdesk", "max_tokens": 5, **fields}, feedback=KEEPS).status == 200
+    fields = {"model": "helpdesk", "prompt": "Hi", "stream": stream, "max_tokens": 5}
+    assert ask("POST", "/v1/completions", fields, feedback=KEEPS).status == 200
     assert not keys.file.with_name("feedback.db").exists(), "nothing was written at all"
+
+
+def named(*told: dict[str, Any]) -> tuple[bytes, ...]:
+    """Events with names, as responses and messages have them."""
+    return tuple(f"event: {one['type']}\ndata: {json.dumps(one)}\n\n".encode() for one in told)
+
+
+def response(status: str, *texts: str) -> dict[str, Any]:
+    content = [{"type": "output_text", "text": text} for text in texts]
+    return {
+        "id": "chatcmpl-ID",
+        "status": status,
+        "output": [{"type": "reasoning"}, {"type": "message", "content": content}] if texts else [],
+    }
+
+
+def message(reason: str | None, *texts: str) -> dict[str, Any]:
+    return {"id": "chatcmpl-ID", "type": "message", "content": [{"type": "text", "text": text} for text in texts], "stop_reason": reason}
+
+
+RESPONSE = [{"type": "response.created", "response": response("in_progress")}]
+RESPONSE += [{"type": "response.output_text.delta", "delta": text} for text in ("For", "ty-two.")]
+MESSAGE = [{"type": "message_start", "message": message(None)}]
+MESSAGE += [{"type": "content_block_start", "content_block": {"type": "text", "text": ""}}]
+MESSAGE += [{"type": "content_block_delta", "delta": {"type": "text_delta", "text": text}} for text in ("For", "ty-two.")]
+ENDED = {"type": "response.completed", "response": response("incomplete", "Forty-two.")}
+STOPPED = {"type": "message_delta", "delta": {"stop_reason": "max_tokens"}}
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize(
+    ("path", "pieces", "reason"),
+    [
+        ("/v1/responses", (json.dumps(response("completed", "Forty", "-two.")).encode(),), "stop"),
+        ("/v1/responses", named(*RESPONSE, ENDED), "length"),
+        ("/v1/responses", named(*RESPONSE), None),
+        ("/v1/messages", (json.dumps(message("end_turn", "Forty", "-two.")).encode(),), "stop"),
+        ("/v1/messages", named(*MESSAGE, STOPPED, {"type": "message_stop"}), "length"),
+        ("/v1/messages", named(*MESSAGE), None),
+    ],
+)
+def test_responses_and_messages_are_kept_as_chats_are(path, pieces, reason, ask, engine, rows):
+    engine.pieces = pieces
+    asked = {"model": "helpdesk", "max_tokens": 5, "stream": len(pieces) > 1}
+    turn = {"role": "user", "content": [{"type": "input_text" if path == "/v1/responses" else "text", "text": "Hi"}]}
+    asked |= {"input": [turn], "instructions": "Be kind."} if path == "/v1/responses" else {"messages": [turn], "system": "Be kind."}
+    assert ask("POST", path, asked, feedback=KEEPS).status == 200
+    say(ask, engine.completion_id)
+    (row,) = rows()
+    assert row["messages"] == [SYSTEM, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    assert (row["answer"], row["finish_reason"]) == ("Forty-two.", reason)
+
+
+def test_a_response_to_a_plain_text_is_a_chat_of_one_turn(ask, engine, rows):
+    engine.pieces = (json.dumps(response("completed", "Hello.")).encode(),)
+    ask("POST", "/v1/responses", {"model": "helpdesk", "input": "Hi"}, feedback=KEEPS)
+    say(ask, engine.completion_id)
+    assert [row["messages"] for row in rows()] == [[{"role": "user", "content": "Hi"}]]
 
 
 def test_a_database_that_is_gone_fails_no_answer(shelf, engine, caplog):

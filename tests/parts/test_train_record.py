@@ -3,8 +3,10 @@
 import json
 import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -12,12 +14,13 @@ import pytest
 from cluster.home import log_folder
 from cluster.logs import TRAINING, stream_file
 from cluster.registry import Registry
+from cluster.versions import git_commit
 from configs.errors import RegistryError, RunError
 from configs.loader import load_chatbot, setting_paths
 from configs.schema import ChatbotConfig, SweepConfig
 from data.prepare import Prepared, prepare
 from tests.helpers.data import chat, tokenizer_folder, write_rows
-from train.record import FAILED, FINISHED, RUN, STOPPED, SWEEP, Record, config_fingerprint, flat_settings, git_commit
+from train.record import FAILED, FINISHED, RUN, STOPPED, SWEEP, Record, _experiment_id, config_fingerprint, flat_settings
 from tune.record import trial_run
 
 GROUPS = {"model", "data", "train", "train.lora", "tune", "tune.budget", "serve", "serve.scaling", "serve.feedback"}
@@ -126,6 +129,18 @@ def test_a_run_begins_with_all_that_went_in(client, config, data):
     assert run.data.tags["config_fingerprint"] == config_fingerprint(config)
     assert (run.data.tags["data_fingerprint"], run.data.tags["base_fingerprint"]) == (data.fingerprint, "f" * 16)
     assert {file.path for file in client.list_artifacts(record.run_id)} == {"config.json", "environment.txt"}
+
+
+def test_first_runs_that_begin_at_once_are_of_one_experiment(registry):
+    at_once = Barrier(4)
+
+    def begin(_: int) -> str:
+        at_once.wait()
+        return _experiment_id(registry.client, "new")
+
+    registry.client.search_experiments()  # the store is open
+    with ThreadPoolExecutor(at_once.parties) as pool:
+        assert len(set(pool.map(begin, range(at_once.parties)))) == 1
 
 
 def test_the_log_says_how_a_run_began_and_ended(client, config, data):

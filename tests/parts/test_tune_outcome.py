@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pyarrow.fs import LocalFileSystem
 from ray.exceptions import RayTaskError
 from rich.console import Console
 
@@ -52,7 +53,10 @@ def tried(number: int, *losses: float) -> tuple[SimpleNamespace, SimpleNamespace
             return f"trial_{number:05d}"
 
     looks = row(number, *losses).looks
-    kept = [(SimpleNamespace(path=f"checkpoint-{look['step']}"), {"eval_loss": look["eval_loss"], "looks": looks}) for look in looks]
+    kept = [
+        (SimpleNamespace(path=f"checkpoint-{look['step']}", filesystem=LocalFileSystem()), {"eval_loss": look["eval_loss"], "looks": looks})
+        for look in looks
+    ]
     result = SimpleNamespace(metrics={"looks": looks}, error=None, best_checkpoints=kept)
     return Trial(config={"settings": {"train.lora.rank": 4, "train.learning_rate": 0.01}}), result
 

@@ -1,6 +1,7 @@
 """One stack for all tests on a real cluster, one engine, and the versions that several of them ask: each costs half a minute."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,9 @@ def served(stack: Stack, config: Path, guide: Version) -> None:
 
 @pytest.fixture(scope="session")
 def speakers(stack: Stack, config: Path, served: None) -> dict[str, str]:
-    """What each of two versions of a chatbot `speaker` says; both were made while the engine was up."""
-    return dict(stack.train_speaker(config, word) for word in ("red", "blue"))
+    """What each of two versions of a chatbot `speaker` says; both were made while the engine was up, and side by side."""
+    with ThreadPoolExecutor() as pool:
+        return dict(pool.map(lambda word: stack.train_speaker(config, word), ("red", "blue")))
 
 
 @pytest.fixture(scope="session")

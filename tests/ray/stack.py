@@ -7,16 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from cluster.cards import find_gpus
-from cluster.processes import Process, free_port
+from cluster.processes import Process, quiet_port
 from cluster.registry import Registry, Version
 from configs.loader import ROOT
 from tests.helpers.data import chat, tokenizer_folder, write_rows
@@ -30,7 +31,9 @@ SECRETS = (
     "MLFLOW_TRACKING_URI",
     "TANDEM_API_KEY",
     "TANDEM_HOME",
+    "TANDEM_TOKEN",
 )
+SHELLS = ("sh", "bash", "dash")
 REGISTERED = re.compile(r"registered as (\S+);")
 HUB_TOKEN = "hub-token-that-no-log-may-have"
 RUN_ID = re.compile(r"run ([0-9a-f]{32})")
@@ -48,7 +51,9 @@ class Stack:
     def environment(self) -> dict[str, str]:
         """The environment of a user's shell: nothing of the developer's own, and a secret."""
         mine = {key: value for key, value in os.environ.items() if key not in SECRETS and not key.startswith("RAY_")}
-        return {**mine, "TANDEM_HOME": str(self.home), "HUGGINGFACE_TOKEN": HUB_TOKEN, "COLUMNS": "200"}
+        # With two clusters on the same cores, a thread that waits must not spin.
+        patient = {"OMP_WAIT_POLICY": "passive"} if "PYTEST_XDIST_WORKER" in os.environ else {}
+        return {**mine, **patient, "TANDEM_HOME": str(self.home), "HUGGINGFACE_TOKEN": HUB_TOKEN, "COLUMNS": "200"}
 
     @property
     def job_environment(self) -> dict[str, str]:
@@ -81,6 +86,15 @@ class Stack:
         return Registry(f"http://127.0.0.1:{self.ports['mlflow_port']}")
 
     @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self.ports['dashboard_port']}"
+
+    @property
+    def dashboard_door(self) -> dict[str, str]:
+        """The header that opens the dashboard and the job API."""
+        return {"Authorization": f"Bearer {(self.home / 'ray_token').read_text()}"}
+
+    @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.ports['chat']}/v1"
 
@@ -107,6 +121,11 @@ class Stack:
         assert version.run_id == run_id[1]
         return version
 
+    def stop_job(self, submission: str) -> None:
+        """Stop a Ray job as `ray job stop` does, without the seconds in which that starts."""
+        asked = httpx.post(f"{self.dashboard}/api/jobs/{submission}/stop", headers=self.dashboard_door, timeout=30)
+        assert asked.json() == {"stopped": True}
+
     def train_speaker(self, config: Path, word: str) -> tuple[str, str]:
         """Train a version that says who it is, whatever it is asked; return its name and its words."""
         said = f"I am {word}."
@@ -131,6 +150,14 @@ class Stack:
         family = [member for entry in session["processes"] for member in Process(**entry).family()]
         return [member for member in family if title in " ".join(_cmdline(member))]
 
+    def parts(self, name: str, words: str = "") -> list[psutil.Process]:
+        """This stack's processes by name and by what their command line says; some may end meanwhile, and shells are none."""
+        found = []
+        for process in self.workers(words):
+            with suppress(psutil.Error):
+                found += [process] if name in process.name() and process.name() not in SHELLS else []
+        return found
+
     def make_key(self, name: str, *settings: str) -> str:
         """Make a key through the command line, and return its secret."""
         made = self.run("serve", "keys", "create", name, *settings)
@@ -148,14 +175,16 @@ class Stack:
 @contextmanager
 def own_stack(folder: Path) -> Iterator[Stack]:
     """Start a Tandem in a folder, and end it afterwards."""
-    stack = Stack(folder / "home", folder, {name: free_port() for name in ("ray_port", "dashboard_port", "mlflow_port", "chat")})
+    stack = Stack(folder / "home", folder, {name: quiet_port() for name in ("ray_port", "dashboard_port", "mlflow_port", "chat")})
     done = stack.up()
     assert done.returncode == 0, done.stdout + done.stderr
-    try:
-        yield stack
-    finally:
-        done = stack.run("cluster", "down")
-        assert done.returncode == 0, done.stdout + done.stderr
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TANDEM_HOME", str(stack.home))  # for what a test does with the registry itself
+        try:
+            yield stack
+        finally:
+            done = stack.run("cluster", "down")
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
@@ -196,7 +225,7 @@ def make_tiny_model(folder: Path) -> Path:
 def make_config(folder: Path, model: Path, chat_port: int) -> Path:
     """A chatbot on the tiny model, with rows enough for some dozen steps.
 
-    A run has one checkpoint, its last: Ray Train takes one each two seconds, however short the steps are.
+    A run has one checkpoint, its last: Ray Train takes two a second at most, however short the steps are.
     """
     rows = [
         chat(f"What is number {number}?", f"It is {number * 7 % 100}.", split="heldout" if number % 8 == 0 else "train")

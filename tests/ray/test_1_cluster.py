@@ -5,7 +5,7 @@ import re
 
 import httpx
 
-from cluster.processes import Process, free_port
+from cluster.processes import Process, quiet_port
 from tests.ray.stack import Stack, wait_for
 
 
@@ -19,7 +19,7 @@ def test_a_second_up_changes_nothing(stack: Stack):
 
 def test_an_up_with_other_settings_is_refused(stack: Stack):
     before = (stack.home / "cluster.json").read_text()
-    done = stack.run("cluster", "up", "auto", *(f"{name}={free_port()}" for name in stack.ports if name != "chat"))
+    done = stack.run("cluster", "up", "auto", *(f"{name}={quiet_port()}" for name in stack.ports if name != "chat"))
     assert done.returncode == 2
     assert "up with other settings" in done.stderr
     assert "python -m cluster down" in done.stderr
@@ -27,7 +27,7 @@ def test_an_up_with_other_settings_is_refused(stack: Stack):
 
 
 def test_what_a_killed_up_left_is_no_cluster_and_down_ends_it(stack: Stack, tmp_path):
-    other = Stack(tmp_path / "home", tmp_path, {name: free_port() for name in stack.ports})
+    other = Stack(tmp_path / "home", tmp_path, {name: quiet_port() for name in stack.ports})
     record = other.home / "cluster.json"
     up = other.begin("cluster", "up", "auto", *(f"{name}={port}" for name, port in other.ports.items() if name != "chat"))
     wait_for(record.exists)
@@ -58,7 +58,7 @@ def test_the_job_api_wants_the_token(stack: Stack):
 
 
 def test_another_stack_that_wants_a_taken_port_is_refused_and_leaves_nothing(stack: Stack, tmp_path):
-    other = Stack(tmp_path / "home", tmp_path, {**{name: free_port() for name in stack.ports}, "mlflow_port": stack.ports["mlflow_port"]})
+    other = Stack(tmp_path / "home", tmp_path, {**{name: quiet_port() for name in stack.ports}, "mlflow_port": stack.ports["mlflow_port"]})
     done = other.up()
     assert done.returncode == 2
     assert f"port {stack.ports['mlflow_port']} (mlflow_port) is held by" in done.stderr

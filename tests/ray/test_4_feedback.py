@@ -2,6 +2,7 @@
 
 import json
 
+import anthropic
 import openai
 import pytest
 
@@ -28,7 +29,10 @@ def test_an_answer_is_rated_by_its_id_streamed_or_whole(stack: Stack, live_guide
     (streamed,) = {chunk.id for chunk in chunks}
     whole = ada.chat.completions.create(model=live_guide, messages=QUESTION, max_tokens=6)
     plain = ada.completions.create(model="guide", prompt="What is number 3?", max_tokens=6)
-    for completion_id in (streamed, whole.id, plain.id):
+    response = ada.responses.create(model="guide", input="What is number 3?", instructions="Be kind.", max_output_tokens=6)
+    other = anthropic.Anthropic(base_url=stack.endpoint.removesuffix("/v1"), api_key=ada.api_key)
+    message = other.messages.create(model="guide", messages=QUESTION, max_tokens=6)
+    for completion_id in (streamed, whole.id, plain.id, response.id, message.id):
         assert rate(ada, completion_id, comment="Good.")["model"] == live_guide
     rows = {row["completion_id"]: row for row in read_feedback(f"sqlite:///{stack.home}/feedback.db")}
     assert {(rows[one]["version"], rows[one]["key_name"]) for one in (streamed, whole.id, plain.id)} == {(live_guide, "ada")}
@@ -36,6 +40,10 @@ def test_an_answer_is_rated_by_its_id_streamed_or_whole(stack: Stack, live_guide
     assert (rows[streamed]["messages"], rows[streamed]["answer"], rows[streamed]["finish_reason"]) == (QUESTION, said, "length")
     assert rows[whole.id]["answer"] == whole.choices[0].message.content
     assert rows[plain.id]["messages"] is None, "a plain completion is no conversation"
+    kept = rows[response.id]
+    assert (kept["messages"], kept["answer"]) == ([{"role": "system", "content": "Be kind."}, *QUESTION], response.output_text)
+    assert (rows[message.id]["messages"], rows[message.id]["answer"]) == (QUESTION, message.content[0].text)
+    assert {rows[one]["finish_reason"] for one in (whole.id, response.id, message.id)} == {"length"}
 
 
 def test_an_id_that_a_client_makes_up_or_was_given_to_another_is_unknown(clients):

@@ -3,15 +3,12 @@
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from configs.loader import load_chatbot
-from data.prepare import Prepared
 from tests.ray.stack import Stack, wait_for
 from tests.ray.test_2_training import read_until
-from train.record import FAILED, RUN, SWEEP, Record, read_config
+from train.record import read_config
 from tune.record import find_runs
 
 SWEEP_ID = re.compile(r"sweep ([0-9a-f]{32})")
@@ -87,7 +84,7 @@ def test_a_sweep_goes_on_when_its_driver_and_later_a_worker_are_killed(stack: St
     read_until(driver, SWEEP_ID)
     looks_before = num_looks(stack, sweep_id)
     wait_for(lambda: num_looks(stack, sweep_id) > looks_before)
-    stack.workers("ImplicitFunc")[0].kill()
+    wait_for(lambda: stack.workers("ImplicitFunc"))[0].kill()
     text, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, text
     assert CANDIDATE.search(text)
@@ -103,27 +100,14 @@ def test_a_sweep_goes_on_when_its_driver_and_later_a_worker_are_killed(stack: St
 
 def test_a_sweep_that_is_asked_to_stop_says_how_to_go_on(stack: Stack, config):
     space = "tune.space={train.lora.rank: {choice: [1, 2]}}"
-    driver = stack.begin("tune", str(config), space, "train.max_steps=4000")
+    driver = stack.begin("tune", str(config), space, "train.max_steps=4000", "tune.budget.trials=1")
     found, _ = read_until(driver, SWEEP_ID)
     wait_for(lambda: trial_runs(stack, found[1]))
     driver.terminate()
-    text, _ = driver.communicate(timeout=60)
+    text, _ = driver.communicate(timeout=300)
     assert driver.returncode == 143, text
     assert f"--resume {found[1]}" in text
     assert stack.registry.client.get_run(found[1]).info.status == "KILLED"
-
-
-def test_a_run_is_not_resumed_as_a_sweep_nor_a_sweep_as_a_run(stack: Stack, config):
-    """Both have a space in their config: a chatbot's config has one for the day it is searched."""
-    settings = load_chatbot(config, ["tune.space={train.lora.rank: {choice: [1, 2]}}"])
-    data = Prepared(Path(), 56, 8, 560, 112, 0, 0, 0, 0, 0, 10, 5, "0" * 16)
-    for kind, other, words in ((RUN, "tune", "is not a sweep"), (SWEEP, "train", "is not a single run")):
-        record = Record.begin(stack.registry.client, settings, data, "0" * 16, kind)
-        record.end(FAILED)
-        done = stack.run(other, str(config), "--resume", record.run_id)
-        assert done.returncode == 2, done.stdout
-        assert words in done.stderr
-        assert stack.registry.client.get_run(record.run_id).info.status == "FAILED", "as before"
 
 
 def test_trials_that_share_a_base_go_on_when_it_is_killed(stack: Stack, config):
@@ -133,8 +117,7 @@ def test_trials_that_share_a_base_go_on_when_it_is_killed(stack: Stack, config):
     driver = stack.begin("tune", str(config), space, *settings)
     found, _ = read_until(driver, SWEEP_ID)
     wait_for(lambda: num_looks(stack, found[1]) >= 2)
-    bases = stack.workers("BaseActor")
-    for base in bases:  # one a card; the trials may be on one of them
+    for base in wait_for(lambda: stack.workers("BaseActor")):  # one a card; the trials may be on one of them
         base.kill()
     text, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, text
@@ -146,9 +129,3 @@ def test_trials_that_share_a_base_go_on_when_it_is_killed(stack: Stack, config):
     assert sum(sum(steps.values()) for steps in looks) <= 2 * (8 + 1)
     version = stack.registry.find(CANDIDATE.search(text)[1])
     assert (stack.registry.download(version) / "adapter_model.safetensors").is_file()
-
-
-def test_trials_that_need_a_base_of_their_own_are_refused_on_one(stack: Stack, config):
-    done = stack.run("tune", str(config), "tune.space={train.lora.dropout: {choice: [0.1, 0.2]}}", "tune.trials_per_card=2")
-    assert done.returncode == 2
-    assert "train.lora.dropout" in done.stderr

@@ -1,17 +1,46 @@
 """The line of jobs on a real cluster: who waits and why, who is called back, and an arbiter that is killed; on a tiny model."""
 
 import json
+import os
 import re
 import signal
-from contextlib import closing
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
-import psutil
 import pytest
 
-from cluster.job_queue import CANCELLED, DONE, LEAVING, RUNNING, WAITING, Queue, QueuedJob
+from cluster.job_queue import CANCELLED, DONE, FAILED, RUNNING, STANDING, WAITING, Queue, QueuedJob
+from configs.cli import JOB_VARIABLE
 from tests.ray.stack import Stack, wait_for
+from tests.ray.test_5_tune import num_looks
 
 SUBMITTED = re.compile(r"job (\d+)")
+
+
+@pytest.fixture(scope="module")
+def chat(stack: Stack, config, served, secret, tiny_model) -> Callable[[], int]:
+    """Asks chat, whose one engine has the serve card."""
+    stack.serve(config, "serve.scaling.min_replicas=1", "serve.scaling.use_train_cards=false")
+    return lambda: stack.ask(tiny_model.name, secret=secret, timeout_s=240, max_tokens=1).status_code
+
+
+@contextmanager
+def asked_all_the_time(chat: Callable[[], int]) -> Iterator[None]:
+    """Let chat have no quiet, so that it lends nothing."""
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.wait(1.0):
+            chat()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        asking.join()
 
 
 @pytest.fixture
@@ -32,52 +61,74 @@ def job(stack: Stack, number: int) -> QueuedJob:
         return queue.find(number)
 
 
-def arbiter(stack: Stack) -> psutil.Process:
-    return next(process for process in stack.workers("cluster.arbitrate") if "python" in process.name())
+def arbiters(stack: Stack) -> list[int]:
+    return [process.pid for process in stack.parts("python", "cluster.arbitrate")]
 
 
-def test_jobs_wait_with_a_reason_start_by_themselves_and_an_arbiter_that_is_killed_forgets_nothing(stack: Stack, config, both_cards):
-    first = submit(stack, config, both_cards, "train.max_steps=60", "train.checkpoint_every_steps=60", "name=first")
-    second = submit(stack, config, both_cards, "train.max_steps=4000", "name=second")
-    third = submit(stack, config, both_cards, "name=third")
-    wait_for(lambda: job(stack, first).state == RUNNING)
-    wait_for(lambda: f"job {first}" in job(stack, second).reason)
-    before = arbiter(stack)
-    before.send_signal(signal.SIGKILL)
-    shown = stack.run("cluster", "queue").stdout
-    assert re.search(rf"{second}\s+train\s+second\s+0\s+waiting .*card1 busy with job {first}", shown), shown
-    assert stack.run("cluster", "cancel", str(third)).returncode == 0
-    assert job(stack, third).state == CANCELLED
-    ended = wait_for(lambda: (now := job(stack, first)).state not in (WAITING, RUNNING) and now, timeout_s=180)
-    assert ended.state == DONE
-    assert "registered as first:1" in ended.reason
-    assert ended.num_lost == 0
-    assert arbiter(stack).pid != before.pid
-    wait_for(lambda: job(stack, second).num_steps)
-    assert stack.run("cluster", "cancel", str(second)).returncode == 0
-    assert job(stack, second).state in (LEAVING, CANCELLED)
-    left = wait_for(lambda: (now := job(stack, second)).state == CANCELLED and now)
-    assert list((stack.home / "runs" / left.run_id).glob("checkpoint_*/")), "it saved its state"
-    assert stack.registry.client.get_run(left.run_id).info.status == "KILLED"
-    done = stack.run("cluster", "cancel", str(second))
-    assert done.returncode == 2
-    assert f"job {second} has ended" in done.stderr
+def test_a_line_of_jobs_goes_on_by_itself_whoever_leaves_or_is_killed(stack: Stack, config, both_cards, chat):
+    """A sweep makes room for a run, that for one that goes before it; arbiter and drivers are killed, and nothing is forgotten."""
+    with asked_all_the_time(chat):
+        space = ("tune.space={train.lora.rank: {choice: [1, 2]}}", "train.max_steps=100", "tune.num_looks=4", "tune.scheduler=grid")
+        sweep = submit(stack, config, "--sweep", "name=swept", *space)
+        wait_for(lambda: (run_id := job(stack, sweep).run_id) and num_looks(stack, run_id))
+        low = submit(stack, config, both_cards, "train.max_steps=100000", "train.checkpoint_every_steps=20", "name=low")
+        third = submit(stack, config, both_cards, "name=third")
+        wait_for(lambda: f"job {low}" in job(stack, third).reason)
+        assert job(stack, sweep).state == WAITING
+        (arbiter,) = arbiters(stack)
+        os.kill(arbiter, signal.SIGKILL)
+        shown = stack.run("cluster", "queue").stdout
+        assert re.search(rf"{third}\s+train\s+third\s+0\s+waiting .*card1 busy with job {low}", shown), shown
+        assert stack.run("cluster", "cancel", str(third)).returncode == 0
+        assert job(stack, third).state == CANCELLED
+        wait_for(lambda: arbiters(stack) and arbiter not in arbiters(stack))
+
+        wait_for(lambda: job(stack, low).num_steps)
+        urgent = submit(stack, config, both_cards, "--priority", "1", "name=urgent")
+        ended = wait_for(lambda: (now := job(stack, urgent)).state not in STANDING and now, timeout_s=240)
+        assert (ended.state, ended.num_lost) == (DONE, 0)
+        assert "registered as urgent:1" in ended.reason
+        left = job(stack, low)
+        assert list((stack.home / "runs" / left.run_id).glob("checkpoint_*/")), "it saved its state"
+        wait_for(lambda: job(stack, low).num_steps, timeout_s=240)
+        steps = [metric.step for metric in stack.registry.client.get_metric_history(left.run_id, "loss")]
+        assert sorted(steps) == list(range(1, len(steps) + 1)), "it went on from where it was"
+
+        for num_lost in (1, 2, 3):
+            (driver,) = wait_for(lambda: job(stack, low).state == RUNNING and stack.parts("python", f"queue/{low}.yaml"))
+            assert driver.cmdline()[-2:] == ["--resume", left.run_id]
+            driver.kill()
+            wait_for(lambda: job(stack, low).num_lost == num_lost)  # noqa: B023 (it is asked at once)
+        assert job(stack, low).state == FAILED
+        assert "begun 3 times (lending.max_attempts)" in job(stack, low).reason
+
+        ended = wait_for(lambda: (now := job(stack, sweep)).state not in STANDING and now, timeout_s=240)
+        assert (ended.state, ended.num_lost) == (DONE, 0)
+        assert "the candidate" in ended.reason
 
 
-def test_quiet_chat_lends_its_card_and_a_request_gets_it_back_and_its_answer(stack: Stack, config, both_cards, served, secret, tiny_model):
-    stack.serve(config, "serve.scaling.min_replicas=1", "serve.scaling.use_train_cards=false")
-    assert stack.ask(tiny_model.name, secret=secret).status_code == 200
+def test_a_job_that_had_ended_when_its_cluster_was_killed_is_done(stack: Stack, config, guide, monkeypatch):
+    monkeypatch.setenv(JOB_VARIABLE, "1")
+    done = stack.run("train", str(config), "--resume", guide.run_id)
+    assert done.returncode == 0, done.stderr
+    assert "had ended before" in done.stdout
+    monkeypatch.delenv(JOB_VARIABLE)
+    assert stack.run("train", str(config), "--resume", guide.run_id).returncode == 2, "for others there is nothing left to do"
+
+
+def test_quiet_chat_lends_its_card_and_a_request_gets_it_back_and_its_answer(stack: Stack, config, both_cards, chat):
+    assert chat() == 200
     long = submit(stack, config, both_cards, "train.max_steps=100000", "name=long")
     guest = submit(stack, config, "train.max_steps=100000", "name=guest")
     started = wait_for(lambda: (now := job(stack, guest)).num_steps and now, timeout_s=180)
     assert started.cards == ("card0",)
     assert "lent by chat" in started.reason
     assert re.search(rf"card0\s+serve .*job {guest} \(guest\), running .*lent by chat", stack.run("cluster", "status").stdout)
-    answer = stack.ask(tiny_model.name, secret=secret, timeout_s=240)
-    assert answer.status_code == 200, answer.text
+    assert chat() == 200
     left = job(stack, guest)
     assert left.state == WAITING
     assert list((stack.home / "runs" / left.run_id).glob("checkpoint_*/")), "it goes on from where it was"
     for number in (guest, long):
         assert stack.run("cluster", "cancel", str(number)).returncode == 0
-    wait_for(lambda: job(stack, long).state == CANCELLED)
+    left = wait_for(lambda: (now := job(stack, long)).state == CANCELLED and now)
+    assert stack.registry.client.get_run(left.run_id).info.status == "KILLED"

@@ -1,9 +1,8 @@
-"""What is killed comes back by itself: a card's raylet and the head, under a job that goes on and a chat that answers again."""
+"""What is killed comes back by itself: MLflow, a card's raylet and the head, under a job that goes on and a chat that answers again."""
 
-from contextlib import closing, suppress
+from contextlib import closing
 
 import httpx
-import psutil
 
 from cluster.job_queue import CANCELLED, Queue
 from tests.ray.stack import Stack, wait_for
@@ -12,30 +11,22 @@ from tests.ray.test_7_queue import job, submit
 SAVE_EVERY = 50
 
 
-def parts(stack: Stack, name: str, words: str = "") -> list[psutil.Process]:
-    """Ray's own processes of this stack, by name and what their command line says; some may end meanwhile."""
-    found = []
-    for process in stack.workers(words):
-        with suppress(psutil.Error):
-            found += [process] if process.name() == name else []
-    return found
-
-
-def test_a_job_and_chat_outlive_a_card_and_the_head(stack: Stack, config, served, secret, tiny_model):
+def test_a_job_and_chat_outlive_mlflow_a_card_and_the_head(stack: Stack, config, served, secret, tiny_model):
     stack.serve(config, "serve.scaling.min_replicas=1", "serve.scaling.use_train_cards=false")
     number = submit(stack, config, "train.max_steps=100000", f"train.checkpoint_every_steps={SAVE_EVERY}", "name=survivor")
     began = wait_for(lambda: (now := job(stack, number)).step > SAVE_EVERY and now, timeout_s=180)
 
-    (of_card,) = parts(stack, "raylet", "card1")
-    assert began.cards == ("card1",)
+    (mlflow,) = stack.parts("python", "mlflow server")
+    (of_card,) = stack.parts("raylet", began.cards[0])
     killed_at = job(stack, number).step
+    mlflow.kill()  # each step is told to it
     of_card.kill()
-    wait_for(lambda: [raylet for raylet in parts(stack, "raylet", "card1") if raylet.pid != of_card.pid])
-    after_card = wait_for(lambda: (now := job(stack, number)).step > killed_at + 2 * SAVE_EVERY and now, timeout_s=240)
+    after_card = wait_for(lambda: (now := job(stack, number)).step > killed_at + SAVE_EVERY and now, timeout_s=240)
     assert after_card.run_id == began.run_id
     assert after_card.num_lost <= 1, "it goes on when the card is back, or is begun again on another, by what of it was there"
+    assert mlflow.pid not in [process.pid for process in stack.parts("python", "mlflow server")]
 
-    (head,) = parts(stack, "gcs_server")
+    (head,) = stack.parts("gcs_server")
     killed_at = job(stack, number).step
     head.kill()
     wait_for(lambda: not head.is_running())

@@ -107,6 +107,7 @@ def test_labels_are_what_ray_allows(name):
 
 def test_labels_say_pool_card_accelerator_and_memory():
     assert find_cards(MachineConfig(), [SMALL, LARGE])[0].labels == {
+        "machine": "head",
         "pool": "serve",
         "card": "card0",
         "accelerator": "NVIDIA-GeForce-RTX-5060-Ti",

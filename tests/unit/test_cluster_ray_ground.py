@@ -12,7 +12,7 @@ from cluster.activity import read_quiet_s
 from cluster.arbiter import LOST, Driver
 from cluster.chat_wish import forget_wish, keep_wish
 from cluster.placement import CARDS_VARIABLE, card_selector, is_usable
-from cluster.ray_ground import RayGround, _bounds, _chat, _driver, _is_used
+from cluster.ray_ground import ENTRYPOINT, RayGround, _bounds, _chat, _driver, _is_used
 from cluster.rule import Chat
 from serve.activity import Noted
 from tests.helpers.json_door import JsonDoor, listening
@@ -131,3 +131,21 @@ def test_a_process_trains_on_the_cards_that_it_was_given(monkeypatch):
     monkeypatch.setenv(CARDS_VARIABLE, "card0,card2")
     assert card_selector() == {"card": "in(card0,card2)"}
     assert [is_usable(found) for found in labels] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("", "it said nothing"),
+        (f"{ENTRYPOINT} a: cd /x && exec python\n", "it said nothing"),
+        (f"{ENTRYPOINT} a: cd /x\ntrain  step 3/8\n\n", "train  step 3/8"),
+        ("error: no room\n  why\nat exit\n", "error: no room"),
+    ],
+)
+def test_the_words_of_a_job_are_its_own(home, up, said, expected):
+    class Dashboard(JsonDoor):
+        def do_GET(self) -> None:
+            self.send_json(200, {"logs": said})
+
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)) as address:
+        assert RayGround(up(dashboard_url=address)).words("a") == expected

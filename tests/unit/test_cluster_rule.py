@@ -93,6 +93,15 @@ def test_a_job_that_wants_two_cards_keeps_the_first_free_one_and_a_sweep_takes_a
     assert decided(replace(two, num_cards=3), cards=cards, lending=OFF).waits[3] == "it needs 3 cards, and there are 2"
 
 
+def test_an_engine_stays_where_the_job_that_makes_room_has_cards_enough():
+    cards = (ANSWERING, TRAIN_CARD, Card("card2", "train"))
+    wide, urgent = replace(RUNNING, num_cards=2, cards=("card1", "card2")), replace(WAITING, num_cards=2, priority=1)
+    found = decided(wide, urgent, cards=cards, chat=QUIET_CHAT)
+    assert (found.actions, found.num_engines) == ((Leave(1, "job 3 goes before it", for_job=3),), (1, 1))
+    found = decided(wide, replace(urgent, num_cards=3), cards=cards, chat=QUIET_CHAT)
+    assert (found.actions, found.num_engines) == ((Leave(1, "job 3 goes before it", for_job=3),), (0, 1))
+
+
 def test_a_card_with_too_little_memory_is_not_lent():
     small = Card("card0", "serve", memory_gib=16)
     large = replace(WAITING, memory_gib=24)

@@ -309,12 +309,12 @@ def test_the_desk_of_two_cards_trains_on_the_larger():
 
 @pytest.mark.parametrize("name", ["auot", "elsewhere/auot"])
 def test_an_unknown_machine_is_refused_with_those_there_are(name):
-    with pytest.raises(ConfigError, match=r"(?s)no machine named.*auto, rtx5090_5060ti"):
+    with pytest.raises(ConfigError, match=r"(?s)no machine named.*auto, kubernetes, rtx5090_5060ti"):
         load_machine(name)
 
 
 def test_a_machine_file_that_is_not_there_is_refused_with_machines_not_chatbots():
-    with pytest.raises(ConfigError, match=r"(?s)desk.yaml.*auto, rtx5090_5060ti") as refused:
+    with pytest.raises(ConfigError, match=r"(?s)desk.yaml.*auto, kubernetes, rtx5090_5060ti") as refused:
         load_machine("desk.yaml")
     assert "helpdesk" not in str(refused.value)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from serve.front import LAST_WORDS
 from serve.keys import KeyFile
+from serve.last_words import EXTENSION
 from tests.helpers.front import ASKED, NOWHERE, PROMPT, Answer, chat, make_front, refused
 
 CLOSED = [
@@ -295,3 +297,31 @@ def test_a_conversation_stays_with_the_version_that_began_it(ask, shelf):
 def test_any_shape_of_messages_can_be_drawn_for(messages, ask, shelf):
     shelf.canaries["helpdesk:1"] = 0.5
     assert chat(ask, messages=messages).status == 200
+
+
+@pytest.mark.parametrize(("path", "stream", "status", "is_held"), [
+    ("/v1/chat/completions", True, 200, True),
+    ("/v1/messages", True, 200, True),
+    ("/v1/chat/completions", False, 200, False),
+    ("/v1/chat/completions", True, 400, False),
+])  # fmt: skip
+def test_only_a_stream_that_has_begun_is_guarded_with_the_words_of_its_route(path, stream, status, is_held, shelf, engine):
+    engine.status = status
+    answer, held = Answer(), []
+    body = json.dumps({**ASKED, "stream": stream, "max_tokens": 5}).encode()
+
+    async def once() -> None:
+        front = make_front(engine, shelf, KeyFile(NOWHERE))
+        await front.adapters.refresh()
+        coming = iter([{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}])
+
+        async def receive() -> dict[str, Any]:
+            return next(coming)
+
+        engine.answer = answer
+        extension = {EXTENSION: {"hold": lambda words: held.append((answer.status, len(answer.pieces), words))}}
+        await front({"type": "http", "method": "POST", "path": path, "headers": [], "extensions": extension}, receive, answer.send)
+        front.feedback.store.close()
+
+    asyncio.run(once())
+    assert held == ([(200, 0, LAST_WORDS[path])] if is_held else []), "after its head, and before its first piece"

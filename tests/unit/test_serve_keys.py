@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 from cluster.home import write_text
 from cluster.session import operator_key, token_file
 from configs.errors import AccessError
+from configs.schema import is_loopback
 from serve.__main__ import app
-from serve.keys import KeyFile, is_loopback
+from serve.keys import KeyFile
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from serve.protocols import PROTOCOLS
+from serve.refusal import engine_lost
 from tests.helpers.front import PROMPT, Answer, refused
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
@@ -152,3 +154,13 @@ def test_nothing_is_stored_for_another_key_to_read(ask, engine):
 def test_embeddings_are_refused_with_the_reason(ask, engine):
     assert "smollm2-135m generates text, and makes no embeddings" in refused(ask("POST", "/v1/embeddings", {"input": "Hi"}), 404)["message"]
     assert engine.scopes == []
+
+
+def test_a_streams_failure_is_an_event_of_its_route():
+    told = {path: protocol.error_event(engine_lost()).decode() for path, protocol in PROTOCOLS.items()}
+    error = {"message": engine_lost().message, "type": "service_unavailable", "param": None, "code": "engine_lost"}
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        assert told[path] == f"data: {json.dumps({'error': error})}\n\n"
+    assert told[RESPONSES] == f"event: error\ndata: {json.dumps({'type': 'error', 'error': error})}\n\n"
+    anthropics = {"type": "error", "error": {"type": "overloaded_error", "message": engine_lost().message}}
+    assert told[MESSAGES] == f"event: error\ndata: {json.dumps(anthropics)}\n\n"

@@ -62,7 +62,5 @@ def ask_slowly(stack: Stack, model: str, secret: str, text: str) -> int:
 
 def num_running(stack: Stack) -> int:
     """How many engines Serve takes for running, by its own API: the command line would take the cores on which one starts."""
-    url = f"http://127.0.0.1:{stack.ports['dashboard_port']}/api/serve/applications/"
-    token = (stack.home / "ray_token").read_text()
-    shown = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30).json()
+    shown = httpx.get(f"{stack.dashboard}/api/serve/applications/", headers=stack.dashboard_door, timeout=30).json()
     return sum(replica["state"] == "RUNNING" for replica in shown["applications"]["chat"]["deployments"]["engine"]["replicas"])

@@ -1,0 +1,26 @@
+"""What KubeRay tells a pod that starts Ray by itself: the state to go on with in Redis, and that an autoscaler runs beside the head.
+
+Knows the variables that KubeRay sets. Does not know Kubernetes.
+"""
+
+import os
+import shlex
+
+START_COMMAND = "KUBERAY_GEN_RAY_START_CMD"  # what KubeRay would have started
+HEAD_ADDRESS = "FQ_RAY_IP"  # the head's name in the network, which outlives its pod
+TAKEN = ("--no-monitor", "--redis-password", "--redis-username")
+OURS = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED")
+
+
+def pod_environment() -> dict[str, str]:
+    """Return the variables that Ray's processes must have in a pod of KubeRay's; none elsewhere."""
+    if START_COMMAND not in os.environ:
+        return {}
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_") and name not in OURS}
+
+
+def head_arguments() -> list[str]:
+    """Return what KubeRay wants `ray start --head` to be told; nothing elsewhere."""
+    words = shlex.split(os.environ.get(START_COMMAND, ""))
+    wanted = [word for word in words if word.partition("=")[0] in TAKEN]
+    return [os.path.expandvars(word) for word in wanted]

@@ -1,0 +1,34 @@
+"""What this machine, or the container that Tandem runs in, may use of cores and memory.
+
+Knows control groups (version 2). Does not know cards.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import psutil
+
+GROUP = Path("/sys/fs/cgroup")  # of a container its own; elsewhere that of the whole machine, which has no limits
+
+
+def num_cpus() -> int:
+    """Return the cores that may be used, at least one."""
+    there = os.cpu_count() or 1
+    words = _read("cpu.max").split()
+    if len(words) == 2 and words[0].isdigit():
+        return max(1, min(there, math.floor(int(words[0]) / int(words[1]))))
+    return there
+
+
+def memory_bytes() -> int:
+    """Return the memory that may be used."""
+    there, limit = int(psutil.virtual_memory().total), _read("memory.max").strip()
+    return min(there, int(limit)) if limit.isdigit() else there
+
+
+def _read(name: str) -> str:
+    try:
+        return (GROUP / name).read_text()
+    except OSError:
+        return ""

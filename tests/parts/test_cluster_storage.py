@@ -1,0 +1,82 @@
+"""The place that every machine reaches, through pyarrow's own file systems: a folder, and a URL."""
+
+import pytest
+
+from cluster.storage import exists, get, has_any, mark, put, reaches
+from configs.errors import ClusterError, DataError
+from train.places import fetch_data, has_checkpoint, runs_place, send_data
+
+
+@pytest.fixture(params=["folder", "url"])
+def storage(request, tmp_path) -> str:
+    folder = tmp_path / "shared" / "tandem"
+    return str(folder) if request.param == "folder" else folder.as_uri()
+
+
+def test_what_the_head_marked_is_reached_and_another_place_is_not(storage):
+    assert not reaches(storage)
+    mark(storage)
+    assert reaches(storage)
+    assert not reaches(f"{storage}-other")
+
+
+def test_a_folder_goes_in_once_and_comes_out_as_it_was(storage, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "rows.jsonl").write_text("one\n")
+    put(storage, source, "data/bot-1")
+    (source / "deep" / "rows.jsonl").write_text("changed\n")
+    put(storage, source, "data/bot-1")
+    assert exists(storage, "data/bot-1/deep/rows.jsonl")
+    target.mkdir()
+    get(storage, "data/bot-1", target)
+    assert (target / "deep" / "rows.jsonl").read_text() == "one\n"
+
+
+def test_a_copy_that_was_cut_off_is_made_again(storage, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a").write_text("1")
+    put(storage, source, "data/bot-1")
+    (tmp_path / "shared" / "tandem" / "data" / "bot-1" / ".tandem-storage").unlink()
+    (tmp_path / "shared" / "tandem" / "data" / "bot-1" / "a").unlink()
+    put(storage, source, "data/bot-1")
+    assert exists(storage, "data/bot-1/a")
+
+
+def test_a_place_that_nobody_knows_is_refused(tmp_path):
+    with pytest.raises(ClusterError, match="no place that pyarrow knows"):
+        mark("nowhere://bucket/tandem")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ClusterError, match="cannot be written to"):
+        mark(str(tmp_path / "file" / "below"))
+
+
+def test_a_run_has_a_checkpoint_once_it_saved_one(home, storage, tmp_path):
+    assert not has_checkpoint(storage, "run")
+    run = tmp_path / "shared" / "tandem" / "runs" / "run"
+    run.mkdir(parents=True)
+    (run / "checkpoint_manager_snapshot.json").write_text("{}")
+    assert not has_checkpoint(storage, "run"), "Ray keeps a file of that name beside them"
+    (run / "checkpoint_2026").mkdir()
+    assert has_checkpoint(storage, "run")
+    assert not has_any(storage, "runs/none", "")
+
+
+def test_without_storage_runs_lie_in_the_home_folder(home):
+    assert runs_place("") == str(home / "runs")
+    (home / "runs" / "run" / "checkpoint_1").mkdir(parents=True)
+    assert has_checkpoint("", "run")
+
+
+def test_another_machine_fetches_a_runs_data_once(home, storage, tmp_path):
+    source = tmp_path / "head" / "bot-1"
+    source.mkdir(parents=True)
+    (source / "train.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="bot-1 is not on this machine"):
+        fetch_data(storage, "bot-1")
+    send_data(storage, source)
+    fetched = fetch_data(storage, "bot-1")
+    assert fetched == home / "data" / "bot-1"
+    assert (fetched / "train.jsonl").read_text() == "{}\n"
+    assert fetch_data("", "bot-1") == fetched

@@ -1,0 +1,193 @@
+"""What clients of a killed server see: a real uvicorn in a process of its own, its guardian, and `kill -9`."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+
+import httpx
+import psutil
+import pytest
+
+from cluster.processes import free_port
+from configs.loader import ROOT
+from serve.last_words import GUARDIAN_FILE
+from tests.ray.stack import wait_for
+
+EVENT = b'data: {"error": "lost"}\n\n'
+SERVER = """
+import asyncio, sys, uvicorn
+from serve.last_words import guard_streams, hold_of
+
+async def application(scope, receive, send):
+    how = scope["path"]
+    headers = [(b"content-length", b"1000")] if how == "/whole" else []
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    if how != "/whole":
+        hold_of(scope)(EVENT)
+    number = 0
+    while how != "/short" or number < 3:
+        piece = b"x" if how == "/whole" and number < 10 else b"" if how == "/whole" else b"data: %d\\n\\n" % number
+        await send({"type": "http.response.body", "body": piece * (10_000 if how == "/much" else 1), "more_body": True})
+        number += 1
+        await asyncio.sleep(0 if how in ("/short", "/much") else 0.01)
+    await send({"type": "http.response.body", "body": b""})
+
+guard_streams()
+print("ready", flush=True)
+uvicorn.run(application, port=int(sys.argv[1]), loop=sys.argv[2], log_level="critical", lifespan="off")
+"""
+
+
+@dataclass
+class Server:
+    process: "subprocess.Popen[str]"
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def guardians(self) -> list[psutil.Process]:
+        """The server's guardian, while it runs: nobody's child, and known by its environment."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if str(GUARDIAN_FILE) in process.cmdline() and process.environ().get("SERVER") == str(self.port):
+                    found.append(process)
+        return found
+
+
+@pytest.fixture(params=["uvloop", "asyncio"])
+def server(request) -> Iterator[Server]:
+    port = free_port()
+    command = [sys.executable, "-c", SERVER.replace("EVENT", repr(EVENT)), str(port), request.param]
+    environment = {"SERVER": str(port), "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        started = Server(process, port)
+        wait_for(lambda: is_up(started))
+        yield started
+        process.kill()
+    wait_for(lambda: not started.guardians(), timeout_s=30)
+
+
+def is_up(server: Server) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", server.port)) == 0
+
+
+def begun(answer: httpx.Response) -> Iterator[bytes]:
+    """An answer as it comes, when its first piece has come."""
+    coming = answer.iter_raw()
+    return chain([next(coming)], coming)
+
+
+def test_streams_of_a_killed_server_end_with_the_event_and_whole_answers_break_off(server):
+    with (
+        httpx.Client() as client,
+        client.stream("GET", f"{server.address}/long") as first,
+        client.stream("GET", f"{server.address}/long") as second,
+        client.stream("GET", f"{server.address}/whole") as whole,
+    ):
+        coming = [begun(answer) for answer in (first, second, whole)]
+        server.kill()
+        for stream in coming[:2]:
+            events = b"".join(stream).split(b"\n\n")
+            assert events[-2:] == [EVENT.strip(), b""], "the last event, and the right end of the answer"
+            numbers = [int(event.removeprefix(b"data: ")) for event in events[:-2]]
+            assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), "nothing is lost or cut before it"
+        with pytest.raises(httpx.RemoteProtocolError):
+            b"".join(coming[2])
+
+
+def test_a_connection_whose_stream_ended_is_nobodys_business(server):
+    with httpx.Client() as client:
+        for _ in range(20):
+            assert client.get(f"{server.address}/short").text == "data: 0\n\ndata: 1\n\ndata: 2\n\n"
+        with client.stream("GET", f"{server.address}/whole") as whole:
+            coming = begun(whole)
+            server.kill()
+            with pytest.raises(httpx.RemoteProtocolError):
+                assert EVENT not in b"".join(coming)
+
+
+def test_what_a_client_left_is_let_go(server):
+    (guardian,) = server.guardians()
+    num_open = guardian.num_fds()
+    for _ in range(3):
+        with httpx.stream("GET", f"{server.address}/long") as answer:
+            coming = begun(answer)
+            wait_for(lambda: guardian.num_fds() == num_open + 1, timeout_s=30)
+            assert next(coming)
+        wait_for(lambda: guardian.num_fds() == num_open, timeout_s=30)
+
+
+def test_a_guardian_without_time_keeps_no_client_waiting_and_holds_nothing_for_good(server):
+    """It is stopped here; what it cannot be told fills its line, and then goes without it."""
+    (guardian,) = server.guardians()
+    guardian.suspend()
+    ends = []
+    for _ in range(400):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(b"GET /short HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            said = b""
+            while piece := connection.recv(4096):
+                said += piece
+        ends.append(said.endswith(b"data: 2\n\n\r\n0\r\n\r\n"))
+    with httpx.Client() as client:
+        for _ in range(20):
+            assert client.get(f"{server.address}/short").text.endswith("data: 2\n\n")
+        guardian.resume()
+        with client.stream("GET", f"{server.address}/whole") as whole:
+            coming = begun(whole)
+            server.kill()
+            with pytest.raises(httpx.RemoteProtocolError):
+                assert EVENT not in b"".join(coming)
+    assert all(ends)
+
+
+def test_a_reader_that_stands_still_gets_no_words_in_the_midst_of_others(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_for(lambda: is_full(server))
+        server.kill()
+        said = b""
+        try:
+            while piece := connection.recv(2**20):
+                said += piece
+        except ConnectionResetError:
+            pass
+    assert EVENT not in said
+
+
+def is_full(server: Server) -> bool:
+    """Whether the server has nothing left to do but wait."""
+    process = psutil.Process(server.process.pid)
+    return process.cpu_percent(0.3) < 20
+
+
+def test_without_its_guardian_a_server_goes_on_and_a_guardian_does_not_outlive_it(server):
+    (guardian,) = server.guardians()
+    assert guardian.memory_full_info().uss < 16 * 2**20
+    guardian.terminate()
+    with httpx.Client() as client:
+        assert client.get(f"{server.address}/short").text.endswith("data: 2\n\n"), "it does not listen to the signal of a stop"
+        assert guardian.is_running()
+        guardian.kill()
+        wait_for(lambda: not server.guardians())
+        for _ in range(3):
+            assert client.get(f"{server.address}/short").text.endswith("data: 2\n\n")
+        with client.stream("GET", f"{server.address}/long") as answer:
+            coming = begun(answer)
+            server.kill()
+            with pytest.raises(httpx.RemoteProtocolError):
+                b"".join(coming)

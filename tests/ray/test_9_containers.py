@@ -1,0 +1,50 @@
+"""The very commands of compose.yaml, outside a container engine: MLflow, the head and a card become one cluster, none of them root."""
+
+import re
+import secrets
+from contextlib import ExitStack
+
+import pytest
+
+from tests.helpers.containers import USER_ID, Container, container, network, read_services, why_no_containers
+from tests.helpers.hosts import until
+
+NAMES = {"mlflow": "mlflow", "head": "head", "train": "train-cpu"}
+
+pytestmark = pytest.mark.skipif(bool(why := why_no_containers()), reason=why)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """The three, started in the order in which Compose would."""
+    services = read_services()
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "tandem_token").write_text(secrets.token_hex(32))
+    (tmp_path / "secrets" / "tandem_token").chmod(0o444)
+    with network(tmp_path, list(NAMES)) as net, ExitStack() as stack:
+        started: dict[str, Container] = {}
+        for name, service in NAMES.items():
+            started[name] = stack.enter_context(container(net, name, services[service], tmp_path / "secrets"))
+            log = tmp_path / f"{name}.log"
+
+            def healthy(name=name, log=log) -> bool:
+                assert started[name].process.poll() is None, log.read_text()
+                return started[name].is_healthy()
+
+            until(f"{name} is healthy", healthy)
+        yield started
+
+
+def test_the_services_become_one_cluster_and_end_when_asked(parts, tmp_path):
+    shown = parts["head"].run("python", "-m", "cluster", "status")
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^train-card0 +train +cpu .* up *$", shown.stdout, re.MULTILINE), shown.stdout
+    assert "http://mlflow:5000" in shown.stdout
+    assert (tmp_path / "home" / "cluster.json").stat().st_uid == USER_ID
+    taken = parts["head"].run("python", "-m", "cluster", "backup", "/var/lib/tandem-storage/backup.tar.gz")
+    assert taken.returncode == 0, taken.stderr
+    for name in ("train", "head"):
+        assert parts[name].stop() == 0, (tmp_path / f"{name}.log").read_text()
+    assert not (tmp_path / "home" / "cluster.json").exists()
+    refused = parts["mlflow"].run("python", "-m", "cluster", "restore", "/var/lib/tandem-storage/backup.tar.gz", "--replace")
+    assert "MLflow runs on this home folder" in refused.stderr

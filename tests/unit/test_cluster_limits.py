@@ -1,0 +1,32 @@
+"""What a container may use, by the files of its control group."""
+
+import os
+
+import psutil
+import pytest
+
+from cluster import limits
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("150000 100000", 1), ("50000 100000", 1), ("max 100000", os.cpu_count()), ("", os.cpu_count()), (None, os.cpu_count())],
+)
+def test_cores_are_those_of_the_group_and_never_more_than_there_are(tmp_path, monkeypatch, text, wanted):
+    monkeypatch.setattr(limits, "GROUP", tmp_path)
+    if text is not None:
+        (tmp_path / "cpu.max").write_text(f"{text}\n")
+    assert limits.num_cpus() == wanted
+
+
+def test_a_group_with_more_cores_than_the_machine_has_the_machines(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "GROUP", tmp_path)
+    (tmp_path / "cpu.max").write_text(f"{(os.cpu_count() + 5) * 100000} 100000\n")
+    assert limits.num_cpus() == os.cpu_count()
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("1073741824", 2**30), ("max", None), ("9" * 18, None)])
+def test_memory_is_that_of_the_group(tmp_path, monkeypatch, text, wanted):
+    monkeypatch.setattr(limits, "GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{text}\n")
+    assert limits.memory_bytes() == (wanted or psutil.virtual_memory().total)

@@ -1,0 +1,50 @@
+"""Where runs keep what workers on any machine must reach: data and checkpoints, in the cluster's storage or else in the home folder.
+
+Knows the storage and Ray's checkpoints. Does not know what is in them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from cluster.home import home_folder, new_folder
+from cluster.storage import exists, get, has_any, put
+from configs.errors import DataError
+
+
+def runs_place(storage: str, kind: str = "runs") -> str:
+    """Return the folder or URL under which runs, or sweeps, are kept by their ids."""
+    return f"{storage.rstrip('/')}/{kind}" if storage else str(home_folder() / kind)
+
+
+def has_checkpoint(storage: str, run_id: str) -> bool:
+    """Whether a run saved anything."""
+    return has_any(runs_place(storage), run_id, "checkpoint_")
+
+
+def send_data(storage: str, folder: Path) -> None:
+    """Lay prepared conversations where workers on other machines find them; their folder's name tells them from any others."""
+    if storage:
+        put(storage, folder, f"data/{folder.name}")
+
+
+def fetch_data(storage: str, name: str) -> Path:
+    """Return this machine's copy of prepared conversations.
+
+    Raises:
+        DataError: They are not in the storage.
+    """
+    target = home_folder() / "data" / name
+    if not target.is_dir():
+        if not storage or not exists(storage, f"data/{name}"):
+            raise DataError(f"the data {name} is not on this machine", "and not in the cluster's storage", "storage=... at `up`")
+        with new_folder(target) as draft:
+            get(storage, f"data/{name}", draft)
+    return target
+
+
+def on_disk(checkpoint: Any) -> Path:
+    """Return the folder of one of Ray's checkpoints, fetched where it lies behind a URL."""
+    if checkpoint.filesystem.type_name == "local":
+        return Path(checkpoint.path)
+    target = home_folder() / "fetched" / "-".join(Path(checkpoint.path).parts[-2:])
+    return Path(checkpoint.to_directory(str(target)))
