@@ -22,7 +22,7 @@ import psutil
 from cluster.cards import Card, find_cards
 from cluster.chat_wish import forget_wish
 from cluster.haproxy import proxy_environment
-from cluster.home import BYTES_PER_GIB, BYTES_PER_MIB, home_folder, log_folder, require_disk, write_text
+from cluster.home import BYTES_PER_GIB, home_folder, log_folder, require_disk, write_text
 from cluster.processes import Process, free_port, port_owner, send_signal
 from cluster.session import (
     ARBITER,
@@ -222,9 +222,6 @@ def _stack_environment(machine: MachineConfig) -> dict[str, str]:
         "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
         "RAY_prestart_worker_first_driver": "0",
         **_idle_environment(),
-        # Without it what a worker says grows for ever.
-        "RAY_ROTATION_MAX_BYTES": str(machine.logs.max_file_mib * BYTES_PER_MIB),
-        "RAY_ROTATION_BACKUP_COUNT": str(machine.logs.num_files_kept),
         # A replica answers in the loop that its requests come in: no streamed token goes from one thread to another.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine
