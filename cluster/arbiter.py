@@ -6,7 +6,7 @@ next one goes on. Knows the order of things. Does not know how they are done: se
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
 from cluster.job_queue import CANCELLED, DONE, FAILED, LEAVING, RUNNING, STANDING, WAITING, Queue, QueuedJob, clock
@@ -40,8 +40,6 @@ class Sight:
     """By the name of their submission."""
     lost_chat: bool = False
     """Whether there is no chat although it was asked for: the head was started anew."""
-    gone_since_s: Mapping[str, float] = field(default_factory=dict)
-    """Since when cards are gone that were there."""
 
 
 class Ground(Protocol):
@@ -74,6 +72,7 @@ class Arbiter:
 
     def __init__(self, queue: Queue, ground: Ground, lending: LendingConfig) -> None:
         self.queue, self.ground, self.lending = queue, ground, lending
+        self.missing_since_s: dict[str, float] = {}
 
     def step(self, now_s: float) -> Sight:
         """Look once, and do what is to be done now; return what was seen."""
@@ -129,7 +128,7 @@ class Arbiter:
                 self.queue.mark_submitted(job.id)
             if job.state == LEAVING:
                 self.ground.stop(job.submission)
-            elif gone := [card for card in job.cards if now_s - seen.gone_since_s.get(card, now_s) > GONE_S]:
+            elif gone := self._gone(job, seen, now_s):
                 self._act(Leave(job.id, f"{' and '.join(gone)} {'is' if len(gone) == 1 else 'are'} gone with the machine"), now_s)
         elif driver.state == "stopped" or driver.exit_status == EXIT_STOPPED:
             self._end(job, WAITING if job.state == LEAVING else CANCELLED, job.reason if job.state == LEAVING else "stopped by hand", now_s)
@@ -142,6 +141,14 @@ class Arbiter:
             self._end(job, WAITING, job.reason, now_s)
         else:
             self._lose(job, f"its process was lost: {self.ground.words(job.submission)}", now_s)
+
+    def _gone(self, job: QueuedJob, seen: Sight, now_s: float) -> list[str]:
+        """Return which of a job's cards were not there for long; another arbiter counts anew, and is late by as much."""
+        alive = {card.name for card in seen.cards if card.is_alive}
+        for card in job.cards:
+            if card in alive:
+                self.missing_since_s.pop(card, None)
+        return [card for card in job.cards if card not in alive and now_s - self.missing_since_s.setdefault(card, now_s) > GONE_S]
 
     def _lose(self, job: QueuedJob, reason: str, now_s: float) -> None:
         log.warning("job %d: %s", job.id, reason)

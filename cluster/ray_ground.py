@@ -19,6 +19,7 @@ from cluster.arbiter import LOST, Driver, Sight
 from cluster.chat_wish import read_wish, wish_lock
 from cluster.home import home_folder, write_text
 from cluster.job_queue import QueuedJob
+from cluster.machines import remember
 from cluster.placement import CARDS_VARIABLE
 from cluster.rule import TRAIN, Card, Chat
 from cluster.session import Session, is_alive, is_joined, joined_cards
@@ -32,7 +33,6 @@ ALIVE = ("PENDING", "RUNNING")
 ENTRYPOINT = "Running entrypoint for job"  # Ray's own first line of a job's log
 USED_CARD = re.compile(r"^([0-9.]+)/[0-9.]+ card", re.MULTILINE)
 STOP_AGAIN_S = 5.0
-MS_PER_S = 1000
 Bounds = tuple[int, int] | None
 
 
@@ -47,8 +47,8 @@ class RayGround:
     def look(self) -> Sight:
         """Look at cards, chat and drivers."""
         nodes = self._get("/nodes?view=summary")["data"]
-        known = [node["raylet"] for node in nodes["summary"]]
-        raylets = [raylet for raylet in known if is_alive(raylet)]
+        raylets = [node["raylet"] for node in nodes["summary"] if is_alive(node["raylet"])]
+        remember(raylets)
         application = self._get(SERVE_API).get("applications", {}).get(APPLICATION, {})
         engines = [replica for entry in application.get("deployments", {}).values() for replica in entry.get("replicas", [])]
         jobs = self._get(JOBS_API)
@@ -57,7 +57,7 @@ class RayGround:
         used = {node_id for node_id, told in (nodes.get("nodeLogicalResources") or {}).items() if _is_used(told)}
         lost_chat = not application and read_wish() is not None
         chat = _chat(application, engines, bounds, {raylet["nodeId"] for raylet in raylets if is_joined(raylet)})
-        return Sight(self._cards(raylets, engines, used), chat, bounds, drivers, lost_chat, _gone_since_s(known))
+        return Sight(self._cards(raylets, engines, used), chat, bounds, drivers, lost_chat)
 
     def submit(self, job: QueuedJob) -> None:
         """Start a job's process; Ray takes a submission's name only once."""
@@ -142,17 +142,6 @@ class RayGround:
             )
             for card in (*self.session.cards, *joined_cards(raylets))
         )
-
-
-def _gone_since_s(raylets: list[dict[str, Any]]) -> dict[str, float]:
-    """Return since when each card is gone that was there, and is not now."""
-    alive = {raylet.get("labels", {}).get("card") for raylet in raylets if is_alive(raylet)}
-    gone: dict[str, float] = {}
-    for raylet in raylets:
-        card = raylet.get("labels", {}).get("card")
-        if card and card not in alive:
-            gone[card] = max(gone.get(card, 0.0), float(raylet.get("endTimeMs", 0)) / MS_PER_S)
-    return gone
 
 
 def _chat(application: dict[str, Any], engines: list[dict[str, Any]], bounds: Bounds, joined: Set[str] = frozenset()) -> Chat:

@@ -11,6 +11,7 @@ import httpx
 from rich.table import Table
 
 from cluster.job_queue import LEAVING, RUNNING, Queue
+from cluster.machines import Raylets, with_lost
 from cluster.session import Session, answers, is_alive, known_cards, read_raylets
 from configs.errors import ClusterError
 
@@ -27,7 +28,7 @@ def read_status(session: Session) -> list[Table]:
     """
     try:
         with session.dashboard() as client:
-            raylets = read_raylets(client)
+            raylets = with_lost(read_raylets(client))
             served = client.get("/api/serve/applications/").json().get("applications", {})
             jobs = client.get("/api/jobs/").json()
     except (httpx.HTTPError, KeyError, ValueError) as error:
@@ -41,7 +42,7 @@ def read_status(session: Session) -> list[Table]:
     return [*tables, _handovers(handovers)] if handovers else tables
 
 
-def _cards(session: Session, raylets: list[dict[str, Any]], holders: Mapping[str, tuple[str, float, str]]) -> Table:
+def _cards(session: Session, raylets: Raylets, holders: Mapping[str, tuple[str, float, str]]) -> Table:
     columns = ("card", "pool", "accelerator", "memory", "held by", "since", "why", "state")
     table = Table(*columns, title="cards", title_justify="left", box=None, pad_edge=False)
     alive = {raylet.get("labels", {}).get("card") for raylet in raylets if is_alive(raylet)}
@@ -63,7 +64,7 @@ def _cards(session: Session, raylets: list[dict[str, Any]], holders: Mapping[str
     return table
 
 
-def _machines(raylets: list[dict[str, Any]]) -> Table | None:
+def _machines(raylets: Raylets) -> Table | None:
     """Show the machines where more than one was there."""
     cards = known_cards(raylets)
     names = dict.fromkeys(card["machine"] for card in cards)
@@ -80,7 +81,7 @@ def _machines(raylets: list[dict[str, Any]]) -> Table | None:
     return table
 
 
-def _engine_holders(raylets: list[dict[str, Any]], served: Mapping[str, Any]) -> dict[str, tuple[str, float, str]]:
+def _engine_holders(raylets: Raylets, served: Mapping[str, Any]) -> dict[str, tuple[str, float, str]]:
     card_of = {raylet.get("nodeId"): raylet.get("labels", {}).get("card", "") for raylet in raylets}
     deployments = [entry for application in served.values() for entry in application.get("deployments", {}).values()]
     return {
@@ -125,7 +126,7 @@ def _address(application: dict[str, Any]) -> str:
     return f"http://{serve.get('host')}:{serve.get('port')}/v1" if serve else ""
 
 
-def _jobs(jobs: list[dict[str, Any]]) -> Table:
+def _jobs(jobs: Raylets) -> Table:
     table = Table("job", "state", "took", "command", title="\njobs", title_justify="left", box=None, pad_edge=False)
     submitted = [job for job in jobs if job.get("submission_id")]
     for job in sorted(submitted, key=lambda entry: -(entry.get("start_time") or 0))[:NUM_JOBS]:

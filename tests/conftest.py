@@ -36,7 +36,10 @@ FINGERPRINT = "0123456789abcdef"
 
 # `make test` has two processes (`-n 2`). On a machine without a GPU these files have a cluster of their own, beside that of the others:
 # what a cluster does in tests is mostly to start processes, and each keeps one core busy.
-JOBS = ("test_1_cluster.py", "test_5_tune.py", "test_6_circle.py", "test_7_queue.py", "test_8_chaos.py")
+JOBS = (
+    "test_1_cluster.py", "test_5_tune.py", "test_6_circle.py", "test_6_hosts.py", "test_7_queue.py", "test_8_chaos.py",
+    "test_9_containers.py",
+)  # fmt: skip
 ON_CLUSTER = ("ray", "gpu")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from configs.loader import ROOT
 
+SOCKET, CABLE = "socket0", "cable0"  # a bridge keeps a host's address when nothing is plugged in
 NAMESPACES = ["--net", "--mount", "--uts", "--ipc", "--pid"]
 TOOLS = ("ip", "unshare", "nsenter")
 
@@ -23,7 +24,15 @@ def why_no_hosts() -> str:
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
         return f"{' and '.join(missing)} missing (Debian's iproute2 and util-linux)"
     tried = subprocess.run(
-        ["unshare", *NAMESPACES, "--fork", "--mount-proc", "ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth1"],
+        [
+            "unshare",
+            *NAMESPACES,
+            "--fork",
+            "--mount-proc",
+            "sh",
+            "-c",
+            f"ip link add {CABLE} type veth && ip link add {SOCKET} type bridge",
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -53,7 +62,9 @@ class Host:
     def start(self) -> None:
         """Switch it on; it has no cable yet."""
         hide = " && ".join(f"mkdir -p {folder} && mount -t tmpfs none {folder}" for folder in self.hidden)
-        script = f"hostname {self.name} && {hide} && ip link set lo up && echo up && trap '' CHLD && exec sleep infinity"
+        network = f"ip link set lo up && ip link add {SOCKET} type bridge && ip address add {self.address}/24 dev {SOCKET}"
+        network += f" && ip link set {SOCKET} up"
+        script = f"hostname {self.name} && {hide} && {network} && echo up && trap '' CHLD && exec sleep infinity"
         command = ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
         self.init = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self.init.stdout
@@ -84,14 +95,13 @@ class Host:
 
 
 def plug(first: Host, second: Host) -> None:
-    """Lay a cable between two hosts that are on."""
-    for host in (first, second):  # what is left of an earlier one
-        subprocess.run(host.command("ip", "link", "delete", "eth0"), capture_output=True, check=False)
-    ends = ["ip", "link", "add", "eth0", "netns", str(first.pid), "type", "veth", "peer", "name", "eth0", "netns", str(second.pid)]
-    subprocess.run(ends, check=True)
+    """Lay a cable between two hosts that are on; what is left of an earlier one goes."""
     for host in (first, second):
-        subprocess.run(host.command("ip", "address", "add", f"{host.address}/24", "dev", "eth0"), check=True)
-        subprocess.run(host.command("ip", "link", "set", "eth0", "up"), check=True)
+        subprocess.run(host.command("ip", "link", "delete", CABLE), capture_output=True, check=False)
+    ends = [(CABLE, "netns", str(host.pid)) for host in (first, second)]
+    subprocess.run(["ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1]], check=True)
+    for host in (first, second):
+        subprocess.run(host.command("ip", "link", "set", CABLE, "master", SOCKET, "up"), check=True)
 
 
 @contextmanager

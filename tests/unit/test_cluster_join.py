@@ -10,6 +10,7 @@ from cluster.activity import note_quiet, read_quiet_s
 from cluster.arbiter import GONE_S, Arbiter, Driver, Sight
 from cluster.job_queue import NewJob, Queue
 from cluster.join import ask_head, head_gate, host_name, join, own_address, own_cards
+from cluster.machines import remember, with_lost
 from cluster.processes import free_port
 from cluster.rule import Card, Chat
 from cluster.session import joined_cards, keep_session, known_cards, read_session, require_session
@@ -134,12 +135,12 @@ def test_a_job_leaves_a_card_that_is_gone_with_its_machine_and_stands_in_line_ag
         """Stands where the cluster stands: one card that goes, and a driver that waits for it."""
 
         def __init__(self) -> None:
-            self.driver, self.gone_since_s, self.stopped = Driver("alive"), {}, []
+            self.driver, self.is_gone, self.stopped = Driver("alive"), False, []
 
         def look(self) -> Sight:
-            cards = () if self.gone_since_s else (Card("desk-card0", "train"),)
+            cards = () if self.is_gone else (Card("desk-card0", "train"),)
             drivers = {job.submission: self.driver for job in queue.jobs() if job.is_submitted}
-            return Sight(cards, Chat(), None, drivers, gone_since_s=self.gone_since_s)
+            return Sight(cards, Chat(), None, drivers)
 
         def submit(self, job) -> None:
             """Ray took it."""
@@ -153,7 +154,8 @@ def test_a_job_leaves_a_card_that_is_gone_with_its_machine_and_stands_in_line_ag
         job = queue.submit(NewJob("train", "bot", ""), now_s=0.0)
         arbiter.step(1.0)
         assert queue.find(job.id).cards == ("desk-card0",)
-        ground.gone_since_s = {"desk-card0": 10.0}
+        ground.is_gone = True
+        arbiter.step(10.0)
         arbiter.step(10.0 + GONE_S)
         assert queue.find(job.id).state == "running", "what was killed there may be back at once"
         arbiter.step(11.0 + GONE_S)
@@ -162,10 +164,26 @@ def test_a_job_leaves_a_card_that_is_gone_with_its_machine_and_stands_in_line_ag
         ground.driver = Driver("stopped")
         arbiter.step(20.0 + GONE_S)
         assert queue.find(job.id).state == "waiting"
-        ground.gone_since_s = {}
+        ground.is_gone = False
         arbiter.step(30.0 + GONE_S)
         again = queue.find(job.id)
         assert (again.state, again.cards, again.num_lost) == ("running", ("desk-card0",), 0)
+
+
+def test_a_machine_that_was_lost_is_remembered_and_one_that_left_is_not(home):
+    """Ray tells of dead raylets as this: by number and reason alone, as it was seen."""
+    dead = {"state": "DEAD", "labels": {}, "nodeManagerAddress": ""}
+    remember([raylet("head", "card0"), raylet("desk", "desk-card0"), raylet("attic", "attic-card0")])
+    lost = {**dead, "nodeId": "desk-card0", "deathInfo": {"reason": "UNEXPECTED_TERMINATION"}}
+    left = {**dead, "nodeId": "attic-card0", "deathInfo": {"reason": "EXPECTED_TERMINATION"}}
+    there = raylet("head", "card0")
+    assert [(found["labels"]["card"], found["state"]) for found in with_lost([there, lost, left])] == [
+        ("card0", "ALIVE"),
+        ("desk-card0", "DEAD"),
+    ]
+    assert with_lost([there]) == [there], "a head that was started anew never had them"
+    back = {**raylet("desk", "desk-card0"), "nodeId": "another"}
+    assert with_lost([there, lost, back]) == [there, back]
 
 
 def test_an_engine_elsewhere_is_quiet_as_long_as_it_said(home):
