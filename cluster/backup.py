@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 import time
 import tomllib
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -80,33 +81,33 @@ def back_up(target: Path) -> Contents:
     home, target = home_folder(), target.expanduser().resolve()
     if target.is_relative_to(home):
         raise ClusterError("a backup cannot lie inside what it backs up", f"{target} is in {home}", "another folder, better another disk")
-    files = _in_order(home)
-    if not files:
+    if next(_in_order(home), None) is None:
         raise ClusterError("there is nothing to back up", f"{home} holds nothing that could not be made again", "python -m cluster up")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:  # for nobody else to see
         draft = Path(folder) / "archive"
         with draft.open("wb") as stream:
             os.fchmod(stream.fileno(), OWNER_ONLY)
-            contents = _write(stream, home, files, Path(folder) / "copy")
+            contents = _write(stream, home, Path(folder) / "copy")
             stream.flush()
             os.fsync(stream.fileno())
         draft.replace(target)
     return contents
 
 
-def _in_order(home: Path) -> list[Path]:
-    """Return the files to keep: databases first, so that what they refer to is there when it is copied after them."""
-    found = [file for entry in kept_entries(home) for file in (entry.rglob("*") if entry.is_dir() else [entry])]
-    kept = [file for file in found if file.is_file() and not file.is_symlink() and not file.name.endswith(LEFT_OUT_ENDINGS)]
+def _in_order(home: Path) -> Iterator[Path]:
+    """Yield the files to keep: databases first; the others are looked for after those are copied, so that what they name is found."""
     first = [home / name for name in FIRST]
-    return sorted(kept, key=lambda file: (first.index(file) if file in first else len(first), file))
+    yield from (file for file in first if file.is_file())
+    found = (file for entry in kept_entries(home) for file in (entry.rglob("*") if entry.is_dir() else [entry]))
+    kept = (file for file in found if file.is_file() and not file.is_symlink() and not file.name.endswith(LEFT_OUT_ENDINGS))
+    yield from sorted(file for file in kept if file not in first)
 
 
-def _write(stream: IO[bytes], home: Path, files: list[Path], copy: Path) -> Contents:
+def _write(stream: IO[bytes], home: Path, copy: Path) -> Contents:
     told: dict[str, Content] = {}
     with gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=1) as squeezed, tarfile.open(fileobj=squeezed, mode="w") as archive:
-        for file in files:
+        for file in _in_order(home):
             try:
                 _copy(file, copy)
             except FileNotFoundError:
