@@ -6,8 +6,9 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
+import httpx
 import pytest
 
 from cluster.job_queue import CANCELLED, DONE, FAILED, RUNNING, STANDING, WAITING, Queue, QueuedJob
@@ -32,7 +33,8 @@ def asked_all_the_time(chat: Callable[[], int]) -> Iterator[None]:
 
     def ask() -> None:
         while not over.wait(1.0):
-            chat()
+            with suppress(httpx.HTTPError):
+                chat()
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -68,12 +70,12 @@ def arbiters(stack: Stack) -> list[int]:
 def test_a_line_of_jobs_goes_on_by_itself_whoever_leaves_or_is_killed(stack: Stack, config, both_cards, chat):
     """A sweep makes room for a run, that for one that goes before it; arbiter and drivers are killed, and nothing is forgotten."""
     with asked_all_the_time(chat):
-        space = ("tune.space={train.lora.rank: {choice: [1, 2]}}", "train.max_steps=100", "tune.num_looks=4", "tune.scheduler=grid")
+        space = ("tune.space={train.lora.rank: {choice: [1, 2]}}", "train.max_steps=400", "tune.num_looks=8", "tune.scheduler=grid")
         sweep = submit(stack, config, "--sweep", "name=swept", *space)
-        wait_for(lambda: (run_id := job(stack, sweep).run_id) and num_looks(stack, run_id))
+        wait_for(lambda: (run_id := job(stack, sweep).run_id) and num_looks(stack, run_id), timeout_s=240)
         low = submit(stack, config, both_cards, "train.max_steps=100000", "train.checkpoint_every_steps=20", "name=low")
         third = submit(stack, config, both_cards, "name=third")
-        wait_for(lambda: f"job {low}" in job(stack, third).reason)
+        wait_for(lambda: f"card1 busy with job {low}" in job(stack, third).reason)
         assert job(stack, sweep).state == WAITING
         (arbiter,) = arbiters(stack)
         os.kill(arbiter, signal.SIGKILL)
@@ -83,7 +85,7 @@ def test_a_line_of_jobs_goes_on_by_itself_whoever_leaves_or_is_killed(stack: Sta
         assert job(stack, third).state == CANCELLED
         wait_for(lambda: arbiters(stack) and arbiter not in arbiters(stack))
 
-        wait_for(lambda: job(stack, low).num_steps)
+        wait_for(lambda: job(stack, low).num_steps, timeout_s=240)
         urgent = submit(stack, config, both_cards, "--priority", "1", "name=urgent")
         ended = wait_for(lambda: (now := job(stack, urgent)).state not in STANDING and now, timeout_s=240)
         assert (ended.state, ended.num_lost) == (DONE, 0)
