@@ -21,7 +21,7 @@ down: ## stop what `make demo` or `python -m cluster up` started
 	@$(RUN) -m cluster down
 
 test: setup ## all tests that this machine can run
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n 2
 
 check: setup ## format, lint, types, import rules
 	@$(VENV)/bin/ruff format --check .

@@ -146,8 +146,11 @@ def _copy(file: Path, copy: Path) -> None:
 
 def _copy_database(file: Path, copy: Path) -> None:
     """Copy a database in one go: those who write wait for it, or see to it that it sees them whole."""
-    with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as source, closing(sqlite3.connect(copy)) as target:
-        source.backup(target)
+    try:
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as source, closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+    except sqlite3.Error as error:
+        raise ClusterError("a database cannot be copied", f"{file}: {error}", "python -m cluster doctor, then try again") from None
 
 
 def _copy_still(file: Path, copy: Path) -> None:

@@ -22,7 +22,7 @@ from configs.errors import ClusterError
 from configs.schema import MachineConfig
 
 LOOK_EVERY_S = 10.0
-LOST_AFTER_S = 120.0  # a head that was killed is back before that
+LOST_AFTER_S = 300.0  # a head that was killed, or whose pod moved, is back before that
 HEAD_WAIT_S = 600.0
 Say = Callable[[str], None]
 

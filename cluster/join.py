@@ -17,6 +17,7 @@ import httpx
 from cluster.cards import Card, find_cards
 from cluster.gate import INTRODUCTION
 from cluster.home import require_disk
+from cluster.kuberay import lasting
 from cluster.placement import HEAD
 from cluster.processes import port_owner
 from cluster.session import (
@@ -123,7 +124,7 @@ def own_address(head: str) -> str:
 
 def host_name() -> str:
     """Return this machine's name as Ray's labels and the names of cards may have it."""
-    return "-".join(re.findall("[a-z0-9]+", platform.node().partition(".")[0].lower()))[:40] or "machine"
+    return "-".join(re.findall("[a-z0-9]+", platform.node().partition(".")[0].lower()))[-40:].strip("-") or "machine"
 
 
 def own_cards(machine: MachineConfig) -> list[Card]:
@@ -139,8 +140,8 @@ def _plan(head: str, machine: MachineConfig, cards: list[Card], told: Introducti
     return Session(
         processes=(),
         cards=tuple(card.labels for card in cards),
-        ray_address=told["ray_address"],
-        dashboard_url=told["dashboard_url"],
+        ray_address=lasting(told["ray_address"]),
+        dashboard_url=f"http://{lasting(told['dashboard_url'].removeprefix('http://'))}",
         mlflow_url=mlflow_url,
         machine=machine.model_dump(mode="json"),
         has_haproxy=told["has_haproxy"],

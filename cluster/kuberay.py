@@ -19,6 +19,12 @@ def pod_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_") and name not in OURS}
 
 
+def lasting(address: str) -> str:
+    """Return an address of the head by the name that outlives its pod; elsewhere as it is."""
+    name = os.environ.get(HEAD_ADDRESS) if START_COMMAND in os.environ else None
+    return f"{name}:{address.rpartition(':')[2]}" if name else address
+
+
 def head_arguments() -> list[str]:
     """Return what KubeRay wants `ray start --head` to be told; nothing elsewhere."""
     words = shlex.split(os.environ.get(START_COMMAND, ""))

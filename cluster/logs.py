@@ -134,12 +134,13 @@ class _Bridge(logging.Handler):
 
 
 def set_up() -> None:
-    """Send to the streams what this process logs by `logging` too, and show its events on standard output.
+    """Send to the streams what this process logs by `logging` too, and show its events on standard output, where that is no file.
 
     For processes of the cluster. A command tells people what it does in words of its own, and only writes to the files.
     """
     ours = streams()
-    ours.echo = None if _is_a_log(sys.stdout) else sys.stdout
+    output = sys.__stdout__  # the process's own: Ray Serve may have put a slow one in its place
+    ours.echo = output if output and not _is_a_file(output) else None
     root = logging.getLogger("tandem")
     root.handlers = [_Bridge(ours)]
     root.setLevel(ours.config.level.upper())
@@ -205,10 +206,9 @@ def _is_secret(name: str) -> bool:
     return bool(SECRET_NAME.search(name))
 
 
-def _is_a_log(stream: TextIO) -> bool:
-    """Whether a process's output is a file of the log folder already: what `up` starts has one."""
+def _is_a_file(output: TextIO) -> bool:
+    """Whether a process's output is a file: so it is for what `up` and Ray start, and a second copy on the same disk helps nobody."""
     try:
-        found = os.fstat(stream.fileno())
-    except (OSError, ValueError, AttributeError):
+        return stat.S_ISREG(os.fstat(output.fileno()).st_mode)
+    except (OSError, ValueError):
         return False
-    return stat.S_ISREG(found.st_mode) and any(file.stat().st_ino == found.st_ino for file in log_folder().glob("*.log"))

@@ -146,7 +146,7 @@ def _probes(command: list[str]) -> Object:
     return {
         "startupProbe": {**look, "periodSeconds": 10, "failureThreshold": 30},
         "readinessProbe": {**look, "periodSeconds": 20, "failureThreshold": 3},
-        "livenessProbe": {**look, "periodSeconds": 60, "failureThreshold": 3},
+        "livenessProbe": {**look, "periodSeconds": 60, "failureThreshold": 6},  # a head that moves takes minutes
     }
 
 

@@ -23,7 +23,7 @@ import psutil
 from cluster.cards import Card, find_cards
 from cluster.chat_wish import forget_wish
 from cluster.haproxy import proxy_environment
-from cluster.home import BYTES_PER_GIB, BYTES_PER_MIB, home_folder, log_folder, require_disk, write_text
+from cluster.home import BYTES_PER_GIB, home_folder, log_folder, require_disk, write_text
 from cluster.kuberay import head_arguments, pod_environment
 from cluster.limits import memory_bytes, num_cpus
 from cluster.placement import HEAD
@@ -272,9 +272,6 @@ def stack_environment(machine: MachineConfig) -> dict[str, str]:
         **_interface_environment(machine.listen_host),
         # Ray's own are the same for every cluster of a machine: the second would show the first one's metrics.
         **{name: str(quiet_port()) for name in ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT")},
-        # Without it what a worker says grows for ever.
-        "RAY_ROTATION_MAX_BYTES": str(machine.logs.max_file_mib * BYTES_PER_MIB),
-        "RAY_ROTATION_BACKUP_COUNT": str(machine.logs.num_files_kept),
         # A replica answers in the loop that its requests come in: no streamed token goes from one thread to another.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         # What Serve's own proxy is wrapped in; a replica asks for it too, and is told otherwise by `serve.app`.

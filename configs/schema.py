@@ -548,7 +548,7 @@ class LogConfig(Settings):
     prompts: bool = False
     """Log what is asked too; without it neither prompts nor messages of errors that may quote them are written anywhere."""
     max_file_mib: int = Field(64, ge=1)
-    """A log file that grows larger is put aside, in MiB; Ray's own files of its workers too."""
+    """A log file that grows larger is put aside, in MiB."""
     num_files_kept: int = Field(4, ge=1)
     """Files put aside of each stream; the oldest is deleted."""
     sample_every_s: float = Field(15.0, ge=1.0)

@@ -17,6 +17,7 @@ from cluster.session import operator_key, read_session
 from configs.schema import ModelConfig, ServeConfig
 from serve.activity import Noted
 from serve.adapters import Adapters, Base
+from serve.alive import Alive, leave_with
 from serve.counted import count_request
 from serve.deploy import DEPLOYMENT
 from serve.desk import HeadKeys, feedback_of_head, find_desk, watch_keys
@@ -61,14 +62,16 @@ class Engine:
         watch = Watch([count_request])
         self.engine, app = await start_engine(arguments, adapters, watch)
         await adapters.refresh()
-        self.watchers.append(asyncio.create_task(adapters.watch()))
+        engine_has_died = lambda: bool(self.engine.errored)  # noqa: E731 (it is asked at each request)
+        watchers = (adapters.watch(), leave_with(engine_has_died, feedback.store.close))
+        self.watchers += [asyncio.create_task(watcher) for watcher in watchers]
         # After the engine's processes: each would hold the guardian's line open too.
         await asyncio.to_thread(guard_streams)
         doors = Doors(self._keys(settings.host), ClusterQuotas())
         front = Front(app, adapters, doors, feedback, settings)
         front.watch = watch
         watch.observers.append(request_log(streams()))
-        return Noted(front)
+        return Noted(Alive(front, engine_has_died))
 
     def _keys(self, host: str) -> KeyFile:
         if not self.desk:

@@ -82,9 +82,11 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the connection for the guardian too, whether or not it can be told."""
+        connection = socket.socket(fileno=self.transport.get_extra_info("socket").fileno())  # open until this method is left
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.detach()
         if self._held is not None:
-            with suppress(OSError):
-                self.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
             self._release()
         super().connection_lost(exc)
 

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.cards import find_gpus
 from cluster.home import write_text
 from cluster.processes import Process
 from cluster.registry import Manifest, Registry, Version
@@ -33,10 +34,39 @@ SECRETS = (
 FINGERPRINT = "0123456789abcdef"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder, so that `-m "not ray"` and the like choose among them."""
+# `make test` has two processes (`-n 2`). On a machine without a GPU these files have a cluster of their own, beside that of the others:
+# what a cluster does in tests is mostly to start processes, and each keeps one core busy.
+JOBS = (
+    "test_1_cluster.py", "test_5_tune.py", "test_6_circle.py", "test_6_hosts.py", "test_7_queue.py", "test_8_chaos.py",
+    "test_9_containers.py",
+)  # fmt: skip
+ON_CLUSTER = ("ray", "gpu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test by its folder, so that `-m "not ray"` and the like choose among them; in several processes, the longest come first."""
     for item in items:
         item.add_marker(item.path.parent.name)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.parent.name not in ON_CLUSTER)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep in one process what shares a cluster, and else each file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    jobs = () if find_gpus() else JOBS
+
+    class ByCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.partition("::")[0])
+            if file.parent.name not in ON_CLUSTER:
+                return file.name
+            return "jobs" if file.name in jobs else "chat"
+
+    config.option.loadscopereorder = False
+    return ByCluster(config, log)
 
 
 @dataclass(frozen=True)

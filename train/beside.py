@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from train.control import Progress
 from train.host import Host
-from train.run_log import run_logger
+from train.record import run_logger
 from train.tally import Tally, last_logged_step
 from train.worker import Task
 
@@ -43,7 +43,7 @@ def train_beside(base: Base, task: Task, host: Host, checkpoint: Any = None) -> 
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
-    log = run_logger(task)
+    log = run_logger(task.run_id, chatbot=task.config.name)
     client, every = MlflowClient(task.mlflow_url), task.config.train.checkpoint_every_steps
     if checkpoint:
         with checkpoint.as_directory() as folder:

@@ -22,7 +22,6 @@ from configs.errors import ClusterError, RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
 from train.record import FAILED, FINISHED, RUN, STOPPED, Record
-from train.run_log import told
 from train.sizing import require_room
 
 ASKED = "the job was asked to stop"
@@ -102,8 +101,7 @@ def on_record(start: Start, num_cards: int) -> Iterator[Record]:
             record = Record.begin(start.registry.client, start.config, start.data, start.base_fingerprint, start.kind)
         note_run(record.run_id)
         try:
-            with told(record.run_id, start.config.name, start.kind):
-                yield record
+            yield record
         except BaseException as error:
             asked = isinstance(error, KeyboardInterrupt)
             with suppress(RegistryError):  # MLflow may be the very thing that failed

@@ -152,12 +152,14 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
 
 
 def _cpu_environment(train: TrainConfig) -> dict[str, str]:
-    """Return what a worker without a GPU is to find as it imports torch: its share of the cores, and no compiler where it needs none.
+    """Return what a worker without a GPU is to find as it imports torch.
 
-    bitsandbytes, which PEFT imports, gets the compiler ready, for bases in 4 bit; that takes a second.
+    Its share of the cores, and threads that sleep while they wait for each other: the engine's card has the same cores. No compiler where
+    it needs none: bitsandbytes, which PEFT imports, gets it ready for bases in 4 bit, and that takes a second.
     """
     num_threads = max(1, (psutil.cpu_count() or 1) // train.num_workers)
-    return {"OMP_NUM_THREADS": str(num_threads), "TORCHDYNAMO_DISABLE": "1" if train.quantization == "none" else "0"}
+    compiles = train.quantization != "none"
+    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": str(int(not compiles))}
 
 
 def _failure(error: Exception, run_id: str, storage: str = "") -> TandemError:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cluster.logs import TRAINING, Logger, streams
 from cluster.registry import Registry, Version, mlflow_errors
 from cluster.versions import git_commit
 from configs.errors import RunError
@@ -38,6 +39,11 @@ KINDS = {
 }
 NO_SUCH_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 DESCRIBED = {"data": "data", "base": "base model"}
+
+
+def run_logger(run_id: str, **fields: str) -> Logger:
+    """Return a logger whose lines say which run they are of."""
+    return streams().logger(TRAINING).bind(run=run_id, **fields)
 
 
 class Record:
@@ -67,6 +73,7 @@ class Record:
         with mlflow_errors(client.tracking_uri):
             record = cls(client, client.create_run(_experiment_id(client, config.name)).info.run_id)
             client.log_batch(record.run_id, params=params, tags=[RunTag(name, text) for name, text in facts.items()])
+        run_logger(record.run_id).info("begun", chatbot=config.name, kind=kind)
         record.attach("environment.txt", "\n".join(sorted({f"{found.name}=={found.version}" for found in distributions()})))
         record.attach(CONFIG_FILE, config.model_dump_json(indent=2))
         return record
@@ -113,6 +120,7 @@ class Record:
 
     def reopen(self) -> None:
         """Mark that the run goes on."""
+        run_logger(self.run_id).info("gone on with")
         with mlflow_errors(self.client.tracking_uri):
             self.client.set_terminated(self.run_id, "RUNNING")
 
@@ -123,6 +131,8 @@ class Record:
 
     def end(self, status: str, reason: str = "") -> None:
         """Mark how the run ended."""
+        tell = run_logger(self.run_id)
+        (tell.error if status == FAILED else tell.info)("ended", status=status, reason=reason)
         with mlflow_errors(self.client.tracking_uri):
             if reason:
                 self.client.set_tag(self.run_id, "reason", reason[:MAX_PARAM_LETTERS])

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from cluster.home import BYTES_PER_GIB
 from cluster.memory import CUDA_CONTEXT_BYTES
 from train.control import Progress
-from train.run_log import run_logger
+from train.record import run_logger
 from train.step import take_rate
 from train.tally import Tally, last_logged_step
 
@@ -37,7 +37,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
 
         self.task, self.host = task, host
         self.mlflow = MlflowClient(task.mlflow_url)
-        self.log = run_logger(task)
+        self.log = run_logger(task.run_id, chatbot=task.config.name)
         self.num_steps_here = 0
         self.step_began_s = 0.0  # where the step before it ended, later by what is left out
         self.counted_until_s = 0.0
@@ -91,10 +91,15 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
             metrics = [Metric(name, value, now_ms, state.global_step) for name, value in found.items()]
             self.mlflow.log_batch(self.task.run_id, metrics=metrics)
             self.tally.show(found)
-            told = "evaluated" if "eval_loss" in found else "trained"
-            self.log.info(told, step=state.global_step, num_steps=state.max_steps, memory_gib=round(taken_memory_gib(), 3), **found)
+            self._tell(state, found)
         if "eval_loss" not in found:  # else it is part of the evaluation
             self.counted_until_s = time.perf_counter()
+
+    def _tell(self, state: Any, found: dict[str, float]) -> None:
+        """Log a step or an evaluation; what there is of neither, at the end, is no news."""
+        event = "trained" if "loss" in found else "evaluated" if "eval_loss" in found else None
+        if event:
+            self.log.info(event, step=state.global_step, num_steps=state.max_steps, memory_gib=round(taken_memory_gib(), 3), **found)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop early where the held-out loss has not got better for so many evaluations; save each one's adapter to choose from."""

@@ -29,7 +29,7 @@ from configs.cli import console
 from tests.ray.stack import Stack, make_config, make_tiny_model, wait_for
 
 PORTS = ("ray_port", "dashboard_port", "mlflow_port", "chat")
-SAVE_EVERY, SHORT_STEPS, FOREVER = 100, 400, 1_000_000
+SAVE_EVERY, SHORT_STEPS, FOREVER = 20, 100, 1_000_000
 NUM_ASKING = 2
 PAUSE_S = (2.0, 12.0)
 SETTLES_S = 1.0  # what was under way at a kill is told by then
@@ -142,7 +142,8 @@ class Chaos:
         except AssertionError:
             self.lost.append(f"{victim}, killed {len(self.kills)}.: not all goes on after {RECOVERS_WITHIN_S:g} s")
         kill.back_s = time.time()
-        console.print(f"{victim}: all goes on after {kill.back_s - kill.at_s:.1f} s")
+        said = dict(Counter(one.said for one in self.asked))
+        console.print(f"{victim}: all goes on after {kill.back_s - kill.at_s:.1f} s; jobs done: {len(self.jobs(DONE))}; answers: {said}")
 
     def _num_arbiters(self) -> int:
         """How many arbiters have begun their work so far: the next one waits for the end of the last."""

@@ -120,27 +120,27 @@ class Way:
         self.watch = Watch({card["card"]: card["pool"] for card in cards})
         watcher = threading.Thread(target=self._look, daemon=True)
         self.began_s = time.time()
+        self.ended_s = self.began_s + self.minutes * 60
         watcher.start()
         whole_s = self.minutes * 60 / NUM_BURSTS
-        for number in range(NUM_BURSTS):
-            time.sleep(whole_s * (1 - BURST_SHARE))
-            until_s = time.monotonic() + whole_s * BURST_SHARE
+        for number in range(1, NUM_BURSTS + 1):
+            until_s = self.began_s + number * whole_s  # by the clock: both ways have as long, however late their answers come
+            time.sleep(max(0.0, until_s - whole_s * BURST_SHARE - time.time()))
             threads = [threading.Thread(target=self._burst, args=(until_s,)) for _ in range(NUM_ASKING)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-            console.print(f"burst {number + 1}: {len(self.asked)} requests, {sum(one.was_asleep for one in self.asked)} while asleep")
-        self.ended_s = time.time()
+            console.print(f"burst {number}: {len(self.asked)} requests, {sum(one.was_asleep for one in self.asked)} while asleep")
         self.over.set()
         watcher.join()
 
     def _look(self) -> None:
-        while not self.over.wait(1.0):
+        while not self.over.wait(1.0) and time.time() < self.ended_s:
             self.watch.look(self._jobs(), any(not one.is_over for one in self.asked))
 
     def _burst(self, until_s: float) -> None:
-        while time.monotonic() < until_s:
+        while time.time() < until_s:
             asked = Asked(0.0, was_asleep=not self._is_awake())
             asked.sent_s = time.monotonic()
             self.asked.append(asked)
@@ -155,8 +155,8 @@ class Way:
         """Whether an engine answers: one that starts or leaves does not."""
         headers = {"Authorization": f"Bearer {(self.stack.home / 'ray_token').read_text().strip()}"}
         address = f"http://127.0.0.1:{self.stack.ports['dashboard_port']}{SERVE_API}"
-        deployments = httpx.get(address, headers=headers, timeout=60).json()["applications"][APPLICATION]["deployments"].values()
-        return any(replica["state"] == "RUNNING" for entry in deployments for replica in entry["replicas"])
+        chat = httpx.get(address, headers=headers, timeout=60).json()["applications"].get(APPLICATION, {})
+        return any(replica["state"] == "RUNNING" for entry in chat.get("deployments", {}).values() for replica in entry["replicas"])
 
     def _ask(self, asked: Asked) -> None:
         body = {"model": self.model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": MAX_TOKENS, "stream": True, **WHOLE}

@@ -6,6 +6,7 @@ Needs root's rights, `unshare`, `nsenter` and `setpriv`. Folders stand for volum
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import yaml
 
 from configs.loader import ROOT
 from tests.helpers.hosts import why_no_hosts
+from tests.ray.stack import wait_for
 
 DOCKER = ROOT / "cluster" / "deploy" / "docker"
 USER_ID = 10001
@@ -28,8 +30,10 @@ SET_DEFAULT = re.compile(r"\$\{\w+:-([^}]*)\}")
 
 def why_no_containers() -> str:
     """Return why this machine cannot stand in for a container engine; empty where it can."""
-    tried = subprocess.run(["setpriv", "--reuid", str(USER_ID), "true"], capture_output=True, text=True, check=False)
-    return why_no_hosts() or (f"no other user here: {tried.stderr.strip()}" if tried.returncode else "")
+    if not shutil.which("setpriv"):
+        return "setpriv missing (Debian's util-linux)"
+    tried = subprocess.run([*_as_user({}), sys.executable, "-c", ""], capture_output=True, text=True, check=False)
+    return why_no_hosts() or (f"no other user may run this Python: {tried.stderr.strip()}" if tried.returncode else "")
 
 
 def read_services() -> dict[str, dict[str, Any]]:
@@ -88,8 +92,8 @@ class Container:
     @property
     def pid(self) -> int:
         """The number of its first process."""
-        [child] = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(child)
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return int(wait_for(children.read_text, timeout_s=10))
 
     def run(self, *words: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command in it, as `docker compose exec` does."""

@@ -1,4 +1,4 @@
-"""The Dockerfile and compose.yaml, by their own checkers where those are there, and by what must be so."""
+"""The Dockerfile, compose.yaml and GitHub's workflow, by their own checkers where those are there, and by what must be so."""
 
 import importlib
 import re
@@ -30,6 +30,15 @@ def checked(*command: str) -> None:
 
 def test_compose_is_as_the_specification_says():
     checked("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DOCKER / "compose.yaml"))
+
+
+def test_the_workflow_is_one_of_githubs_and_no_pull_request_runs_on_our_machines():
+    file = ROOT / ".github" / "workflows" / "ci.yml"
+    jobs = yaml.safe_load(file.read_text())["jobs"]
+    for name in ("gpu", "containers"):
+        assert jobs[name]["if"] == "github.event_name == 'schedule' || github.event_name == 'workflow_dispatch'"
+    assert {"run": "bash .ci/run"} in jobs["test"]["steps"]
+    checked("check-jsonschema", "--builtin-schema", "vendor.github-workflows", str(file))
 
 
 def test_docker_compose_reads_it(tmp_path):

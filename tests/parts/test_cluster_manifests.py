@@ -142,5 +142,9 @@ def test_the_command_writes_a_file_for_each(command, monkeypatch, tmp_path):
     assert done.status == 0, done.err
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert files == {"ground.yaml", "raycluster.yaml", "rayjob-train.yaml", "rayjob-tune.yaml", "rayservice.yaml"}
+    for name in files:
+        told = (tmp_path / "out" / name).read_text()
+        kept = (ROOT / "cluster" / "deploy" / "kuberay" / name).read_text()
+        assert told == kept, "python -m cluster manifests configs/helpdesk.yaml --out cluster/deploy/kuberay"
     refused = command("cluster", "manifests", "configs/helpdesk.yaml", "train.lora.rank=99")
     assert refused.status == 2

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from cluster.boards import BOARDS, FOLDER, files
+from cluster.logs import STREAMS, stream_file
 from cluster.metrics import SUFFIXES, TABLE
 from tests.helpers.prometheus import board_queries, rule_expressions
 
 NAME = re.compile(r"\b(?:tandem|ray)_[a-z0-9_]+\b")
 RULE = re.compile(r"\btandem:[a-z0-9_:]+\b")
-STREAMS = ("training", "inference", "system", "api")
 COMPONENT = re.compile(r"^([a-z]+(?:\.[a-z_]+)+) \"(\w+)\" \{$", re.MULTILINE)
 REFERENCE = re.compile(r"\b((?:local|loki)\.[a-z_]+\.\w+)\.(?:targets|receiver)\b")
 # Of Loki's configuration reference; a misspelt block would stop it.
@@ -133,4 +133,5 @@ def test_alloy_reads_the_four_streams_and_its_parts_lead_to_each_other():
     parts = {f"{kind}.{label}" for kind, label in COMPONENT.findall(text)}
     assert set(REFERENCE.findall(text)) <= parts
     assert {part.rpartition(".")[0] for part in parts} == {"local.file_match", "loki.source.file", "loki.process", "loki.write"}
-    assert re.findall(r'"/(\w+)\.jsonl", "stream" = "(\w+)"', text) == [(stream, stream) for stream in STREAMS]
+    read = re.findall(r'"/([\w.]+)", "stream" = "(\w+)"', text)
+    assert read == [(stream_file(FOLDER, stream).name, stream) for stream in STREAMS]

@@ -9,6 +9,8 @@ import torch
 
 from configs.errors import ConfigError
 from serve.bounds import CLOSED
+from serve.completion_ids import CompletionIds
+from serve.observed import EngineTimes, Observed, Watch
 from serve.openapi import describe
 from serve.protocols import PROTOCOLS
 from serve.tools import FAMILIES, check_tool_parser, choose_tool_parser
@@ -106,3 +108,24 @@ def test_an_adapter_of_the_output_layer_changes_its_own_rows_alone():
     assert not sampled[1:].any()
     wrapper.add_lora_logits(prompt, torch.randn(5, 8), a, b, 0.5)
     assert not prompt.any()
+
+
+def test_the_engine_tells_of_each_request_that_ended_by_the_id_that_the_front_gave_it():
+    """Through vLLM's own statistics; what ends there is not what the client sees."""
+    from vllm.v1.engine import FinishReason
+    from vllm.v1.metrics.loggers import PerEngineStatLoggerAdapter
+    from vllm.v1.metrics.stats import IterationStats, RequestStateStats
+
+    from serve.engine import _make_stat_logger
+
+    watch, seen = Watch(), Observed("asked", "POST", "/v1/chat/completions")
+    seen.completion_id = CompletionIds("secret").make("helpdesk:2", None, seen.request_id)
+    watch.begin(seen.completion_id)
+    ended = IterationStats()
+    clock = RequestStateStats(num_generation_tokens=3, queued_ts=1.0, scheduled_ts=1.5, first_token_ts=1.75, last_token_ts=2.75)
+    ended.update_from_finished_request(FinishReason.STOP, f"chatcmpl-{seen.completion_id}", 7, None, clock)
+    loggers = PerEngineStatLoggerAdapter(None, [0], _make_stat_logger(watch))
+    loggers.record(None, None)
+    loggers.record(None, ended)
+    watch.end(seen)
+    assert seen.engine == EngineTimes(queue_s=0.5, prefill_s=0.25, decode_s=1.0, num_prompt_tokens=7, num_answer_tokens=3)

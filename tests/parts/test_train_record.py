@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from cluster.home import log_folder
+from cluster.logs import TRAINING, stream_file
 from cluster.registry import Registry
 from cluster.versions import git_commit
 from configs.errors import RegistryError, RunError
@@ -139,6 +141,22 @@ def test_first_runs_that_begin_at_once_are_of_one_experiment(registry):
     registry.client.search_experiments()  # the store is open
     with ThreadPoolExecutor(at_once.parties) as pool:
         assert len(set(pool.map(begin, range(at_once.parties)))) == 1
+
+
+def test_the_log_says_how_a_run_began_and_ended(client, config, data):
+    record = Record.begin(client, config, data, "f" * 16)
+    record.end(FAILED, "no memory")
+    record.reopen()
+    record.end(FINISHED)
+    told = [json.loads(line) for line in stream_file(log_folder(), TRAINING).read_text().splitlines()]
+    assert {line["run"] for line in told} == {record.run_id}
+    assert [(line["event"], line["level"], line.get("status")) for line in told] == [
+        ("begun", "info", None),
+        ("ended", "error", FAILED),
+        ("gone on with", "info", None),
+        ("ended", "info", FINISHED),
+    ]
+    assert (told[0]["chatbot"], told[0]["kind"], told[1]["reason"]) == ("bot", RUN, "no memory")
 
 
 def test_a_long_setting_does_not_stop_a_run(client, config, data, tmp_path):

@@ -1,11 +1,14 @@
 """What a run reports: a held-out loss only for the adapter it was measured on, and a speed without evaluation and saving."""
 
+import json
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cluster.home import log_folder
+from cluster.logs import TRAINING, stream_file
 from cluster.memory import Device, Rows
 from cluster.plan import Place
 from cluster.shape import Shape
@@ -88,3 +91,14 @@ def test_the_plans_peak_stands_beside_the_one_that_was_measured(reported, regist
     found = {name: registry.client.get_metric_history(callback.task.run_id, f"memory/{name}_gib") for name in ("predicted", "measured")}
     assert [metric.step for metric in found["measured"]] == [metric.step for metric in found["predicted"]] == [1, 2, 3, 4, 5, 6]
     assert all(metric.value > 0.1 for metrics in found.values() for metric in metrics)
+
+
+def test_the_log_has_a_line_for_each_step_and_each_evaluation(reported):
+    callback, _ = reported
+    told = [json.loads(line) for line in stream_file(log_folder(), TRAINING).read_text().splitlines()]
+    assert {(line["run"], line["chatbot"]) for line in told} == {(callback.task.run_id, "bot")}
+    trained = [line for line in told if line["event"] == "trained"]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
+    assert all(line["loss"] > 0 and line["memory_gib"] > 0 and line["num_steps"] == 6 for line in trained)
+    assert trained[-1].keys() >= {"epoch", "learning_rate", "tokens_per_s"}
+    assert [(line["step"], line["eval_loss"] > 0) for line in told if line["event"] == "evaluated"] == [(2, True), (4, True), (6, True)]

@@ -51,7 +51,9 @@ class Stack:
     def environment(self) -> dict[str, str]:
         """The environment of a user's shell: nothing of the developer's own, and a secret."""
         mine = {key: value for key, value in os.environ.items() if key not in SECRETS and not key.startswith("RAY_")}
-        return {**mine, "TANDEM_HOME": str(self.home), "HUGGINGFACE_TOKEN": HUB_TOKEN, "COLUMNS": "200"}
+        # With two clusters on the same cores, a thread that waits must not spin.
+        patient = {"OMP_WAIT_POLICY": "passive"} if "PYTEST_XDIST_WORKER" in os.environ else {}
+        return {**mine, **patient, "TANDEM_HOME": str(self.home), "HUGGINGFACE_TOKEN": HUB_TOKEN, "COLUMNS": "200"}
 
     @property
     def job_environment(self) -> dict[str, str]:

@@ -22,7 +22,7 @@ import pytest
 from tests.ray.stack import Stack, wait_for
 
 NUM_AT_ONCE = 8
-NUM_CHANGES = 10
+NUM_CHANGES = 20
 NUM_ANSWERS = 2  # of each version before the next change
 LONG = 96  # tokens: the most that the config allows
 

@@ -26,6 +26,10 @@ def test_a_job_and_chat_outlive_mlflow_a_card_and_the_head(stack: Stack, config,
     assert after_card.num_lost <= 1, "it goes on when the card is back, or is begun again on another, by what of it was there"
     assert mlflow.pid not in [process.pid for process in stack.parts("python", "mlflow server")]
 
+    (core,) = stack.parts("", "EngineCore")
+    core.kill()
+    assert ask(stack, tiny_model.name, secret) in (503, 200), "refused at once, or answered by the next engine"
+
     (head,) = stack.parts("gcs_server")
     killed_at = job(stack, number).step
     head.kill()

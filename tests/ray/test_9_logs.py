@@ -30,8 +30,8 @@ def some(stack: Stack, stream: str, is_meant: Callable[[dict[str, Any]], Any] = 
 
 def test_one_id_leads_from_the_header_to_the_engine_the_log_and_the_feedback(stack: Stack, live_guide, secret):
     headers = {"Authorization": f"Bearer {secret}", "X-Request-Id": REQUEST_ID}
-    asked = {"model": "guide", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4, "stream": True}
-    answer = httpx.post(f"{stack.endpoint}/chat/completions", json=asked, headers=headers, timeout=120)
+    asked = {"model": "guide", "messages": [{"role": "user", "content": PROMPT}], "min_tokens": 4, "max_tokens": 4, "stream": True}
+    answer = httpx.post(f"{stack.endpoint}/chat/completions", json=asked, headers=headers, timeout=240)
     assert answer.headers["x-request-id"] == REQUEST_ID
     completion_id = json.loads(answer.text.splitlines()[0].removeprefix("data: "))["id"]
     opinion = {"completion_id": completion_id, "rating": "up"}
@@ -41,9 +41,10 @@ def test_one_id_leads_from_the_header_to_the_engine_the_log_and_the_feedback(sta
     assert (request["key_name"], request["status"]) == ("tests", 200)
     answered = some(stack, INFERENCE, request_id=REQUEST_ID)
     assert completion_id == f"chatcmpl-{answered['completion_id']}"
-    assert (answered["version"], answered["num_answer_tokens"], answered["is_whole"]) == (live_guide, 4, True)
+    assert (answered["num_prompt_tokens"] > 0, answered["num_answer_tokens"], answered["is_whole"]) == (True, 4, True)
     assert 0 <= answered["queue_ms"] < answered["engine_ttft_ms"] < request["duration_ms"]
     assert 0 < answered["ttft_ms"] < request["duration_ms"]
+    assert answered["version"] == answer.headers["x-tandem-model"]
     (row,) = [row for row in read_feedback(f"sqlite:///{stack.home}/feedback.db") if row["completion_id"] == completion_id]
     assert row["completion_id"].startswith(f"chatcmpl-{REQUEST_ID}-")
     shown = stack.run("cluster", "logs", "--find", REQUEST_ID).stdout.splitlines()
@@ -57,7 +58,7 @@ def test_workers_and_cards_write_to_the_same_files(stack: Stack, guide):
     assert {"epoch", "step", "loss", "learning_rate", "tokens_per_s", "memory_gib"} <= trained.keys()
     assert some(stack, SYSTEM, event="host")["memory_used_gib"] > 0
     for card in json.loads((stack.home / "cluster.json").read_text())["cards"]:
-        some(stack, SYSTEM, lambda line: line["memory_used_gib"] > 0, event="card", card=card["card"])
+        some(stack, SYSTEM, lambda line: line.get("memory_used_gib"), event="card", card=card["card"])
 
 
 def test_no_log_of_the_whole_suite_has_a_secret_a_key_or_a_prompt(stack: Stack, live_guide, secret, monkeypatch):

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import multiprocessing
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,15 +112,25 @@ def test_an_error_tells_its_message_only_where_that_cannot_be_what_somebody_wrot
         assert (written in line["exception"]) is (stream == TRAINING)
 
 
-def test_what_is_logged_by_logging_goes_to_its_stream_too(restored, capsys):
+def test_what_is_logged_by_logging_goes_to_its_stream_too(restored, monkeypatch):
+    monkeypatch.setattr(sys, "__stdout__", output := io.StringIO())
     set_up()
     logging.getLogger("tandem.api").error("100%% of %s", "it", extra={"fields": {"request_id": "r1"}})
     logging.getLogger("tandem.arbiter").warning("100%")
     logging.getLogger("tandem.arbiter").debug("not at this level")
     assert [(line["event"], line["level"], line["request_id"]) for line in lines(API)] == [("100% of it", "error", "r1")]
     assert [(line["event"], line["source"]) for line in lines(SYSTEM)] == [("100%", "arbiter")]
-    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    shown = [json.loads(line) for line in output.getvalue().splitlines()]
     assert shown == lines(API) + lines(SYSTEM), "standard output has the same"
+
+
+def test_an_output_that_is_a_file_gets_no_second_copy(restored, monkeypatch, tmp_path):
+    with (tmp_path / "worker.out").open("w") as output:
+        monkeypatch.setattr(sys, "__stdout__", output)
+        set_up()
+        logging.getLogger("tandem.api").error("seen")
+    assert len(lines(API)) == 1
+    assert (tmp_path / "worker.out").read_text() == ""
 
 
 def test_a_terminal_gets_colours_and_no_commands_of_others(home):

@@ -1,31 +1,45 @@
-"""Takes out of an image's environment what only developers need: packages of the extra `dev` that no other package asks for.
+"""Takes out of an image's environment what only developers need: what the extra `dev` brought and nothing else asks for.
 
-Runs on that environment's Python. Knows pyproject.toml and installed packages. Does not resolve anything.
+Runs on that environment's Python. Knows pyproject.toml and what installed packages ask for. Does not resolve anything.
 """
 
-import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import distributions
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-def name_of(requirement: str) -> str:
-    """Return the package that a requirement names, spelt as the registry does."""
-    found = re.match(r"[A-Za-z0-9._-]+", requirement)
-    return re.sub("[-_.]+", "-", found[0]).lower() if found else ""
+KEPT_EXTRAS = ("cpu", "gpu")
 
 
 def developers_packages(project: Path) -> list[str]:
-    """Return the packages of the extra `dev` that are here and that nothing else here asks for."""
-    dev = {name_of(line) for line in tomllib.loads(project.read_text())["project"]["optional-dependencies"]["dev"]}
-    asked: dict[str, list[str]] = {
-        name_of(found.metadata["Name"]): [name_of(line) for line in found.requires or [] if "extra ==" not in line]
-        for found in distributions()
-    }
-    others = {needed for name, requires in asked.items() if name not in dev for needed in requires}
-    return sorted(dev & asked.keys() - others)
+    """Return the packages that are here for developers alone."""
+    told = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    extras = told["optional-dependencies"]
+    needed = reachable([*told["dependencies"], *(line for extra in KEPT_EXTRAS for line in extras[extra])])
+    return sorted(reachable(extras["dev"]) - needed)
+
+
+def reachable(lines: Iterable[str]) -> set[str]:
+    """Return the installed packages that these requirements lead to."""
+    found: set[tuple[str, frozenset[str]]] = set()
+    waiting = [Requirement(line) for line in lines]
+    while waiting:
+        wanted = waiting.pop()
+        entry = (str(canonicalize_name(wanted.name)), frozenset(wanted.extras))
+        if entry in found:
+            continue
+        try:
+            asked = [Requirement(line) for line in requires(wanted.name) or []]
+        except PackageNotFoundError:
+            continue  # left out of the lock on purpose, or another machine's
+        found.add(entry)
+        waiting += [line for line in asked if line.marker is None or any(line.marker.evaluate({"extra": e}) for e in (*entry[1], ""))]
+    return {name for name, _ in found}
 
 
 if __name__ == "__main__":
