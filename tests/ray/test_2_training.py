@@ -10,8 +10,10 @@ from tests.ray.stack import REGISTERED, RUN_ID, Stack, wait_for
 
 # So long that a run is still going on when it is asked to stop.
 NUM_STEPS = 160
-AT_THE_END = (f"train.max_steps={NUM_STEPS}", f"train.checkpoint_every_steps={NUM_STEPS}")
-ON_THE_WAY = (f"train.max_steps={NUM_STEPS}", f"train.checkpoint_every_steps={NUM_STEPS // 4}")
+# And of so small steps that what two workers round otherwise than one does not grow over them.
+LONG = (f"train.max_steps={NUM_STEPS}", "train.learning_rate=1.0e-3")
+AT_THE_END = (*LONG, f"train.checkpoint_every_steps={NUM_STEPS}")
+ON_THE_WAY = (*LONG, f"train.checkpoint_every_steps={NUM_STEPS // 4}")
 
 
 @pytest.fixture(scope="module")
