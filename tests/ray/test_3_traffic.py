@@ -163,8 +163,12 @@ def test_a_killed_replica_ends_its_streams_with_an_error_and_comes_back_by_itsel
         "chat": lambda: client.chat.completions.create(messages=messages, max_tokens=LONG, **said),
         "completions": lambda: client.completions.create(prompt="What is number 3?", max_tokens=LONG, **said),
         "responses": lambda: client.responses.create(input="What is number 3?", max_output_tokens=LONG, **said),
-        "messages": lambda: other.messages.create(messages=messages, max_tokens=LONG, **said),
+        "messages": lambda: other.messages.create(
+            model=tiny_model.name, messages=messages, max_tokens=LONG, stream=True, extra_body={"temperature": 0}
+        ),
     }
+    for start in streams.values():
+        list(start())  # the first of its kind begins late, when others would have ended
     begun = threading.Barrier(len(streams) + 1, timeout=60)
     with ThreadPoolExecutor(len(streams) + 2) as pool:
         ends = {kind: pool.submit(lambda start=start: follow(iter(start()), begun)) for kind, start in streams.items()}
