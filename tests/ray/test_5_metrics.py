@@ -79,6 +79,7 @@ def looked(stack: Stack, config, live_guide, tiny_model, secret, tmp_path_factor
                 assert stack.ask(tiny_model.name, "How do I start? " * 12, secret=key, stream=True, ignore_eos=True).status_code == 200
             looked.look(stack)
             time.sleep(2)
+        looked.look(stack)  # what Prometheus has seen by now
         yield looked
 
 
