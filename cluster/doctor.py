@@ -82,7 +82,7 @@ def _versions() -> Iterator[Finding]:
             continue
         count += 1
         try:
-            version = importlib.metadata.version(match[1]).partition("+")[0]
+            version = importlib.metadata.version(match[1]).partition("+")[0].removeprefix("v")  # some packages write v1.2 for 1.2
         except importlib.metadata.PackageNotFoundError:
             version = "missing"
         if version != match[2]:

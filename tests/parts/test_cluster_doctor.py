@@ -36,6 +36,10 @@ def test_what_fails_has_a_remedy_and_nothing_is_changed(machine, home):
     assert list(home.rglob("*")) == []
 
 
+def test_what_make_setup_installed_is_as_the_lock_says(machine):
+    assert found(machine)["versions"].mark == "ok"
+
+
 def test_a_taken_port_fails_and_a_free_one_does_not(machine):
     findings = found(machine)
     taken = findings[f"port {machine.ray_port} (Ray)"]
