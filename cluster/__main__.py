@@ -19,7 +19,7 @@ from configs.loader import load_chatbot, load_machine
 from configs.schema import is_loopback
 
 app = make_app("Start, look at and end the cluster on this machine.")
-Machine = Annotated[str, typer.Argument(help="File, or a name in configs/machines.")]
+Machine = Annotated[str, typer.Argument(metavar="MACHINE", help="File, or a name in configs/machines.")]
 JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="Its number in `python -m cluster queue`.")]
 
 

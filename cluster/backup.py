@@ -20,7 +20,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO
 
-from cluster.home import OWNER_ONLY, home_folder
+from cluster.home import OWNER_ONLY, home_folder, writing
 from configs.errors import ClusterError
 from configs.loader import ROOT
 
@@ -76,22 +76,26 @@ def back_up(target: Path) -> Contents:
     """Write the archive beside and rename it into place; the cluster may run, and write, meanwhile.
 
     Raises:
-        ClusterError: The file would lie in the home folder itself, there is nothing to back up, or a file never held still.
+        ClusterError: The file would lie in the home folder itself or cannot be written, there is nothing to back up, or a file never held
+            still.
     """
     home, target = home_folder(), target.expanduser().resolve()
     if target.is_relative_to(home):
         raise ClusterError("a backup cannot lie inside what it backs up", f"{target} is in {home}", "another folder, better another disk")
+    if target.is_dir():
+        raise ClusterError(f"{target} is a folder", "a backup is one file", f"python -m cluster backup {target / 'tandem.tar.gz'}")
     if next(_in_order(home), None) is None:
         raise ClusterError("there is nothing to back up", f"{home} holds nothing that could not be made again", "python -m cluster up")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:  # for nobody else to see
-        draft = Path(folder) / "archive"
-        with draft.open("wb") as stream:
-            os.fchmod(stream.fileno(), OWNER_ONLY)
-            contents = _write(stream, home, Path(folder) / "copy")
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:  # for nobody else to see
+            draft = Path(folder) / "archive"
+            with draft.open("wb") as stream:
+                os.fchmod(stream.fileno(), OWNER_ONLY)
+                contents = _write(stream, home, Path(folder) / "copy")
+                stream.flush()
+                os.fsync(stream.fileno())
+            draft.replace(target)
     return contents
 
 

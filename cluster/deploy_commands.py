@@ -28,7 +28,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def run(
-    part: Annotated[Literal["head", "card", "mlflow"], typer.Argument(help="The head, a machine with cards, or MLflow.")],
+    part: Annotated[Literal["head", "card", "mlflow"], typer.Argument(metavar="PART", help="The head, a machine with cards, or MLflow.")],
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[HEAD_ADDRESS] [MACHINE] [KEY=VALUE]...", help="Of a card: whose cluster it joins.")
     ] = None,

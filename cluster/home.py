@@ -22,15 +22,30 @@ OWNER_ONLY = 0o600
 def home_folder() -> Path:
     """Return `.tandem` (or TANDEM_HOME) as an absolute path, made if it is not there."""
     home = Environment().tandem_home.expanduser().resolve()
-    home.mkdir(parents=True, exist_ok=True)
+    with writing(home, "set TANDEM_HOME to a folder of your own"):
+        home.mkdir(parents=True, exist_ok=True)
     return home
 
 
 def log_folder() -> Path:
     """Return the folder for logs: LOG_DIR, or `logs` inside the home folder."""
     folder = (Environment().log_dir or home_folder() / "logs").expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, "set LOG_DIR to a folder of your own"):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def writing(target: Path, remedy: str = "name another place") -> Iterator[None]:
+    """Have an error with a remedy where a place that the user named cannot be written to.
+
+    Raises:
+        ClusterError: The system refuses it, or has no room.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ClusterError(f"cannot write {target}", str(error), remedy) from None
 
 
 @contextmanager

@@ -29,6 +29,8 @@ def show(streams: Sequence[str], num_last: int, find: str, follow: bool) -> None
     tails = [Tail(stream_file(log_folder(), name)) for name in streams or STREAMS]
     newest = [line for tail in tails for line in deque(_with(find, tail.lines()), maxlen=num_last)]
     _print(sorted(newest)[max(0, len(newest) - num_last) :])
+    if not newest and num_last and not follow:
+        print(f"no line has {find!r} in it" if find else "nothing was logged yet", log_folder(), sep=": ", file=sys.stderr)
     while follow:
         time.sleep(LOOK_EVERY_S)
         _print([line for tail in tails for line in _with(find, tail.lines())])

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from cluster.home import write_text
+from cluster.home import write_text, writing
 from cluster.pods import (
     APP,
     CONFIG_FOLDER,
@@ -96,9 +96,14 @@ def ask_application(config: str, overrides: Sequence[str], pool: PoolConfig) -> 
 
 
 def write(made: Mapping[str, list[Object]], folder: Path) -> list[Path]:
-    """Write each file into a folder; return them."""
-    for name, objects in made.items():
-        write_text(folder / name, show(objects))
+    """Write each file into a folder; return them.
+
+    Raises:
+        ClusterError: The folder cannot be written to.
+    """
+    with writing(folder, "name another --out"):
+        for name, objects in made.items():
+            write_text(folder / name, show(objects))
     return [folder / name for name in made]
 
 

@@ -34,8 +34,10 @@ def restore(source: Path, replace: bool = False) -> tuple[Contents, Path | None]
         replace: Take the place of what is there, which is moved aside and not deleted.
 
     Raises:
-        ClusterError: The cluster is up, the home folder is not empty, or the archive is not whole.
+        ClusterError: The cluster is up, the home folder is not empty, or the archive is not there or not whole.
     """
+    if not source.exists():
+        raise ClusterError(f"there is no file {source}", remedy="python -m cluster backup FILE writes one")
     home = home_folder()
     with session_lock():
         _require_down()
@@ -129,8 +131,6 @@ def _readable(source: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(source, "r:gz") as archive:
             yield archive
-    except FileNotFoundError:
-        raise ClusterError(f"there is no file {source}", remedy="python -m cluster backup FILE writes one") from None
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise _damaged(source, str(error)) from None
 

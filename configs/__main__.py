@@ -1,4 +1,4 @@
-"""`python -m configs check|schema|show`: look at settings without starting anything."""
+"""`python -m configs check|machine|schema|show`: look at settings without starting anything."""
 
 import json
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from configs.cli import Overrides, console, make_app, run_app
+from configs.cli import ConfigFile, Overrides, console, make_app, run_app
 from configs.loader import load_chatbot, load_machine
 from configs.schema import ChatbotConfig, MachineConfig
 
@@ -14,7 +14,7 @@ app = make_app("Check configs, and list every setting.")
 
 
 @app.command()
-def check(file: str, overrides: Overrides = None) -> None:
+def check(file: ConfigFile, overrides: Overrides = None) -> None:
     """Check one chatbot's config, and report every mistake at once."""
     config = load_chatbot(file, overrides or [])
     console.print(f"[green]ok[/]  {escape(file)} is the chatbot [bold]{config.name}[/] on {escape(config.model.name)}")
@@ -22,7 +22,7 @@ def check(file: str, overrides: Overrides = None) -> None:
 
 @app.command()
 def machine(
-    name: Annotated[str, typer.Argument(help="File, or a name in configs/machines.")] = "auto",
+    name: Annotated[str, typer.Argument(metavar="MACHINE", help="File, or a name in configs/machines.")] = "auto",
     overrides: Overrides = None,
 ) -> None:
     """Check one machine's config: a file, or a name in configs/machines."""
@@ -38,7 +38,7 @@ def schema(machines: Annotated[bool, typer.Option("--machine", help="Of a machin
 
 
 @app.command()
-def show(file: str, overrides: Overrides = None) -> None:
+def show(file: ConfigFile, overrides: Overrides = None) -> None:
     """Print one chatbot's config with every default filled in."""
     print(load_chatbot(file, overrides or []).model_dump_json(indent=2))
 

@@ -6,6 +6,9 @@ Knows typer and the error tree. Does not know any command.
 import os
 import re
 import sys
+from collections.abc import Collection
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,15 +31,16 @@ JOB_VARIABLE = "TANDEM_JOB"  # tells a process which job of the queue it is
 UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 
 console = Console(highlight=False, soft_wrap=True)
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="The chatbot's YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings by dotted path.")]
 
 
 def make_app(help_text: str, default: str | None = None) -> typer.Typer:
-    """Make a command line; words that name no command go to the command `default`."""
+    """Make a command line; words that name no command, and are no slip of the pen in one, go to the command `default`."""
 
     class Group(TyperGroup):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-            if default and args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            if default and args and args[0] not in ("--help", "-h") and not names_command(args[0], self.commands):
                 args = [default, *args]
             return super().parse_args(ctx, args)
 
@@ -48,6 +52,12 @@ def make_app(help_text: str, default: str | None = None) -> typer.Typer:
         pretty_exceptions_enable=False,  # a bug's traceback stays plain, and shows no values
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+
+
+def names_command(word: str, commands: Collection[str]) -> bool:
+    """Whether a word is a command, or looks more like a misspelt one than like a file."""
+    is_file = any(mark in word for mark in "./=") or Path(word).exists()
+    return word in commands or (not is_file and bool(get_close_matches(word, commands, cutoff=0.75)))
 
 
 def run_app(app: typer.Typer, module: str) -> None:

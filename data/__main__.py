@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from cluster.home import OWNER_ONLY, write_text
-from configs.cli import Overrides, console, make_app, parse_duration_s, run_app
+from cluster.home import OWNER_ONLY, write_text, writing
+from configs.cli import ConfigFile, Overrides, console, make_app, parse_duration_s, run_app
 from configs.errors import DataError
 from configs.loader import load_chatbot
 from configs.schema import ChatbotConfig
@@ -24,7 +24,7 @@ Chatbot = Annotated[str, typer.Argument(metavar="NAME|CONFIG", help="Such as hel
 
 @app.command("prepare")
 def prepare_command(
-    config: str,
+    config: ConfigFile,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder for a copy, at a place of its own, as DVC wants it.")] = None,
 ) -> None:
@@ -36,7 +36,9 @@ def prepare_command(
 
 
 @app.command()
-def inspect(config: str, overrides: Overrides = None, rows: Annotated[int, typer.Option(min=0, help="Conversations shown.")] = 3) -> None:
+def inspect(
+    config: ConfigFile, overrides: Overrides = None, rows: Annotated[int, typer.Option(min=0, help="Conversations shown.")] = 3
+) -> None:
     """Show counts, lengths, and which tokens the model learns to say."""
     prepared, model_folder = _prepare(config, overrides)
     console.print(prepared_table(prepared))
@@ -45,7 +47,7 @@ def inspect(config: str, overrides: Overrides = None, rows: Annotated[int, typer
 
 @app.command("synthesize")
 def synthesize_command(
-    config: str,
+    config: ConfigFile,
     out: Annotated[Path, typer.Option(help="File to write, in chat JSONL.")],
     overrides: Overrides = None,
     per_fact: Annotated[int, typer.Option(min=1, help="New conversations for each fact.")] = 8,
@@ -79,7 +81,9 @@ def feedback_command(
         return [row for row in all_feedback() if row["version"].partition(":")[0] == config.name]
 
     if raw:
-        write_text(raw, to_jsonl({name: value for name, value in row.items() if value is not None} for row in own()), OWNER_ONLY)
+        text = to_jsonl({name: value for name, value in row.items() if value is not None} for row in own())
+        with writing(raw, "name another --raw"):
+            write_text(raw, text, OWNER_ONLY)
     review = Review(config.name)
     gathered = review.gather(own, since_s, lambda: Scrubber(config.data.scrub_keep))
     show_gathered(gathered, review.folder)

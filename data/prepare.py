@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.home import home_folder, new_folder, write_text
+from cluster.home import home_folder, new_folder, write_text, writing
 from configs.errors import DataError
 from configs.schema import ChatbotConfig, DataConfig
 from data.conversations import Conversation, Message, read_prepared, to_jsonl
@@ -137,12 +137,14 @@ def copy_prepared(prepared: Prepared, out: Path) -> None:
 
     Raises:
         DataError: The folder holds something else.
+        ClusterError: It is no folder, or cannot be written to.
     """
-    if out.exists() and any(file.name not in OUR_FILES for file in out.iterdir()):
-        raise DataError(f"{out} holds other files too", "nothing was written", "name another --out")
-    for name in OUR_FILES[:-1]:
-        write_text(out / name, (prepared.folder / name).read_text(encoding="utf-8"))
-    write_text(out / OUR_FILES[-1], replace(prepared, source_key="").to_json())  # the key changes with our code, the copy should not
+    with writing(out, "name another --out"):
+        if out.exists() and any(file.name not in OUR_FILES for file in out.iterdir()):
+            raise DataError(f"{out} holds other files too", "nothing was written", "name another --out")
+        for name in OUR_FILES[:-1]:
+            write_text(out / name, (prepared.folder / name).read_text(encoding="utf-8"))
+        write_text(out / OUR_FILES[-1], replace(prepared, source_key="").to_json())  # the key changes with our code, the copy should not
 
 
 def check_source(config: DataConfig) -> None:

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cluster.home import write_text
+from cluster.home import write_text, writing
 from configs.cli import console
 from configs.errors import DataError
 from configs.schema import ChatbotConfig
@@ -50,9 +50,14 @@ def synthesize(config: ChatbotConfig, options: Options) -> Tally:
 
     Raises:
         DataError: The seeds cannot be used, the endpoint refuses us, or `options.out` is there already.
+        ClusterError: `options.out` cannot be written.
     """
+    if options.out.is_dir():
+        raise DataError(f"{options.out} is a folder", "nothing was written", f"--out {options.out / 'chats.jsonl'}")
     if options.out.exists() and not options.force:
         raise DataError(f"{options.out} is there already", "nothing was written", "--force replaces it; or name another --out")
+    with writing(options.out, "name another --out"):  # before a model is asked for hours
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     # The config's system prompt is added when the new file is read, so it must not be written into it.
     result = read_conversations(config.data.model_copy(update={"system_prompt": None}))
     if result.bad and not config.data.skip_bad:
@@ -65,7 +70,8 @@ def synthesize(config: ChatbotConfig, options: Options) -> Tally:
     for group, seeds in _progress(_facts(sides.train), options):
         rows += _multiply(group, seeds, heldout, reword, options.num_per_fact, tally)
     rows += [conversation.to_row() for conversation in sides.heldout]
-    write_text(options.out, to_jsonl(_told(row) for row in rows))
+    with writing(options.out):
+        write_text(options.out, to_jsonl(_told(row) for row in rows))
     _say(tally, options, len(rows))
     return tally
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 app = make_app("Train a chatbot's adapter, measure it, and let it in if it passes the gate.", default="run")
 LINE_EVERY_S = 5.0
 LIVE, BASE = "live", "base"
-VersionName = Annotated[str, typer.Argument(metavar="NAME:VERSION", help="Such as helpdesk:3; the live one of helpdesk.")]
+VersionName = Annotated[str, typer.Argument(metavar="NAME:VERSION", help="Such as helpdesk:3; helpdesk is the live one.")]
 ConfigFile = Annotated[str | None, typer.Option("--config", metavar="CONFIG", help="Another config than the one it was trained with.")]
 
 

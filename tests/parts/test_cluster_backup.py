@@ -115,6 +115,14 @@ def test_a_backup_does_not_lie_in_what_it_backs_up(filled):
         back_up(filled / "all.tar.gz")
 
 
+def test_a_place_that_can_be_no_backup_is_refused(filled, tmp_path):
+    with pytest.raises(ClusterError, match=rf"(?s)is a folder.*backup {tmp_path}/tandem.tar.gz"):
+        back_up(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ClusterError, match="cannot write"):
+        back_up(tmp_path / "file" / "all.tar.gz")
+
+
 def test_an_empty_home_gives_no_backup(home, tmp_path):
     with pytest.raises(ClusterError, match="nothing to back up"):
         back_up(tmp_path / "all.tar.gz")
@@ -213,6 +221,6 @@ def test_the_command_tells_what_it_did(filled, command, tmp_path, monkeypatch):
     assert (told.status, "5 files" in told.out) == (0, True), told.out
     refused = command("cluster", "restore", str(tmp_path / "all.tar.gz"))
     assert (refused.status, "--replace" in refused.err) == (2, True)
-    assert "there is no file" in command("cluster", "restore", str(tmp_path / "none"), "--replace").err
+    assert "there is no file" in command("cluster", "restore", str(tmp_path / "none")).err
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "elsewhere"))
     assert "python -m cluster up" in command("cluster", "restore", str(tmp_path / "all.tar.gz")).out

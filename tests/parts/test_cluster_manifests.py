@@ -148,3 +148,5 @@ def test_the_command_writes_a_file_for_each(command, monkeypatch, tmp_path):
         assert told == kept, "python -m cluster manifests configs/helpdesk.yaml --out cluster/deploy/kuberay"
     refused = command("cluster", "manifests", "configs/helpdesk.yaml", "train.lora.rank=99")
     assert refused.status == 2
+    refused = command("cluster", "manifests", "configs/helpdesk.yaml", "--out", str(tmp_path / "out" / "ground.yaml"))
+    assert (refused.status, "name another --out" in refused.err) == (2, True)

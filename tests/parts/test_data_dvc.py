@@ -85,3 +85,5 @@ def test_a_copy_never_replaces_a_folder_of_something_else(command, repository, t
     ended = command("data", "prepare", "configs/helpdesk.yaml", "--out", "configs")
     assert (ended.status, ended.err.splitlines()[0]) == (2, "error: configs holds other files too")
     assert [file.name for file in (repository / "configs").iterdir()] == ["helpdesk.yaml"]
+    refused = command("data", "prepare", "configs/helpdesk.yaml", "--out", "configs/helpdesk.yaml")
+    assert (refused.status, refused.err.splitlines()[0]) == (2, "error: cannot write configs/helpdesk.yaml")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import DataError
+from configs.errors import ClusterError, DataError
 from data.formats import read_conversations
 from data.reword import NEAR_DUPLICATE, is_near_any, likeness, reword_by_templates
 from data.split import split_conversations
@@ -186,6 +186,14 @@ def test_an_existing_file_is_kept_unless_forced(tmp_path, config):
     assert out.read_text() == "mine"
     synthesize(config, Options(out, templates=True, force=True))
     assert len(new(out)) == 16
+
+
+def test_a_place_that_can_be_no_file_is_refused_before_the_work(tmp_path, config):
+    with pytest.raises(DataError, match="is a folder"):
+        synthesize(config, Options(tmp_path, templates=True, force=True))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ClusterError, match=r"(?s)cannot write .*another --out"):
+        synthesize(config, Options(tmp_path / "file" / "out.jsonl", templates=True))
 
 
 def test_bad_seeds_are_refused(tmp_path, config):

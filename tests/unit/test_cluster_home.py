@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.home import home_folder, log_folder, new_folder, require_disk, write_text, write_text_once
+from cluster.home import home_folder, log_folder, new_folder, require_disk, write_text, write_text_once, writing
 from configs.errors import ClusterError
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -25,6 +25,22 @@ def test_home_and_logs_follow_the_environment(home, tmp_path, monkeypatch):
     assert log_folder().is_dir()
     monkeypatch.delenv("TANDEM_HOME")
     assert home_folder() == tmp_path / ".tandem"
+
+
+@pytest.mark.parametrize(("name", "folder"), [("TANDEM_HOME", home_folder), ("LOG_DIR", log_folder)])
+def test_a_place_that_can_be_no_folder_is_named_with_its_setting(name, folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv(name, "file/folder")
+    with pytest.raises(ClusterError, match=rf"(?s)cannot write {tmp_path / 'file' / 'folder'}.*set {name}"):
+        folder()
+
+
+def test_what_cannot_be_written_is_an_error_with_a_remedy(tmp_path):
+    with (
+        pytest.raises(ClusterError, match=rf"(?s)cannot write {tmp_path}.*Is a directory.*another --out"),
+        writing(tmp_path, "another --out"),
+    ):
+        write_text(tmp_path, "text")
 
 
 def test_a_new_folder_takes_its_place_at_the_end(tmp_path):

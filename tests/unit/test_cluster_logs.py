@@ -203,6 +203,11 @@ def test_a_log_is_read_by_its_owner_and_group_alone(home):
     assert stream_file(log_folder(), API).stat().st_mode & 0o007 == 0
 
 
+def test_where_nothing_was_logged_yet_that_is_said(command, home):
+    told = command("cluster", "logs", "api")
+    assert (told.status, told.out, told.err) == (0, "", f"nothing was logged yet: {home / 'logs'}\n")
+
+
 def test_the_newest_lines_are_shown_in_the_order_of_time_and_searched(command):
     for number in range(6):
         streams().logger(STREAMS[number % 2]).info("seen", number=number)
@@ -216,5 +221,6 @@ def test_the_newest_lines_are_shown_in_the_order_of_time_and_searched(command):
     assert numbers("training") == [0, 2, 4, 6]
     assert numbers("--find", '"number": 5') == [5]
     assert numbers("--last", "0") == []
+    assert "no line has 'nobody' in it" in command("cluster", "logs", "--find", "nobody").err
     refused = command("cluster", "logs", "trainin")
     assert (refused.status, "training, inference, system, api" in refused.err) == (2, True)

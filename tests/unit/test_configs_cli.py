@@ -62,7 +62,7 @@ def test_schema_describes_every_setting(words, command):
     assert [path for (path, _), about in zip(settings, described, strict=True) if not about.get("description")] == []
 
 
-@pytest.mark.parametrize("module", ["configs", "cluster", "serve", "train"])
+@pytest.mark.parametrize("module", ["configs", "cluster", "data", "serve", "train", "tune"])
 def test_help_lists_the_commands(module, command):
     ended = command(module, "--help")
     assert ended.status == 0
@@ -74,6 +74,25 @@ def test_words_that_name_no_command_or_option_end_with_status_2(words, command):
     ended = command("configs", *words)
     assert (ended.status, ended.out) == (2, "")
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("module", "word", "says"),
+    [
+        ("serve", "promot", "Did you mean 'promote'?"),
+        ("train", "evaluat", "Did you mean 'evaluate'?"),
+        ("train", "helpdesk", "no config file helpdesk"),
+        ("train", "evaluate.yaml", "no config file evaluate.yaml"),
+    ],
+)
+def test_a_misspelt_command_is_no_config(module, word, says, command):
+    ended = command(module, word, "helpdesk:1")
+    assert (ended.status, says in ended.err) == (2, True), ended.err
+
+
+def test_a_config_may_be_named_nearly_like_a_command(command, home, tmp_path):
+    (tmp_path / "runs").write_text(BOT)
+    assert "the cluster is not up" in command("train", "runs").err
 
 
 def test_a_file_name_in_brackets_is_no_markup(command, tmp_path):
