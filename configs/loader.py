@@ -173,8 +173,8 @@ def _build(node: yaml.Node, path: Dotted, source: Source, within: tuple[yaml.Nod
 def _validate(model: type[T], source: Source) -> T:
     config, mistakes = _check(model, source)
     if mistakes or config is None:
-        remedy = "`python -m configs schema` lists every setting" if model is ChatbotConfig else "see configs/machines/auto.yaml"
-        raise mistakes_error(source.file, mistakes, remedy)
+        words = "schema" if model is ChatbotConfig else "schema --machine"
+        raise mistakes_error(source.file, mistakes, f"`python -m configs {words}` lists every setting")
     return config
 
 

@@ -49,6 +49,7 @@ def test_machine_checks_by_name(command):
     refused = command("configs", "machine", "auto", "ray_port=80")
     assert refused.status == 2
     assert "ray_port: input should be greater than or equal to 1024" in refused.err
+    assert "`python -m configs schema --machine` lists every setting" in refused.err
 
 
 @pytest.mark.parametrize("words", [["schema"], ["schema", "--machine"]])
