@@ -253,7 +253,7 @@ def _explain(model: type[BaseModel], source: Source, detail: ErrorDetails) -> li
     if not path or detail["type"] == "value_error":
         lines = []
         for reason in message.splitlines():
-            named = [tuple(name.split(".")) for name in re.findall(r"[a-z_]+(?:\.[a-z_]+)+", reason)]
+            named = [tuple(name.split(".")) for name in re.findall(r"^[a-z_]+(?=[:=])|[a-z_]+(?:\.[a-z_]+)+", reason)]
             at = next((source.places[setting] for setting in named if setting in source.places), place)
             lines.append(f"{at}: {reason}")
         return lines
