@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -140,11 +140,9 @@ def test_a_quota_is_429_for_the_official_client_and_tokens_of_streams_count(stac
         wait_for(lambda: not short.chat.completions.create(model=name, messages=messages, max_tokens=4), timeout_s=10)
 
 
-def follow(events: Iterator[Any], begun: threading.Barrier) -> Exception | None:
-    """Follow a stream to its end, and wait where it has begun until the others have; return what the client raises."""
+def error_of(events: Iterable[Any]) -> Exception | None:
+    """Follow a stream to its end; return what the client raises."""
     try:
-        next(events)
-        begun.wait()
         list(events)
     except (openai.OpenAIError, anthropic.AnthropicError, httpx.HTTPError) as error:
         return error
@@ -167,18 +165,19 @@ def test_a_killed_replica_ends_its_streams_with_an_error_and_comes_back_by_itsel
             model=tiny_model.name, messages=messages, max_tokens=LONG, stream=True, extra_body={"temperature": 0}
         ),
     }
-    for start in streams.values():
-        list(start())  # the first of its kind begins late, when others would have ended
-    begun = threading.Barrier(len(streams) + 1, timeout=60)
+    engines = stack.workers("EngineCore")
+    for engine in engines:
+        engine.suspend()  # so that no answer ends before its replica
     with ThreadPoolExecutor(len(streams) + 2) as pool:
-        ends = {kind: pool.submit(lambda start=start: follow(iter(start()), begun)) for kind, start in streams.items()}
+        begun = dict(zip(streams, pool.map(lambda start: start(), streams.values()), strict=True))
         whole = pool.submit(ask, stack, secret, tiny_model.name, max_tokens=LONG)
         retried = pool.submit(patient.chat.completions.create, model=tiny_model.name, messages=messages, max_tokens=LONG)
-        begun.wait()
         replica.kill()
         psutil.wait_procs([replica], timeout=30)
-        errors = {kind: end.result() for kind, end in ends.items()}
-        # Where it was under way it may be asked again; it may have been answered, or have come when nobody was there.
+        for engine in engines:
+            engine.resume()  # it ends by itself
+        errors = dict(zip(streams, pool.map(error_of, begun.values()), strict=True))
+        # It may have been under way, or have come when nobody was there: it may be asked again.
         assert whole.result().status_code == 200 or whole.result().headers["retry-after"]
         assert retried.result().choices[0].message.content
     for kind, error in errors.items():
