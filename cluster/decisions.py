@@ -6,6 +6,7 @@ The registry has the reasons. Does not know what a gate looks at.
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,9 +34,13 @@ def note_decision(chatbot: str, version: str, decision: str) -> None:
 
 
 def read_decisions() -> list[Decided]:
-    """Return all decisions, oldest first."""
-    file = _file()
-    return [Decided(**json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
+    """Return all decisions, oldest first; a line that cannot be read is left out, as of a disk that was full, or of another Tandem."""
+    found = []
+    with suppress(FileNotFoundError):
+        for line in _file().read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, TypeError):
+                found.append(Decided(**json.loads(line)))
+    return found
 
 
 def _file() -> Path:

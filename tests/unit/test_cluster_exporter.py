@@ -80,3 +80,14 @@ def test_decisions_are_counted_and_dated(queue):
     newest = read_decisions()[-1]
     assert newest.version == "helpdesk:2"
     assert found['tandem_gate_decided_timestamp_seconds{chatbot="helpdesk",decision="failed"}'] == newest.at_s
+
+
+def test_a_decision_that_cannot_be_read_ends_no_arbiter(queue, home):
+    note_decision("helpdesk", "helpdesk:1", "passed")
+    with (home / "gate.jsonl").open("ab") as file:
+        file.write(b'{"at_s": 1.0, "chat\n[1]\n{"at_s": 1.0, "of": "another Tandem"}\n\xff\n')
+    note_decision("helpdesk", "helpdesk:2", "failed")
+    assert [entry.decision for entry in read_decisions()] == ["passed", "failed"]
+    exporter = Exporter(queue)
+    exporter.note(CARDS, 1.0)
+    assert 'tandem_gate_decisions_total{chatbot="helpdesk",decision="failed"}' in shown(exporter)
