@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Set
+from collections.abc import Iterable, Mapping, Set
 from copy import deepcopy
 from typing import Any
 
@@ -19,10 +19,10 @@ from cluster.arbiter import LOST, Driver, Sight
 from cluster.chat_wish import read_wish, wish_lock
 from cluster.home import home_folder, write_text
 from cluster.job_queue import QueuedJob
-from cluster.machines import remember
+from cluster.machines import Raylets, remember, with_lost
 from cluster.placement import CARDS_VARIABLE
 from cluster.rule import TRAIN, Card, Chat
-from cluster.session import Session, is_alive, is_joined, joined_cards
+from cluster.session import Session, is_alive, is_joined, known_cards
 from configs.cli import JOB_VARIABLE
 from configs.errors import ClusterError, last_lines
 
@@ -47,8 +47,10 @@ class RayGround:
     def look(self) -> Sight:
         """Look at cards, chat and drivers."""
         nodes = self._get("/nodes?view=summary")["data"]
-        raylets = [node["raylet"] for node in nodes["summary"] if is_alive(node["raylet"])]
+        known = [node["raylet"] for node in nodes["summary"]]
+        raylets = [raylet for raylet in known if is_alive(raylet)]
         remember(raylets)
+        cards = (*self.session.cards, *known_cards(raylet for raylet in with_lost(known) if is_joined(raylet)))
         application = self._get(SERVE_API).get("applications", {}).get(APPLICATION, {})
         engines = [replica for entry in application.get("deployments", {}).values() for replica in entry.get("replicas", [])]
         jobs = self._get(JOBS_API)
@@ -57,7 +59,7 @@ class RayGround:
         used = {node_id for node_id, told in (nodes.get("nodeLogicalResources") or {}).items() if _is_used(told)}
         lost_chat = not application and read_wish() is not None
         chat = _chat(application, engines, bounds, {raylet["nodeId"] for raylet in raylets if is_joined(raylet)})
-        return Sight(self._cards(raylets, engines, used), chat, bounds, drivers, lost_chat)
+        return Sight(_cards(cards, raylets, engines, used), chat, bounds, drivers, lost_chat)
 
     def submit(self, job: QueuedJob) -> None:
         """Start a job's process; Ray takes a submission's name only once."""
@@ -127,21 +129,23 @@ class RayGround:
         answer.raise_for_status()
         return answer.json()
 
-    def _cards(self, raylets: list[dict[str, Any]], engines: list[dict[str, Any]], used: set[str]) -> tuple[Card, ...]:
-        card_of = {raylet["nodeId"]: raylet["labels"]["card"] for raylet in raylets if "card" in raylet.get("labels", {})}
-        taken = {name for node_id, name in card_of.items() if node_id in used}
-        since_s = {card_of[engine["node_id"]]: engine["start_time_s"] for engine in engines if engine.get("node_id") in card_of}
-        return tuple(
-            Card(
-                name=card["card"],
-                pool=card["pool"],
-                memory_gib=float(card["memory-gib"]),
-                is_alive=card["card"] in card_of.values(),
-                engine_since_s=since_s.get(card["card"]),
-                is_foreign=card["pool"] == TRAIN and card["card"] in taken and card["card"] not in since_s,
-            )
-            for card in (*self.session.cards, *joined_cards(raylets))
+
+def _cards(known: Iterable[Mapping[str, str]], raylets: Raylets, engines: list[dict[str, Any]], used: Set[str]) -> tuple[Card, ...]:
+    """Return the cards that are known, by their labels: of each whether its raylet is among those alive, and what has it."""
+    card_of = {raylet["nodeId"]: raylet["labels"]["card"] for raylet in raylets if "card" in raylet.get("labels", {})}
+    taken = {name for node_id, name in card_of.items() if node_id in used}
+    since_s = {card_of[engine["node_id"]]: engine["start_time_s"] for engine in engines if engine.get("node_id") in card_of}
+    return tuple(
+        Card(
+            name=card["card"],
+            pool=card["pool"],
+            memory_gib=float(card["memory-gib"]),
+            is_alive=card["card"] in card_of.values(),
+            engine_since_s=since_s.get(card["card"]),
+            is_foreign=card["pool"] == TRAIN and card["card"] in taken and card["card"] not in since_s,
         )
+        for card in known
+    )
 
 
 def _chat(application: dict[str, Any], engines: list[dict[str, Any]], bounds: Bounds, joined: Set[str] = frozenset()) -> Chat:

@@ -60,6 +60,31 @@ def test_chat_that_was_asked_for_and_is_not_there_is_lost_until_it_is_deployed_a
         assert deployed == [wish]
 
 
+def test_a_joined_machines_card_that_is_lost_is_seen_as_gone_and_one_that_left_is_not(home, up):
+    """Or else nobody who watches hears of it: a card that is not seen has no `tandem_card_up`."""
+
+    def node(card: str, state: str, reason: str = "") -> dict:
+        labels = {"machine": "desk", "card": card, "pool": "train", "memory-gib": "8"}
+        told = {"state": state, "nodeId": card, "labels": labels if state == "ALIVE" else {}, "deathInfo": {"reason": reason}}
+        return {"raylet": told}
+
+    summary = [node("desk-card0", "ALIVE"), node("desk-card1", "ALIVE")]
+
+    class Dashboard(JsonDoor):
+        def do_GET(self) -> None:
+            empty = {"/api/jobs/": [], "/api/serve/applications/": {"applications": {}}}
+            self.send_json(200, empty.get(self.path, {"data": {"summary": summary, "nodeLogicalResources": {}}}))
+
+    def joined() -> dict[str, bool]:
+        return {card.name: card.is_alive for card in ground.look().cards if card.name.startswith("desk")}
+
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)) as address:
+        ground = RayGround(up(dashboard_url=address))
+        assert joined() == {"desk-card0": True, "desk-card1": True}
+        summary[:] = [node("desk-card0", "DEAD", "UNEXPECTED_TERMINATION"), node("desk-card1", "DEAD", "EXPECTED_TERMINATION")]
+        assert joined() == {"desk-card0": False}
+
+
 @pytest.mark.parametrize(
     ("job", "driver"),
     [
