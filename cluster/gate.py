@@ -10,11 +10,13 @@ import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from cluster.session import machine_key, read_session
 from configs.errors import ClusterError
+from configs.schema import is_loopback
 
 INTRODUCTION = "/tandem"  # where the head tells a machine what it must know to join
 HOP_BY_HOP = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"authorization"}
@@ -41,8 +43,12 @@ class Gate:
         """Answer, refuse, or hand on."""
         if scope["type"] != "http":
             return
-        shown = dict(scope["headers"]).get(b"authorization", b"")
-        if self.is_door and not hmac.compare_digest(shown, f"Bearer {self.key}".encode()):
+        headers = dict(scope["headers"])
+        shown = headers.get(b"authorization", b"")
+        if not self.is_door and not is_loopback(_host_of(headers.get(b"host", b""))):
+            # A page in a browser, whose name was made to mean loopback: MLflow refuses such, and sees our own name for it here.
+            await _answer(send, 403, {"error": "this gate answers to localhost alone"})
+        elif self.is_door and not hmac.compare_digest(shown, f"Bearer {self.key}".encode()):
             await _answer(send, 401, {"error": "this gate asks for the cluster's key"})
         elif self.is_door and scope["path"] == INTRODUCTION:
             await _answer(send, 200, introduction())
@@ -54,6 +60,9 @@ class Gate:
     async def _hand_on(self, scope: Message, receive: Receive, send: Send) -> None:
         query = scope["query_string"].decode("latin-1")
         path = scope.get("raw_path", scope["path"].encode()).decode("latin-1").partition("?")[0]
+        if not path.startswith("/"):  # the `*` of OPTIONS; joined to an address it would be another one
+            await _answer(send, 400, {"error": f"no such path: {path}"})
+            return
         headers = [(name, value) for name, value in scope["headers"] if name not in HOP_BY_HOP]
         if not self.is_door:
             headers.append((b"authorization", f"Bearer {self.key}".encode()))
@@ -93,6 +102,13 @@ def introduction() -> dict[str, Any]:
         "lends": bool(session.machine.get("lending", {}).get("enabled")),
         "has_haproxy": session.has_haproxy,
     }
+
+
+def _host_of(header: bytes) -> str:
+    try:
+        return urlsplit(f"//{header.decode('latin-1')}").hostname or ""
+    except ValueError:
+        return ""
 
 
 async def _pieces(receive: Receive) -> AsyncIterator[bytes]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -78,6 +79,20 @@ def test_what_goes_in_by_the_window_comes_to_mlflow_as_it_was_and_back(door):
         assert (told["path"], told["size"], told["headers"]["x-own"]) == ("/a%20b/c?d=e%26f", LARGE, "1")
         assert "authorization" not in told["headers"], "the key goes no further than the door"
         assert httpx.get(f"{window}/artifact").content == b"x" * LARGE
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("localhost:5000", 200), ("[::1]:5000", 200), ("evil.example:5000", 403), ("[", 403), ("", 403)]
+)
+def test_a_window_answers_to_no_name_that_was_made_to_mean_loopback(door, host, status):
+    with gate(door, "right", is_door=False) as window:
+        assert httpx.get(f"{window}/artifact", headers={"Host": host}).status_code == status
+
+
+def test_what_is_no_path_is_refused(door):
+    with gate(door, "right", is_door=False) as window, socket.create_connection(("127.0.0.1", int(window.rpartition(":")[2]))) as line:
+        line.sendall(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert line.recv(4096).startswith(b"HTTP/1.1 400 ")
 
 
 def test_a_window_with_another_key_is_refused(door):
