@@ -103,9 +103,10 @@ def ask_head(head: str) -> Introduction:
         raise ClusterError("the head knows another token", f"this machine's lies in {token_file()}", remedy)
     try:
         told: Introduction = answer.json()
-    except ValueError:
+        is_ready = told["ready"]
+    except (ValueError, KeyError, TypeError):
         raise ClusterError(f"{address} is no head", f"it answers with status {answer.status_code}", "the address that `up` tells") from None
-    if not told.get("ready"):
+    if not is_ready:
         raise ClusterError("the head is not up yet", "it is still starting", "try again when its `up` has ended")
     return told
 
@@ -206,11 +207,12 @@ def _port(url: str) -> int:
 
 def head_gate(address: str) -> str:
     """Return where the head's gate is, for the address that the user gave; without a port it is MLflow's usual one."""
-    parts = urlsplit(f"//{address}")
     try:
+        parts = urlsplit(f"//{address}")
         port = parts.port
-    except ValueError:
-        port = -1
-    if not parts.hostname or parts.path or port == -1 or Path(address).suffix == ".yaml":
+        host = (parts.hostname or "").encode("idna")
+    except ValueError:  # of a port, of an address in brackets, and of a name that no network has
+        parts, port, host = urlsplit(""), None, b""
+    if not host or parts.path or Path(address).suffix == ".yaml":
         raise ClusterError(f"{address} is no address", "", "python -m cluster join HOST, or HOST:PORT with the head's mlflow_port")
     return f"{address}:{MachineConfig().mlflow_port}" if port is None else address

@@ -2,6 +2,7 @@
 
 import socket
 from dataclasses import replace
+from http.server import ThreadingHTTPServer
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from cluster.versions import read_versions, require_alike
 from configs.errors import ClusterError, ConfigError
 from configs.loader import load_machine
 from configs.schema import LendingConfig, MachineConfig
+from tests.helpers.json_door import JsonDoor, listening
 
 pytestmark = pytest.mark.usefixtures("home")
 TOKEN = "t" * 40
@@ -40,7 +42,7 @@ def test_the_heads_gate_is_at_the_usual_port_unless_another_is_named(given, gate
     assert head_gate(given) == gate
 
 
-@pytest.mark.parametrize("given", ["box:port", "http://box", "box:99999", "desk.yaml", ""])
+@pytest.mark.parametrize("given", ["box:port", "http://box", "box:99999", "desk.yaml", "", "[::1", "box..here", "b" * 70])
 def test_what_is_no_address_is_refused(given):
     with pytest.raises(ClusterError, match="is no address"):
         head_gate(given)
@@ -87,6 +89,19 @@ def test_a_head_that_does_not_answer_is_told_with_how_to_start_one(home):
     with pytest.raises(ClusterError, match="no head answers") as refused:
         ask_head(f"127.0.0.1:{free_port()}")
     assert "listen_host=ITS_ADDRESS" in refused.value.remedy
+
+
+@pytest.mark.parametrize("told", [[], "hello", {"error": "no such page"}, None])
+def test_what_answers_and_is_no_head_is_told(home, told):
+    class Other(JsonDoor):
+        def do_GET(self) -> None:
+            self.send_json(404, told)
+
+    with (
+        listening(ThreadingHTTPServer(("127.0.0.1", 0), Other)) as address,
+        pytest.raises(ClusterError, match="is no head"),
+    ):
+        ask_head(address.removeprefix("http://"))
 
 
 def test_the_way_to_the_head_tells_this_machines_address():
