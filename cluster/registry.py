@@ -268,7 +268,7 @@ class Registry:
 
     def _spread_word(self) -> None:
         """Tell the engines of this machine at once; they look each second anyway."""
-        with suppress(OSError):
+        with suppress(OSError, RegistryError):  # what was promoted is live, whether or not it is said
             Word(self.url).spread(self.standings())
 
     def _end_candidacy(self, chosen: Version, versions: Iterable[Version]) -> None:

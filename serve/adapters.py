@@ -68,8 +68,11 @@ class Adapters:
     async def _listen(self) -> None:
         word = Word(self.registry.url)
         while True:
-            if standings := word.hear():
-                self._take_word(standings)
+            try:
+                if standings := word.hear():
+                    self._take_word(standings)
+            except Exception:  # a word that makes no sense, such as a tag that is no text, may not end the watch
+                log.exception("a word about the registry could not be taken")
             await asyncio.sleep(LISTEN_S)
 
     def _take_word(self, standings: dict[str, Standing]) -> None:

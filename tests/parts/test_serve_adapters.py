@@ -13,7 +13,7 @@ import pytest
 
 from cluster.registry import Version
 from cluster.standing import Standing, Word
-from serve.adapters import Adapters, Base, BrokenAdapterError, UnknownNameError, check_adapter
+from serve.adapters import LISTEN_S, Adapters, Base, BrokenAdapterError, UnknownNameError, check_adapter
 from tests.helpers.front import standings_of
 
 FINGERPRINT = "0123456789abcdef"
@@ -380,6 +380,31 @@ def test_a_word_is_taken_while_the_registry_has_no_time_and_the_registry_has_the
         assert await adapters.resolve("helpdesk") == "helpdesk:2", "a version that is not known here is not taken on word"
         shelf.is_down = False
         await answers("helpdesk:1")
+        watcher.cancel()
+
+    run(story())
+
+
+def test_a_word_that_makes_no_sense_does_not_end_the_listening(shelf, put, home, caplog):
+    put(shelf, "helpdesk:2")
+    adapters = Adapters(shelf, BASE)
+
+    async def story() -> None:
+        await adapters.refresh()
+        await adapters.resolve("helpdesk:2")
+        shelf.is_down = True
+        watcher = asyncio.create_task(adapters.watch())
+        await asyncio.sleep(LISTEN_S)
+        for tags, live in (({"canary_share.2": None}, 1), ({}, 2)):
+            Word(shelf.url).spread({"helpdesk": Standing({"live": live, "canary": 2}, tags, 0)})
+            await asyncio.sleep(3 * LISTEN_S)
+
+        async def is_known() -> bool:
+            return await adapters.resolve("helpdesk") == "helpdesk:2"
+
+        await asyncio.wait_for(until(is_known), 20)
+        assert "could not be taken" in caplog.text
+        assert not watcher.done()
         watcher.cancel()
 
     run(story())
