@@ -51,7 +51,7 @@ class Tail:
                 if not line.endswith(b"\n"):  # its writer is at it
                     self._stream.seek(-len(line), os.SEEK_CUR)
                     break
-                yield line.decode()
+                yield line.decode(errors="replace")
             if not self._is_another():
                 return
             if self._stream:

@@ -162,8 +162,12 @@ def stream_file(folder: Path, stream: str) -> Path:
 
 
 def paint(line: str) -> str:
-    """Return a line as people read it, in colour."""
-    event = {name: _printable(value) if isinstance(value, str) else value for name, value in json.loads(line).items() if name != "pid"}
+    """Return a line as people read it, in colour; one that was torn, as by a full disk, as it is."""
+    try:
+        told = dict(json.loads(line))
+    except (ValueError, TypeError):
+        return _printable(line.rstrip("\n"))
+    event = {name: _printable(value) if isinstance(value, str) else value for name, value in told.items() if name != "pid"}
     return str(_painter()(None, event.get("level", ""), event))
 
 

@@ -43,7 +43,7 @@ class SharedFile:
     def _open(self) -> int:
         if self._descriptor >= 0:
             os.close(self._descriptor)
-            self._descriptor = -1
+            self._descriptor, self._inode = -1, 0  # or a file that cannot be opened now would be thought open for ever
         self._descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         found = os.fstat(self._descriptor)
         self._inode = found.st_ino

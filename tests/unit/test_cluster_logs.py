@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.home import log_folder, write_text
-from cluster.logs import API, INFERENCE, REDACTED, STREAMS, SYSTEM, TRAINING, Streams, set_up, stream_file, streams
+from cluster.logs import API, INFERENCE, REDACTED, STREAMS, SYSTEM, TRAINING, Streams, paint, set_up, stream_file, streams
 from cluster.session import LOGS_VARIABLE, token_file
 from cluster.shared_file import SharedFile, aside
 from configs.schema import LogConfig
@@ -196,6 +196,23 @@ def test_a_file_that_is_deleted_comes_back_and_a_full_disk_fails_nobody(tmp_path
     assert shared.file.read_bytes() == b"two\n"
     SharedFile(tmp_path / "nowhere" / "api.jsonl", 1000, 1).write(b"lost\n")
     SharedFile(Path("/dev/full"), 1000, 1).write(b"lost\n")
+
+
+def test_a_file_that_could_not_be_opened_for_a_while_is_written_to_again(tmp_path):
+    shared = SharedFile(tmp_path / "api.jsonl", max_bytes=1000, num_kept=1)
+    shared.write(b"one\n")
+    hidden = shared.file.rename(tmp_path / "hidden")
+    shared.file.mkdir()
+    shared.write(b"lost\n")
+    shared.file.rmdir()
+    hidden.rename(shared.file)
+    shared.write(b"two\n")
+    assert shared.file.read_bytes() == b"one\ntwo\n"
+
+
+@pytest.mark.parametrize("line", ['{"timestamp": "2026-01-01T00:00:00Z", "level": "in', "[1]\n", "\0\0\x1b[2J", ""])
+def test_a_torn_line_is_shown_as_it_is(line):
+    assert "\x1b[2J" not in paint(line)
 
 
 def test_a_log_is_read_by_its_owner_and_group_alone(home):
