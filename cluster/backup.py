@@ -12,7 +12,6 @@ import sqlite3
 import tarfile
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import IO
 
 from cluster.home import OWNER_ONLY, home_folder, writing
+from cluster.versions import tandem_version
 from configs.errors import ClusterError
-from configs.loader import ROOT
 
 LEFT_OUT = (
     *("adapters", "models", "monitoring"),  # fetched or made again
@@ -59,11 +58,6 @@ class Contents:
     def num_bytes(self) -> int:
         """Bytes of all files together, before they were compressed."""
         return sum(file.num_bytes for file in self.files.values())
-
-
-def tandem_version() -> str:
-    """Return the version of this checkout."""
-    return str(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"])
 
 
 def kept_entries(home: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cluster.home import home_folder
+from cluster.home import BYTES_PER_MIB, home_folder
 from cluster.session import read_session
 from configs.cli import Overrides, console
 from configs.errors import ConfigError
@@ -17,7 +17,6 @@ from configs.loader import load_chatbot, load_machine
 if TYPE_CHECKING:
     from cluster.backup import Contents
 
-BYTES_PER_MIB = 2**20
 ArchiveFile = Annotated[Path, typer.Argument(metavar="FILE", help="Such as tandem.tar.gz.")]
 
 

@@ -21,7 +21,12 @@ UNKNOWN = "unknown"
 def read_versions() -> dict[str, str]:
     """Return the versions of Tandem, its commit, Python and the packages that matter; builds for CPU and GPU count as the same."""
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"tandem": _tandem(), "commit": git_commit(), "python": python, **{name: _first(names) for name, names in PACKAGES.items()}}
+    return {
+        "tandem": tandem_version(),
+        "commit": git_commit(),
+        "python": python,
+        **{name: _first(names) for name, names in PACKAGES.items()},
+    }
 
 
 def require_alike(head: Mapping[str, str], here: Mapping[str, str]) -> None:
@@ -57,7 +62,8 @@ def git_commit() -> str:
     return f"{commit}-changed" if changed else commit
 
 
-def _tandem() -> str:
+def tandem_version() -> str:
+    """Return the version of this checkout."""
     return str(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"])
 
 
