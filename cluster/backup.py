@@ -24,7 +24,7 @@ from cluster.versions import tandem_version
 from configs.errors import ClusterError
 
 LEFT_OUT = (
-    *("adapters", "models", "monitoring"),  # fetched or made again
+    *("adapters", "fetched", "models", "monitoring"),  # fetched or made again
     *("activity", "activity_elsewhere", "chat.json", "cluster.json", "env"),  # of this machine and moment
     *("alertmanager", "alloy", "logs", "loki", "prometheus"),  # what was seen, which grows without end
     *("runs", "sweeps"),  # checkpoints, which are large and change all the time: a job that had some begins anew

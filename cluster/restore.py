@@ -4,6 +4,7 @@ Knows the archive that `cluster.backup` writes, and that no cluster may run on i
 """
 
 import fcntl
+import gzip
 import hashlib
 import json
 import shutil
@@ -131,8 +132,10 @@ def _readable(source: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(source, "r:gz") as archive:
             yield archive
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _damaged(source, str(error)) from None
+    except OSError as error:  # of the disks, and no fault of the archive's
+        raise ClusterError(f"{source} cannot be unpacked", str(error), "a file that may be read, and room where TANDEM_HOME is") from None
 
 
 def _damaged(source: Path, why: str) -> ClusterError:

@@ -1,5 +1,6 @@
 """Backup and restore: while others write, into another folder, and from archives that somebody tampered with."""
 
+import errno
 import gzip
 import io
 import json
@@ -30,7 +31,15 @@ def filled(home) -> Path:
     write_text(home / "keys.json", "[]", mode=0o600)
     write_text(home / "evaluations" / "helpdesk-1.html", "<p>page</p>")
     write_text(home / "feedback" / "helpdesk" / "accepted.jsonl", '{"row": 1}\n')
-    for made_again in ("models/m/weights", "logs/card0.log", "adapters/a/1", "runs/r/checkpoint", "cluster.json.lock", "activity/1"):
+    for made_again in (
+        "models/m/weights",
+        "logs/card0.log",
+        "adapters/a/1",
+        "fetched/f/checkpoint",
+        "runs/r/checkpoint",
+        "cluster.json.lock",
+        "activity/1",
+    ):
         write_text(home / made_again, "made again")
     return home
 
@@ -121,6 +130,20 @@ def test_a_place_that_can_be_no_backup_is_refused(filled, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ClusterError, match="cannot write"):
         back_up(tmp_path / "file" / "all.tar.gz")
+
+
+def test_a_disk_that_gives_no_backup_back_is_named(filled, tmp_path, monkeypatch):
+    back_up(tmp_path / "whole.tar.gz")
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "elsewhere"))
+    with pytest.raises(ClusterError, match="cannot be unpacked"):
+        restore(tmp_path)
+    monkeypatch.setattr("tarfile.TarFile.extract", fail_for_want_of_room)
+    with pytest.raises(ClusterError, match="No space left"):
+        restore(tmp_path / "whole.tar.gz")
+
+
+def fail_for_want_of_room(*_, **__) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_an_empty_home_gives_no_backup(home, tmp_path):
