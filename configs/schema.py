@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from configs.errors import ConfigError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
 Port = Annotated[int, Field(ge=1024, le=65535)]
@@ -617,6 +626,22 @@ class MachineConfig(Settings):
         return self
 
 
+class SecretFiles(SecretsSettingsSource):
+    """A container's secrets, a file each."""
+
+    def __call__(self) -> dict[str, Any]:
+        """Read those that are there.
+
+        Raises:
+            ConfigError: One of ours cannot be read.
+        """
+        try:
+            return super().__call__()
+        except SettingsError as error:
+            why = f"{error.__cause__ or error}"
+            raise ConfigError(f"a secret in {SECRETS_FOLDER} cannot be read", why, f"let user {os.getuid()} read the file") from None
+
+
 class Environment(BaseSettings):
     """Secrets and places, from the environment or from `.env`."""
 
@@ -634,7 +659,9 @@ class Environment(BaseSettings):
         """Read `.env` of the checkout, whose copy in a Ray job has none: secrets are not uploaded; and a container's secret files."""
         checkout = Path(os.environ.get("TANDEM_CHECKOUT", "."))
         dotenv = DotEnvSettingsSource(settings_cls, env_file=checkout / ".env", env_ignore_empty=True)
-        files = (SecretsSettingsSource(settings_cls, secrets_dir=SECRETS_FOLDER),) if SECRETS_FOLDER.is_dir() else ()
+        # A machine may have such a folder for others than us.
+        has_files = SECRETS_FOLDER.is_dir() and os.access(SECRETS_FOLDER, os.R_OK | os.X_OK)
+        files = (SecretFiles(settings_cls, secrets_dir=SECRETS_FOLDER),) if has_files else ()
         return init_settings, env_settings, dotenv, *files
 
     huggingface_token: SecretStr | None = None

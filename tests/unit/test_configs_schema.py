@@ -1,5 +1,11 @@
 """Settings that guard something: where secrets are read."""
 
+import os
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError
 from configs.schema import Environment
 
 
@@ -12,3 +18,27 @@ def test_a_jobs_copy_of_the_checkout_reads_the_checkouts_own_secrets(home, tmp_p
     token = Environment().huggingface_token
     assert token is not None
     assert token.get_secret_value() == "hf_of_the_checkout"
+
+
+@pytest.fixture
+def secrets(home, tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "secrets"
+    folder.mkdir()
+    monkeypatch.setattr("configs.schema.SECRETS_FOLDER", folder)
+    monkeypatch.delenv("TANDEM_TOKEN", raising=False)
+    return folder
+
+
+def test_a_containers_secrets_are_read_from_files(secrets):
+    (secrets / "tandem_token").write_text("t" * 40 + "\n")
+    found = Environment().tandem_token
+    assert found is not None
+    assert found.get_secret_value() == "t" * 40
+
+
+def test_a_secret_that_cannot_be_read_is_told_and_a_folder_for_others_is_left_alone(secrets, monkeypatch):
+    (secrets / "tandem_token").write_bytes(b"\xff" * 40)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Environment()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as of a folder that only root may list, and tests may be root
+    assert Environment().tandem_token is None
