@@ -45,6 +45,7 @@ class Engine:
         self.base_name, self.gpu_share = base_name, gpu_share
         set_up()
         self.engine: Any = None
+        self.is_leaving = False
         self.watchers: list[asyncio.Task[None]] = []
         session = read_session()
         self.desk: Any = find_desk() if session and session.head else None  # on a machine that joined, the head has keys and feedback
@@ -62,7 +63,8 @@ class Engine:
         watch = Watch([count_request])
         self.engine, app = await start_engine(arguments, adapters, watch)
         await adapters.refresh()
-        engine_has_died = lambda: bool(self.engine.errored)  # noqa: E731 (it is asked at each request)
+        # One that is shut down says so too. It is asked at each request.
+        engine_has_died = lambda: bool(self.engine.errored) and not self.is_leaving  # noqa: E731
         watchers = (adapters.watch(), leave_with(engine_has_died, feedback.store.close))
         self.watchers += [asyncio.create_task(watcher) for watcher in watchers]
         # After the engine's processes: each would hold the guardian's line open too.
@@ -87,6 +89,7 @@ class Engine:
 
     def __del__(self) -> None:
         """End the engine's own process, which holds the card's memory; write what is still to be kept."""
+        self.is_leaving = True
         if self.engine is not None:
             self.engine.shutdown()
         if self.feedback is not None:
