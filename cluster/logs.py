@@ -39,7 +39,7 @@ SHAPES = {
     "hf_": r"hf_\w{12,}",
     "gh": r"gh[a-z]_\w{12,}",
     "earer ": r"(?<=earer )[\w.~+/=-]+",
-    "://": r"(?<=://)[^\s\"/@]+:[^\s\"/@]+(?=@)",
+    "://": r"(?<=://)[^\s\"/@:]*:[^\s\"/@]+(?=@)",  # to the first colon alone: a prompt of many would take hours
 }
 
 FIELDS = "fields"  # of what is logged by `logging`: log.info("words", extra={"fields": {"name": value}})

@@ -70,6 +70,13 @@ def test_a_secret_is_taken_out_wherever_it_stands(secret, planted):
     assert json.dumps(secret)[1:-1] not in said
 
 
+def test_an_address_with_a_password_and_no_name_tells_neither_and_a_text_of_colons_takes_no_hours(home):
+    streams().logger(SYSTEM).info("seen", url="redis://:hunter22@cache/0", said="://" + "a:" * 200_000)
+    (line,) = lines(SYSTEM)
+    assert line["url"] == f"redis://{REDACTED}@cache/0"
+    assert line["said"] == "://" + "a:" * 200_000
+
+
 def test_the_rest_of_a_line_stays(planted):
     streams().logger(SYSTEM).info(f"Authorization: Bearer {KEY}, at http://me:{JUDGE}@host/v1 for alice", key_name="alice", num_tokens=3)
     (line,) = lines(SYSTEM)
