@@ -12,16 +12,21 @@ TAKEN = ("--no-monitor", "--redis-password", "--redis-username")
 OURS = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED")
 
 
+def is_in_pod() -> bool:
+    """Whether this is a pod of KubeRay's."""
+    return START_COMMAND in os.environ
+
+
 def pod_environment() -> dict[str, str]:
     """Return the variables that Ray's processes must have in a pod of KubeRay's; none elsewhere."""
-    if START_COMMAND not in os.environ:
+    if not is_in_pod():
         return {}
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_") and name not in OURS}
 
 
 def lasting(address: str) -> str:
     """Return an address of the head by the name that outlives its pod; elsewhere as it is."""
-    name = os.environ.get(HEAD_ADDRESS) if START_COMMAND in os.environ else None
+    name = os.environ.get(HEAD_ADDRESS) if is_in_pod() else None
     return f"{name}:{address.rpartition(':')[2]}" if name else address
 
 

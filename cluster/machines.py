@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cluster.home import home_folder, write_text
+from cluster.kuberay import is_in_pod
 from cluster.session import is_alive, is_joined, known_cards
 
 FILE = "machines.json"
@@ -16,7 +17,12 @@ Raylets = Sequence[Mapping[str, Any]]
 
 
 def remember(raylets: Iterable[Mapping[str, Any]]) -> None:
-    """Note the raylets of joined machines that are there; those of before stay until others take their cards."""
+    """Note the raylets of joined machines that are there; those of before stay until others take their cards.
+
+    Pods are not noted: Kubernetes sees to it that one that is lost is replaced, and the other has another name.
+    """
+    if is_in_pod():
+        return
     known = _read()
     seen = {raylet["labels"]["card"]: _kept(raylet) for raylet in raylets if is_alive(raylet) and is_joined(raylet)}
     if any(known.get(card) != kept for card, kept in seen.items()):

@@ -11,6 +11,7 @@ from cluster.activity import note_quiet, read_quiet_s
 from cluster.arbiter import GONE_S, Arbiter, Driver, Sight
 from cluster.job_queue import NewJob, Queue
 from cluster.join import ask_head, head_gate, host_name, join, own_address, own_cards
+from cluster.kuberay import START_COMMAND
 from cluster.machines import remember, with_lost
 from cluster.processes import free_port
 from cluster.rule import Card, Chat
@@ -199,6 +200,13 @@ def test_a_machine_that_was_lost_is_remembered_and_one_that_left_is_not(home):
     assert with_lost([there]) == [there], "a head that was started anew never had them"
     back = {**raylet("desk", "desk-card0"), "nodeId": "another"}
     assert with_lost([there, lost, back]) == [there, back]
+
+
+def test_a_pod_that_was_lost_is_missed_by_nobody(home, monkeypatch):
+    monkeypatch.setenv(START_COMMAND, "ray start --head")
+    remember([raylet("head", "card0"), raylet("serve-x7k2", "serve-x7k2-card0")])
+    lost = {"state": "DEAD", "labels": {}, "nodeId": "serve-x7k2-card0", "deathInfo": {"reason": "UNEXPECTED_TERMINATION"}}
+    assert with_lost([raylet("head", "card0"), lost]) == [raylet("head", "card0")]
 
 
 def test_an_engine_elsewhere_is_quiet_as_long_as_it_said(home):
