@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.activity import note_quiet, read_quiet_s
+from cluster.logs import set_up
 from cluster.session import RAY_NAMESPACE, operator_key
 from configs.errors import AccessError, ClusterError
 from configs.schema import FeedbackConfig
@@ -36,6 +37,7 @@ class Desk:
     """The head's end."""
 
     def __init__(self) -> None:
+        set_up()
         self.keys, self.store = KeyFile(), FeedbackStore(feedback_url())
 
     async def completion_secret(self) -> str:
