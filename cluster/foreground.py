@@ -52,7 +52,7 @@ def run_card(address: str | None, machine: MachineConfig, say: Say) -> None:
     address = address or os.environ.get(HEAD_ADDRESS)
     if not address:
         raise ClusterError("no head is named", "", "python -m cluster run card HEAD_ADDRESS")
-    gate = head_gate(address)
+    gate = head_gate(address, machine.mlflow_port)
     with _signals() as asked:
         deadline = time.monotonic() + HEAD_WAIT_S
         while not answers(f"http://{gate}/") and time.monotonic() < deadline:

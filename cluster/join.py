@@ -205,8 +205,8 @@ def _port(url: str) -> int:
     return urlsplit(url).port or 80
 
 
-def head_gate(address: str) -> str:
-    """Return where the head's gate is, for the address that the user gave; without a port it is MLflow's usual one."""
+def head_gate(address: str, usual_port: int | None = None) -> str:
+    """Return where the head's gate is, for the address that the user gave; without a port it is MLflow's usual one, or another."""
     try:
         parts = urlsplit(f"//{address}")
         port = parts.port
@@ -215,4 +215,4 @@ def head_gate(address: str) -> str:
         parts, port, host = urlsplit(""), None, b""
     if not host or parts.path or Path(address).suffix == ".yaml":
         raise ClusterError(f"{address} is no address", "", "python -m cluster join HOST, or HOST:PORT with the head's mlflow_port")
-    return f"{address}:{MachineConfig().mlflow_port}" if port is None else address
+    return f"{address}:{usual_port or MachineConfig().mlflow_port}" if port is None else address

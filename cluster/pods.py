@@ -41,7 +41,7 @@ def pod(part: str, machine: MachineConfig, config: str, *, settings: PoolConfig 
         ports = {"gcs": machine.ray_port, "dashboard": machine.dashboard_port, "gate": machine.mlflow_port, "serve": SERVE_PORT}
     else:
         gpu = ", gpu: 0" if settings.gpu else ""
-        command = ["card", f"cards=[{{pool: {part}{gpu}}}]"]
+        command = ["card", f"{CONFIG_FOLDER}/machine.yaml", f"cards=[{{pool: {part}{gpu}}}]"]
         limits, ports = _limits(settings.num_cpus, settings.memory_gib, settings.gpu), {}
     container: Object = {
         "name": "ray-head" if settings is None else "ray-worker",

@@ -41,6 +41,7 @@ def raylet(machine: str, card: str, state: str = "ALIVE") -> dict:
 @pytest.mark.parametrize(("given", "gate"), [("box", "box:5000"), ("10.0.0.1", "10.0.0.1:5000"), ("box:7000", "box:7000")])
 def test_the_heads_gate_is_at_the_usual_port_unless_another_is_named(given, gate):
     assert head_gate(given) == gate
+    assert head_gate(given, 5001) == gate.replace(":5000", ":5001")
 
 
 @pytest.mark.parametrize("given", ["box:port", "http://box", "box:99999", "desk.yaml", "", "[::1", "box..here", "b" * 70])
