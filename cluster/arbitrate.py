@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import httpx
 
 from cluster.arbiter import Arbiter
-from cluster.cards import find_cards
+from cluster.cards import Card, find_cards
 from cluster.exporter import Exporter, serve_metrics
 from cluster.home import home_folder
 from cluster.job_queue import STANDING, Queue
@@ -39,7 +39,7 @@ def main() -> None:
         session = _wait_for_session()
         machine = MachineConfig.model_validate(session.machine)
         arbiter, exporter = Arbiter(queue, RayGround(session), machine.lending), Exporter(queue)
-        sampler = Sampler(streams().logger(SYSTEM), find_cards(machine), session.processes, machine.logs.sample_every_s)
+        sampler = Sampler(streams().logger(SYSTEM), _sampled_cards(machine), session.processes, machine.logs.sample_every_s)
         serve_metrics(exporter, machine.listen_host, ray_folder())
         log.info("the arbiter is at work")
         looked_s, trouble = 0.0, ""
@@ -58,6 +58,15 @@ def main() -> None:
             if now_trouble != trouble:
                 log.warning("%s", now_trouble or "all answers again")
                 trouble = now_trouble
+
+
+def _sampled_cards(machine: MachineConfig) -> list[Card]:
+    """Return the cards that are looked at; none where a GPU is gone: the line of jobs goes on without a look at them."""
+    try:
+        return find_cards(machine)
+    except TandemError as error:
+        log.warning("cards are not looked at: %s", error)
+        return []
 
 
 def _wait_for_session() -> Session:
