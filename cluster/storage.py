@@ -3,6 +3,8 @@
 Knows files, and pyarrow's file systems. Does not know what is kept.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,10 +47,8 @@ def exists(storage: str, name: str) -> bool:
     from pyarrow.fs import FileType
 
     files, root = _open(storage)
-    try:
+    with _answering(storage):
         return files.get_file_info(f"{root}/{name}").type is not FileType.NotFound
-    except OSError as error:
-        raise ClusterError(f"{storage} does not answer", str(error), "its address, and its credentials in the environment") from None
 
 
 def has_any(storage: str, folder: str, beginning: str) -> bool:
@@ -61,16 +61,21 @@ def has_any(storage: str, folder: str, beginning: str) -> bool:
 
 
 def put(storage: str, source: Path, name: str) -> None:
-    """Copy a folder into the storage, whole or not at all; one that is there already stays."""
+    """Copy a folder into the storage, whole or not at all; one that is there already stays.
+
+    Raises:
+        ClusterError: The storage does not answer, or does not take it.
+    """
     from pyarrow.fs import LocalFileSystem, copy_files
 
     if exists(storage, f"{name}/{MARK}"):
         return
     files, root = _open(storage)
-    files.create_dir(f"{root}/{name}", recursive=True)
-    copy_files(str(source), f"{root}/{name}", source_filesystem=LocalFileSystem(), destination_filesystem=files)
-    with files.open_output_stream(f"{root}/{name}/{MARK}") as stream:  # last: without it, a copy that was cut off is made again
-        stream.write(b"")
+    with _answering(storage):
+        files.create_dir(f"{root}/{name}", recursive=True)
+        copy_files(str(source), f"{root}/{name}", source_filesystem=LocalFileSystem(), destination_filesystem=files)
+        with files.open_output_stream(f"{root}/{name}/{MARK}") as stream:  # last: without it, a copy that was cut off is made again
+            stream.write(b"")
 
 
 def get(storage: str, name: str, target: Path) -> None:
@@ -84,6 +89,14 @@ def get(storage: str, name: str, target: Path) -> None:
 def is_folder(storage: str) -> bool:
     """Whether the storage is a folder, and no URL."""
     return "://" not in storage
+
+
+@contextmanager
+def _answering(storage: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ClusterError(f"{storage} does not answer", str(error), "its address, and its credentials in the environment") from None
 
 
 def _open(storage: str) -> "tuple[FileSystem, str]":

@@ -17,8 +17,11 @@ def runs_place(storage: str, kind: str = "runs") -> str:
 
 
 def has_checkpoint(storage: str, run_id: str) -> bool:
-    """Whether a run saved anything."""
-    return has_any(runs_place(storage), run_id, "checkpoint_")
+    """Whether a run saved anything; it may have where the storage does not answer, which is no reason to hide why the run failed."""
+    try:
+        return has_any(runs_place(storage), run_id, "checkpoint_")
+    except OSError:
+        return True
 
 
 def send_data(storage: str, folder: Path) -> None:

@@ -80,3 +80,14 @@ def test_another_machine_fetches_a_runs_data_once(home, storage, tmp_path):
     assert fetched == home / "data" / "bot-1"
     assert (fetched / "train.jsonl").read_text() == "{}\n"
     assert fetch_data("", "bot-1") == fetched
+
+
+def test_a_storage_that_does_not_answer_is_told_and_hides_no_other_failure(storage, tmp_path):
+    mark(storage)
+    for name in ("data", "runs"):
+        (tmp_path / "shared" / "tandem" / name).mkdir()
+        (tmp_path / "shared" / "tandem" / name / "bot-1").write_text("no folder")
+    (tmp_path / "source").mkdir()
+    with pytest.raises(ClusterError, match="does not answer"):
+        put(storage, tmp_path / "source", "data/bot-1")
+    assert has_checkpoint(storage, "bot-1")
