@@ -5,7 +5,7 @@ Knows Prometheus's text and its files of targets. Does not know how the arbiter 
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from cluster.decisions import read_decisions
 from cluster.home import home_folder, write_text
-from cluster.job_queue import LEAVING, RUNNING, STANDING, WAITING, Queue
+from cluster.job_queue import LEAVING, RUNNING, STANDING, WAITING, Queue, QueuedJob
 from cluster.metrics import (
     CARD_BUSY,
     CARD_LENT,
@@ -57,14 +57,15 @@ class Exporter(Collector):
         cards = tuple(cards)
         elapsed_s = min(max(0.0, now_s - self.looked_s), LONGEST_LOOK_S) if self.looked_s is not None else 0.0
         self.looked_s = now_s
-        kind_of = {name: job.kind for job in self.queue.jobs(RUNNING, LEAVING) for name in job.cards}
+        jobs = self.queue.jobs()
+        kind_of = {name: job.kind for job in jobs if job.state in (RUNNING, LEAVING) for name in job.cards}
         for card in cards:
             holder = kind_of.get(card.name) or (CHAT if card.engine_since_s is not None else OTHER if card.is_foreign else "")
             for name in HOLDERS:
                 self.busy_s[card.name, card.pool, name] += elapsed_s if name == holder else 0.0
             is_lent = bool(holder) and (holder == CHAT) != (card.pool == SERVE)
             self.lent_s[card.name, card.pool] += elapsed_s if is_lent else 0.0
-        self.families = (*self._of_cards(cards), *self._of_jobs(now_s), *_of_gates())
+        self.families = (*self._of_cards(cards), *_of_jobs(jobs, now_s), *_of_gates())
 
     def _of_cards(self, cards: tuple[Card, ...]) -> Iterator[Family]:
         yield _family(CARD_UP, {(card.name, card.pool): float(card.is_alive) for card in cards})
@@ -73,12 +74,12 @@ class Exporter(Collector):
         handovers = dict.fromkeys([card.name for card in cards], 0) | self.queue.count_handovers()
         yield _family(HANDOVERS, {(card,): number for card, number in handovers.items()})
 
-    def _of_jobs(self, now_s: float) -> Iterator[Family]:
-        jobs = self.queue.jobs()
-        counted: Values = {(kind, state): 0.0 for kind in (TRAIN, SWEEP) for state in STANDING}
-        yield _family(JOBS, counted | Counter((job.kind, job.state) for job in jobs))
-        yield _family(JOB_WAITS, {(): max((now_s - job.since_s for job in jobs if job.state == WAITING), default=0.0)})
-        yield _family(JOB_LOSSES, {(): sum(job.num_lost for job in jobs)})
+
+def _of_jobs(jobs: Sequence[QueuedJob], now_s: float) -> Iterator[Family]:
+    counted: Values = {(kind, state): 0.0 for kind in (TRAIN, SWEEP) for state in STANDING}
+    yield _family(JOBS, counted | Counter((job.kind, job.state) for job in jobs))
+    yield _family(JOB_WAITS, {(): max((now_s - job.since_s for job in jobs if job.state == WAITING), default=0.0)})
+    yield _family(JOB_LOSSES, {(): sum(job.num_lost for job in jobs)})
 
 
 def _of_gates() -> Iterator[Family]:

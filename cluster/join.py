@@ -29,7 +29,6 @@ from cluster.session import (
     read_session,
     require_same,
     token_file,
-    write_exports,
 )
 from cluster.stack import (
     LOOPBACK,
@@ -37,6 +36,7 @@ from cluster.stack import (
     bring_token,
     end,
     gate_command,
+    made_ready,
     raylet_part,
     session_lock,
     spawn,
@@ -192,13 +192,10 @@ def _start(session: Session, machine: MachineConfig, cards: list[Card], told: In
             keep_session(session)
             wait_until(session, has_joined, f"the raylet of {name}")
         wait_until(session, lambda up: answers(f"{up.mlflow_url}/health"), "MLflow", GATE)
-        write_exports(session)
-        session = replace(session, ready=True)
-        keep_session(session)
+        return made_ready(session)
     except BaseException:
         end(session)
         raise
-    return session
 
 
 def _port(url: str) -> int:

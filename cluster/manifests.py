@@ -1,6 +1,7 @@
 """Kubernetes manifests for KubeRay, from a chatbot's config and a machine's: a cluster, jobs that train and tune, a service that chats.
 
-Knows KubeRay's and Kubernetes' objects. Each pod's command is one of ours (`cluster.foreground`), so no flag of Ray's stands here.
+Knows Kubernetes' objects and those of KubeRay 1.6, the first that takes the token from a Secret of ours, and labels and resources of a
+group. Each pod's command is one of ours (`cluster.foreground`), so no flag of Ray's stands here.
 Does not talk to Kubernetes.
 """
 
@@ -34,7 +35,6 @@ from cluster.pods import (
 from configs.errors import ConfigError, last_lines
 from configs.schema import ChatbotConfig, DeployConfig, MachineConfig, PoolConfig
 
-KUBERAY = "1.6"  # the first that takes the token from a Secret of ours, and labels and resources of a group
 MAX_NAME_LETTERS = 40  # KubeRay adds to it, and a name on Kubernetes has at most 63
 IDLE_S = 300
 REGISTRY_GIB = 20

@@ -114,13 +114,10 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
             if not is_loopback(machine.listen_host):
                 gate = f"http://{machine.listen_host}:{machine.mlflow_port}"
                 wait_until(session, lambda _: answers(gate), "the gate for other machines", GATE)
-            write_exports(session)
-            session = replace(session, ready=True)
-            keep_session(session)
+            return made_ready(session)
         except BaseException:
             end(session)
             raise
-        return session
 
 
 def _restart_arbiter(session: Session) -> Session:
@@ -328,6 +325,14 @@ def spawn(name: str, command: list[str], extra: Mapping[str, str]) -> Process:
             start_new_session=True,
         )
     return Process(name, child.pid, psutil.Process(child.pid).create_time())
+
+
+def made_ready(session: Session) -> Session:
+    """Keep a session as one all of whose parts answer, and what Ray's own commands need to reach it."""
+    write_exports(session)
+    session = replace(session, ready=True)
+    keep_session(session)
+    return session
 
 
 def wait_until(session: Session, ready: Callable[[Session], bool], what: str, part: str | None = None) -> None:

@@ -60,7 +60,7 @@ class Engine:
         parser = await asyncio.to_thread(choose_tool_parser, folder, self.serve.tool_parser)
         settings = self.serve.model_copy(update={"tool_parser": parser})
         arguments = engine_arguments(self.model, settings, folder, self.base_name, self.gpu_share)
-        watch = Watch([count_request])
+        watch = Watch([count_request, request_log(streams())])
         self.engine, app = await start_engine(arguments, adapters, watch)
         await adapters.refresh()
         # One that is shut down says so too. It is asked at each request.
@@ -72,7 +72,6 @@ class Engine:
         doors = Doors(self._keys(settings.host), ClusterQuotas())
         front = Front(app, adapters, doors, feedback, settings)
         front.watch = watch
-        watch.observers.append(request_log(streams()))
         return Noted(Alive(front, engine_has_died))
 
     def _keys(self, host: str) -> KeyFile:

@@ -19,18 +19,9 @@ from cluster.processes import Process
 from cluster.registry import Manifest, Registry, Version
 from cluster.session import Session, token_file
 from configs.cli import run_app
+from tests.helpers.environment import OWN
 from tests.helpers.front import ask, engine, keys, observers, quotas, shelf  # noqa: F401
 
-SECRETS = (
-    "BASE_MODEL_NAME",
-    "FEEDBACK_URL",
-    "HUGGINGFACE_TOKEN",
-    "JUDGE_API_KEY",
-    "LOG_DIR",
-    "MLFLOW_TRACKING_URI",
-    "TANDEM_API_KEY",
-    "TANDEM_TOKEN",
-)
 FINGERPRINT = "0123456789abcdef"
 
 
@@ -82,7 +73,7 @@ class Ended:
 def home(tmp_path, monkeypatch) -> Path:
     """A folder of its own for all that a run leaves behind; nothing of the developer's environment or `.env` gets in."""
     monkeypatch.chdir(tmp_path)
-    for name in SECRETS:
+    for name in OWN:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
     return tmp_path / "home"

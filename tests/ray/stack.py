@@ -21,18 +21,8 @@ from cluster.processes import Process, quiet_port
 from cluster.registry import Registry, Version
 from configs.loader import ROOT
 from tests.helpers.data import chat, tokenizer_folder, write_rows
+from tests.helpers.environment import users_environment
 
-SECRETS = (
-    "BASE_MODEL_NAME",
-    "FEEDBACK_URL",
-    "HUGGINGFACE_TOKEN",
-    "JUDGE_API_KEY",
-    "LOG_DIR",
-    "MLFLOW_TRACKING_URI",
-    "TANDEM_API_KEY",
-    "TANDEM_HOME",
-    "TANDEM_TOKEN",
-)
 SHELLS = ("sh", "bash", "dash")
 REGISTERED = re.compile(r"registered as (\S+);")
 HUB_TOKEN = "hub-token-that-no-log-may-have"
@@ -50,7 +40,7 @@ class Stack:
     @property
     def environment(self) -> dict[str, str]:
         """The environment of a user's shell: nothing of the developer's own, and a secret."""
-        mine = {key: value for key, value in os.environ.items() if key not in SECRETS and not key.startswith("RAY_")}
+        mine = users_environment()
         # With two clusters on the same cores, a thread that waits must not spin.
         patient = {"OMP_WAIT_POLICY": "passive"} if "PYTEST_XDIST_WORKER" in os.environ else {}
         return {**mine, **patient, "TANDEM_HOME": str(self.home), "HUGGINGFACE_TOKEN": HUB_TOKEN, "COLUMNS": "200"}

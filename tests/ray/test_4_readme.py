@@ -11,7 +11,7 @@ import pytest
 from cluster.processes import port_owner
 from configs.loader import ROOT
 from configs.schema import MachineConfig, ServeConfig
-from tests.ray.stack import SECRETS
+from tests.helpers.environment import users_environment
 
 pytestmark = [
     pytest.mark.timeout(2400),
@@ -34,7 +34,7 @@ def shell(tmp_path_factory):
     if held := [port for port in ports if port_owner("127.0.0.1", port)]:
         pytest.skip(f"the README's ports are in use on this machine: {held}")
     home = tmp_path_factory.mktemp("readme") / "home"
-    clean = {key: value for key, value in os.environ.items() if key not in SECRETS and not key.startswith("RAY_")}
+    clean = users_environment()
     environment = {**clean, "TANDEM_HOME": str(home), "COLUMNS": "160"}
 
     def run(script: str) -> subprocess.CompletedProcess[str]:

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from serve.desk import MAX_AGE_S
+from tests.helpers.environment import users_environment
 from tests.helpers.hosts import Host, plug, switched_on, why_no_hosts
-from tests.ray.stack import SECRETS, make_config, make_tiny_model, wait_for
+from tests.ray.stack import make_config, make_tiny_model, wait_for
 
 pytestmark = pytest.mark.skipif("TANDEM_TEST_HOSTS" not in os.environ, reason="takes minutes: TANDEM_TEST_HOSTS=1 make test")
 CHAT_PORT = 8000
@@ -75,7 +76,7 @@ def pair() -> Iterator[Pair]:
     if why := why_no_hosts():
         pytest.skip(why)
     base = Path(tempfile.mkdtemp(prefix="tandem-hosts-"))
-    mine = {key: value for key, value in os.environ.items() if key not in SECRETS and not key.startswith("RAY_")}
+    mine = users_environment()
     homes = {name: base / name / "home" for name in ("alpha", "beta")}
     for home in homes.values():
         home.mkdir(parents=True)
