@@ -28,7 +28,11 @@ from configs.schema import MachineConfig
 from tests.unit.test_cluster_cards import LARGE, SMALL
 
 pytestmark = pytest.mark.usefixtures("home")
-ME = f"{psutil.Process().name()} (process {os.getpid()})"
+
+
+def me() -> str:
+    """Return how this process is named; xdist gives its workers another name for each test."""
+    return f"{psutil.Process().name()} (process {os.getpid()})"
 
 
 def own_start() -> float:
@@ -71,14 +75,14 @@ def free_ports(count: int) -> list[int]:
 
 def test_the_owner_of_a_port_is_named():
     with listener() as port:
-        assert port_owner("127.0.0.1", port) == ME
-        assert port_owner("0.0.0.0", port) == ME
+        assert port_owner("127.0.0.1", port) == me()
+        assert port_owner("0.0.0.0", port) == me()
     assert port_owner("127.0.0.1", port) is None
 
 
 def test_a_port_that_is_held_on_all_addresses_is_held_on_each():
     with listener("0.0.0.0") as port:
-        assert port_owner("127.0.0.1", port) == ME
+        assert port_owner("127.0.0.1", port) == me()
 
 
 def test_a_port_just_left_is_free():
@@ -111,7 +115,7 @@ def test_up_on_a_taken_port_ends_with_status_2_and_leaves_nothing(home, tmp_path
         )
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
-    assert f"error: a port is taken\n  port {dashboard} (dashboard_port) is held by {ME}\n" in ended.stderr
+    assert f"error: a port is taken\n  port {dashboard} (dashboard_port) is held by {me()}\n" in ended.stderr
     assert f"python -m cluster up auto dashboard_port={dashboard + 1}" in ended.stderr
     assert sorted(file.name for file in home.rglob("*")) == ["cluster.lock"]
 
@@ -121,8 +125,8 @@ def test_every_taken_port_is_named():
     with listener() as ray, listener() as mlflow, pytest.raises(ClusterError, match="a port is taken") as refused:
         _require_free_ports(MachineConfig(ray_port=ray, dashboard_port=dashboard, mlflow_port=mlflow))
     assert refused.value.why.splitlines() == [
-        f"  port {ray} (ray_port) is held by {ME}",
-        f"  port {mlflow} (mlflow_port) is held by {ME}",
+        f"  port {ray} (ray_port) is held by {me()}",
+        f"  port {mlflow} (mlflow_port) is held by {me()}",
     ]
 
 
