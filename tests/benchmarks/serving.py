@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -33,8 +33,8 @@ START_TIMEOUT_S = 400
 
 
 @contextlib.contextmanager
-def bare_vllm(config_file: str, overrides: list[str]) -> Iterator[float]:
-    """Start vLLM's own API server with the arguments that a replica gets; yield the seconds that it took."""
+def bare_vllm(config_file: str, overrides: Sequence[str] = (), modules: Sequence[str] = ()) -> Iterator[float]:
+    """Start vLLM's own API server with the arguments that a replica gets, and adapters by its own; yield the seconds that it took."""
     config, session = load_chatbot(config_file, overrides), require_session()
     shares = [float(card["gpu-share"]) for card in session.cards if card["pool"] == "serve" and "gpu-share" in card]
     share = min(shares) if shares else None
@@ -42,7 +42,7 @@ def bare_vllm(config_file: str, overrides: list[str]) -> Iterator[float]:
     if CPU_WORKER in arguments:  # ours, not vLLM's own
         del arguments[arguments.index(CPU_WORKER) - 1 : arguments.index(CPU_WORKER) + 1]
     environment = {**os.environ, **engine_environment(config.serve, share is not None, os.cpu_count() or 1)}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(BARE_PORT), *arguments]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(BARE_PORT), *arguments, *modules]
     started_s = time.monotonic()
     log = Path(tempfile.gettempdir()) / "tandem-bare-vllm.log"
     with log.open("w") as stream:
@@ -64,8 +64,8 @@ def bare_vllm(config_file: str, overrides: list[str]) -> Iterator[float]:
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def load(port: int, model: str, tokenizer: Path, num_at_once: int) -> dict[str, float]:
-    """Run vLLM's benchmark client once; return tokens/s and the median time to first token."""
+def load(port: int, model: str, tokenizer: Path, num_at_once: int, adapters: Sequence[str] = ()) -> dict[str, float]:
+    """Run vLLM's benchmark client once, on the model or on its adapters in turn; return tokens/s and the median time to first token."""
     with tempfile.TemporaryDirectory() as folder:
         code = (
             "from vllm.benchmarks.serve import add_cli_args, main\n"
@@ -79,6 +79,7 @@ def load(port: int, model: str, tokenizer: Path, num_at_once: int) -> dict[str, 
             "result-dir": folder, "result-filename": "result.json", "seed": 0,
         }  # fmt: skip
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        words += ["--lora-assignment", "round-robin", "--lora-modules", *adapters] if adapters else []
         command = [sys.executable, "-c", code, *words, "--save-result", "--ignore-eos", "--disable-tqdm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode:
@@ -136,7 +137,7 @@ def main() -> None:
     run_cli("serve", str(config))
     starts = {"start_s": time.monotonic() - started_s}
     notes = {"eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "rounds": NUM_ROUNDS, "proxy": proxy_name()}
-    with bare_vllm(str(config), []) as starts["bare_start_s"]:
+    with bare_vllm(str(config)) as starts["bare_start_s"]:
         ports = {"bare": (BARE_PORT, "bench"), "tandem": (load_chatbot(config).serve.port, folder.name)}
         for figures in compare(ports, folder, arguments.at_once):
             # After each, so that a machine that is taken away leaves what was measured.
