@@ -112,6 +112,7 @@ def measure(config_file: str, overrides: list[str], steps: int) -> dict[str, flo
         return {"tokens_per_s": ours["tokens_per_s"], "peak_memory_gib": ours["peak_memory_gib"], "plain_failed": 1.0}
     plain = json.loads(done.stdout.strip().splitlines()[-1])
     return {
+        "eval_loss": ours["eval_loss"],
         "tokens_per_s": ours["tokens_per_s"],
         "plain_tokens_per_s": plain["tokens_per_s"],
         "ratio": ours["tokens_per_s"] / plain["tokens_per_s"],
