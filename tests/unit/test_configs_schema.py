@@ -24,7 +24,7 @@ def test_a_jobs_copy_of_the_checkout_reads_the_checkouts_own_secrets(home, tmp_p
 def secrets(home, tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "secrets"
     folder.mkdir()
-    monkeypatch.setattr("configs.schema.SECRETS_FOLDER", folder)
+    monkeypatch.setattr("configs.schema.environment.SECRETS_FOLDER", folder)
     monkeypatch.delenv("TANDEM_TOKEN", raising=False)
     return folder
 
