@@ -30,7 +30,6 @@ def prepare_command(
 ) -> None:
     """Read, check, split and tokenise a chatbot's conversations."""
     prepared, _ = _prepare(config, overrides)
-    console.print(prepared_table(prepared))
     if out:
         copy_prepared(prepared, out)
 
@@ -41,7 +40,6 @@ def inspect(
 ) -> None:
     """Show counts, lengths, and which tokens the model learns to say."""
     prepared, model_folder = _prepare(config, overrides)
-    console.print(prepared_table(prepared))
     show_rows(prepared, model_folder, load_chatbot(config, overrides or []).data, rows)
 
 
@@ -161,12 +159,17 @@ def _load(chatbot: str, overrides: list[str] | None) -> ChatbotConfig:
 
 
 def _prepare(file: str, overrides: list[str] | None) -> tuple[Prepared, Path]:
+    """Prepare a config's conversations and report them; return them, and the model's folder."""
     from cluster.models import ensure_model
 
     config = load_chatbot(file, overrides or [])
     check_source(config.data)
     model_folder = ensure_model(config.model)
-    return prepare(config, model_folder), model_folder
+    prepared = prepare(config, model_folder)
+    console.print(prepared_table(prepared))
+    if warning := prepared.too_long(config.data.max_length_tokens):
+        console.print(f"[yellow]warning[/]  {warning}")
+    return prepared, model_folder
 
 
 if __name__ == "__main__":

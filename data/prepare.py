@@ -55,6 +55,7 @@ class Prepared:
     source_key: str = ""  # changes with the source, the settings and the tokenizer; empty for datasets, whose files are not at hand
     sources: dict[str, str] = field(default_factory=dict)  # each source with its hash, as DVC writes it
     scrubbed: dict[str, int] = field(default_factory=dict)  # how much personal data was taken out, by kind
+    longest_source_tokens: int = 0  # before `data.too_long` was applied
     from_cache: bool = False
 
     @property
@@ -69,16 +70,27 @@ class Prepared:
 
     @property
     def left_out(self) -> str:
-        """Say how many rows were left out or cut, and why; empty where none was."""
+        """Say how many rows were left out for other reasons than their length, and why; empty where none was."""
         counts = {
-            "too long and dropped": self.num_dropped_too_long,
-            "too long and cut": self.num_cut,
             "duplicates": self.num_duplicates,
             "held out too": self.num_leaks,
             "bad": self.num_bad,
         }
         found = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
         return f"; of the source: {found}" if found else ""
+
+    def too_long(self, limit_tokens: int) -> str:
+        """Warn of rows over `data.max_length_tokens`, and say what would keep them whole; empty where there are none."""
+        num_long = self.num_dropped_too_long + self.num_cut
+        if not num_long:
+            return ""
+        what_was_done = {"dropped": self.num_dropped_too_long, "cut": self.num_cut}
+        told = " and ".join(f"{count} {word}" for word, count in what_was_done.items() if count)
+        num_rows = self.num_train + self.num_heldout + self.num_dropped_too_long
+        why = f"{num_long} of {num_rows} conversations are over data.max_length_tokens={limit_tokens}: {told}"
+        return (
+            f"{why}; the longest has {self.longest_source_tokens} tokens. To keep all: data.max_length_tokens={self.longest_source_tokens}"
+        )
 
     def to_json(self) -> str:
         """Write the report; the folder is where the report lies."""
@@ -98,6 +110,7 @@ class Fitted:
     rows: list[TokenRow]
     num_dropped: int
     num_cut: int
+    longest_source_tokens: int
 
 
 def prepare(config: ChatbotConfig, model_folder: Path) -> Prepared:
@@ -185,9 +198,11 @@ def _tokens_key(conversation: Conversation) -> TokensKey:
 
 
 def _fit(conversations: list[Conversation], tokens: Tokens, config: DataConfig) -> Fitted:
-    fitted, num_cut = fit((tokens[_tokens_key(conversation)] for conversation in conversations), config)
+    source = [tokens[_tokens_key(conversation)] for conversation in conversations]
+    fitted, num_cut = fit(source, config)
     kept = [(conversation, row) for conversation, row in zip(conversations, fitted, strict=True) if row is not None]
-    return Fitted([conversation for conversation, _ in kept], [row for _, row in kept], len(fitted) - len(kept), num_cut)
+    longest = max(len(row.input_ids) for row in source)
+    return Fitted([conversation for conversation, _ in kept], [row for _, row in kept], len(fitted) - len(kept), num_cut, longest)
 
 
 def _report(name: str, source_key: str, sides: SplitResult, train: Fitted, heldout: Fitted, num_bad: int) -> Prepared:
@@ -207,6 +222,7 @@ def _report(name: str, source_key: str, sides: SplitResult, train: Fitted, heldo
         most_loss_tokens=max(row.num_loss_tokens for row in (*train.rows, *heldout.rows)),
         fingerprint=print_of_content,
         source_key=source_key,
+        longest_source_tokens=max(train.longest_source_tokens, heldout.longest_source_tokens),
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from typing import Annotated
 
 import typer
@@ -142,13 +141,13 @@ def create_key(
 @keys_app.command("list")
 def list_keys() -> None:
     """List the keys, without their secrets."""
-    from serve.keys import KeyFile
+    from serve.keys import KeyFile, day
 
     table = Table("name", "may use", "requests/min", "tokens/min", "made", "expires", "state", box=None, pad_edge=False)
     for key in KeyFile().read():
         state = "valid" if key.is_valid() else "revoked" if key.revoked else "expired"
         quotas = [str(limit or "") for limit in (key.rpm, key.tpm)]
-        table.add_row(key.name, ", ".join(key.models or ("all",)), *quotas, _day(key.created_s), _day(key.expires_s), state)
+        table.add_row(key.name, ", ".join(key.models or ("all",)), *quotas, day(key.created_s), day(key.expires_s), state)
     console.print(table if table.row_count else "no keys: on loopback, everyone may ask")
 
 
@@ -168,10 +167,6 @@ def parse_share(text: str) -> float:
     if not 0 < share < 1:
         raise RegistryError(f"{text!r} is no share", "a share is over 0 % and under 100 %", "--share 10%")
     return share
-
-
-def _day(moment_s: float | None) -> str:
-    return "" if moment_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(moment_s))
 
 
 if __name__ == "__main__":

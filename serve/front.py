@@ -84,17 +84,20 @@ class Front:
             return
         headers, path = dict(scope["headers"]), scope["path"]
         seen = Observed(request_id_of(headers.get(ID_HEADER, b"")), scope["method"], path if path in ROUTES else OTHER)
-        send = seen.follow(send)
+        to_client, send = send, seen.follow(send)
         try:
             await self._route(scope, receive, send, seen)
         except RefusedError as refusal:
             await send_json(send, refusal.status, error_body(path, refusal), refusal.headers)
         except Exception as error:
             log.exception("a request failed", extra={"fields": {"request_id": seen.request_id}})
-            if seen.status:
-                raise
             failure = RefusedError(500, f"the endpoint failed ({type(error).__name__}); its log says more", kind="server_error")
-            await send_json(send, failure.status, error_body(path, failure))
+            if not seen.status:
+                await send_json(send, failure.status, error_body(path, failure))
+            elif seen.is_streaming:  # straight to the client: what follows the answer may be what failed
+                await to_client({"type": "http.response.body", "body": PROTOCOLS[path].error_event(failure)})
+            else:  # a connection that breaks is all that can tell it now
+                raise
         finally:
             self.watch.end(seen)
 

@@ -8,6 +8,7 @@ import hashlib
 import secrets
 import time
 from contextlib import AbstractContextManager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,8 @@ class Key(BaseModel):
     created_s: float
     expires_s: float | None = None
     revoked: bool = False
+    revoked_s: float | None = None
+    """Since when; empty also for a key that was revoked before this was kept."""
 
     def is_valid(self) -> bool:
         """Whether it opens anything now."""
@@ -137,14 +140,18 @@ class KeyFile:
         """Close a key for good.
 
         Raises:
-            AccessError: No valid key has this name.
+            AccessError: No key has this name, or it was revoked before.
         """
         with self._locked():
             keys = self.read()
-            if not any(key.name == name and not key.revoked for key in keys):
-                known = ", ".join(key.name for key in keys if key.is_valid()) or "none"
-                raise AccessError(f"no key is named {name}", f"there are: {known}", "python -m serve keys list")
-            self._write([key.model_copy(update={"revoked": True}) if key.name == name else key for key in keys])
+            named = [key for key in keys if key.name == name]
+            if not named:
+                raise _no_key(name, [key.name for key in keys if not key.revoked])
+            if all(key.revoked for key in named):
+                since = f" on {day(named[-1].revoked_s)}" if named[-1].revoked_s else ""
+                raise AccessError(f"the key {name} was revoked{since} already", "it opens nothing any more", "python -m serve keys list")
+            closed = {"revoked": True, "revoked_s": time.time()}
+            self._write([key.model_copy(update=closed) if key.name == name and not key.revoked else key for key in keys])
 
     def _write(self, keys: list[Key]) -> None:
         write_text(self.file, STORED.dump_json(keys, indent=1).decode() + "\n", OWNER_ONLY)
@@ -156,6 +163,17 @@ class KeyFile:
 def is_operator(key: Key | None) -> bool:
     """Whether a key is the operator's own, which the cluster's own jobs show: what they ask is nobody's conversation."""
     return key is not None and key.name == OPERATOR
+
+
+def day(moment_s: float | None) -> str:
+    """Write a moment with its day, for people; nothing for none."""
+    return "" if moment_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(moment_s))
+
+
+def _no_key(name: str, known: list[str]) -> AccessError:
+    near = get_close_matches(name, known, n=1)
+    why = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
+    return AccessError(f"no key is named {name}", why, "python -m serve keys list")
 
 
 def _digest(secret: str) -> str:

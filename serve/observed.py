@@ -92,6 +92,11 @@ class Observed:
         self.status = self.status or CLIENT_LEFT
 
     @property
+    def is_streaming(self) -> bool:
+        """Whether a stream has begun, and not ended: its client still takes an event."""
+        return self.status == 200 and not self.is_whole and self.meter is not None and self.meter.is_stream
+
+    @property
     def duration_s(self) -> float:
         """From the request's arrival to the answer's end."""
         return self.ended_s - self.began_s

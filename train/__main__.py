@@ -46,9 +46,10 @@ def run(
     from train.job import train
 
     if promote:
-        from train.evaluate import require_served
+        from train.evaluate import require_measurable, require_served
 
         require_served(settings)  # before the training, and not after hours of it
+        require_measurable(settings)
     outcome = train(settings, _say, ProgressLines(), resume)
     if outcome.stop_reason:
         where = f"at step {int(outcome.metrics['step'])}" if outcome.metrics else "at once"

@@ -67,6 +67,8 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
     folder = ensure_model(config.model)
     data = prepare(config, folder)
     say(f"data {data.fingerprint}: {data.num_train} conversations to train on, {data.num_heldout} held out{data.left_out}")
+    if warning := data.too_long(config.data.max_length_tokens):
+        say(f"[yellow]warning[/] {warning}")
     base_fingerprint = model_fingerprint(folder)
     if earlier:
         earlier.require_same(data, base_fingerprint)

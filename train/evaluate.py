@@ -20,9 +20,9 @@ from data.formats import read_conversations
 from data.prepare import bad_rows_error, prepare
 from data.template import load_tokenizer
 from train.contenders import Contender, Desk, Measured, Say, spread, with_forgotten, with_sample
-from train.judge import Verdict
+from train.judge import Verdict, read_rubric
 from train.lm_tasks import require_lm_eval, run_tasks
-from train.scores import JUDGE, Interval, Sample, compare_all
+from train.scores import ACCURACY, JUDGE, Interval, Sample, compare_all
 
 SERVED_AS = {"none": "the base in full", "fp8": "the base in 8 bit (fp8)", "bitsandbytes": "the base in 4 bit (nf4)"}
 TRAINED_ON = {"none": "the base in full", "nf4": "the base in 4 bit (nf4)"}
@@ -115,6 +115,28 @@ def require_served(config: ChatbotConfig) -> ServedBase:
         why = f"it serves {', '.join(list(models)[:5]) or 'nothing that this key opens'}"
         raise RunError(f"{endpoint.address} does not serve {base}", why, "python -m serve CONFIG, with this chatbot's config")
     return ServedBase(endpoint, str(models[base].get("quantization", config.serve.quantization)))
+
+
+def require_measurable(config: ChatbotConfig) -> None:
+    """Find out before a training what its evaluation would fail at, and whether it has the questions that the gate's rules are about.
+
+    Which metrics need which settings is the schema's to say; here are those that need what lies in files.
+
+    Raises:
+        DataError: A file cannot be used, or no held-out conversation that is asked has the key strings that accuracy is about.
+        RunError: lm-eval is not installed.
+    """
+    require_lm_eval(config.evaluation.lm_eval_tasks)
+    if config.evaluation.judge.address:
+        read_rubric(config.evaluation.judge.rubric)
+    _general(config.evaluation.general)
+    if ACCURACY not in config.gate.metrics:
+        return
+    asked = spread(read_prepared(prepare(config, ensure_model(config.model)).heldout_file), config.evaluation.num_questions)
+    if not any(conversation.keys for conversation in asked):
+        why = f"it is about answers with the `keys` of their row, and none of the {len(asked)} held-out rows that are asked has any"
+        remedy = "give held-out rows `keys`, or leave the rule out: 'gate.metrics={exact: {minimum: 0.5}}'"
+        raise DataError("the gate's rule on accuracy cannot be checked", why, remedy)
 
 
 def _task_differences(own: dict[str, Interval], other: dict[str, Interval]) -> dict[str, Interval]:

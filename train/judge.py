@@ -64,7 +64,7 @@ def judge(
     assert config.model
     secret = Environment().judge_api_key
     endpoint = Endpoint(config.address, secret.get_secret_value() if secret else None)
-    rubric = _read_rubric(config.rubric)
+    rubric = read_rubric(config.rubric)
     pairs = list(zip(ours, theirs, strict=True))
     forth = [_task(rubric, one, one.text, other.text) for one, other in pairs]
     back = [_task(rubric, one, other.text, one.text) for one, other in pairs]
@@ -108,7 +108,12 @@ def _task(rubric: str, answer: Answer, first: str, second: str) -> list[dict[str
     return [{"role": "user", "content": text}]
 
 
-def _read_rubric(name: str) -> str:
+def read_rubric(name: str) -> str:
+    """Return what makes an answer better, in words.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
     file: Path = find_file(name)
     try:
         return file.read_text(encoding="utf-8").strip()

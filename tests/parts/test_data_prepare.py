@@ -126,10 +126,16 @@ def test_rows_that_the_template_refuses_are_bad_rows(tmp_path, source):
 def test_too_long_rows_are_dropped_or_cut_and_counted(tmp_path, source, home):
     rows = [*ROWS, chat("Hi", "long " * 100), chat("long " * 100, "Ho")]
     write_rows(source, rows)
-    for too_long, counts in (("drop", (2, 0, 20)), ("cut", (1, 1, 21))):
+    longest = run(tmp_path, source).longest_tokens
+    for too_long, counts, told in (("drop", (2, 0, 20), "2 dropped"), ("cut", (1, 1, 21), "1 dropped and 1 cut")):
         prepared = run(tmp_path, source, "data.max_length_tokens=120", f"data.too_long={too_long}")
         assert (prepared.num_dropped_too_long, prepared.num_cut, prepared.num_train + prepared.num_heldout) == counts
         assert prepared.longest_tokens <= 120
+        assert prepared.too_long(120) == (
+            f"2 of 22 conversations are over data.max_length_tokens=120: {told}; the longest has {longest} tokens. "
+            f"To keep all: data.max_length_tokens={longest}"
+        )
+    assert run(tmp_path, source, f"data.max_length_tokens={longest}").too_long(longest) == ""
     before = left_behind(home)
     with pytest.raises(DataError, match=r"(?s)nothing left to train on.*too long and dropped; the limit is 16 tokens.*max_length_tokens="):
         run(tmp_path, source, "data.max_length_tokens=16")
@@ -186,6 +192,7 @@ def test_command_line_prepares_inspects_and_synthesizes(tmp_path, config_file):
         (["prepare", str(config_file)], "bot-"),
         (["prepare", str(config_file), "data.heldout_share=0.5"], "bot-"),
         (["inspect", str(config_file), "--rows", "1"], "chats.jsonl:1: "),
+        (["prepare", str(config_file), "data.max_length_tokens=101", "data.too_long=cut"], "warning  10 of 20 conversations are over"),
         (
             ["synthesize", str(config_file), "data.split=group", "--out", str(tmp_path / "x.jsonl"), "--templates", "--per-fact", "2"],
             "18 of them new",

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from serve.front import LAST_WORDS
 from serve.keys import KeyFile
 from serve.last_words import EXTENSION
+from serve.protocols import PROTOCOLS
 from tests.helpers.front import ASKED, NOWHERE, PROMPT, Answer, chat, make_front, refused
 
 CLOSED = [
@@ -325,3 +327,29 @@ def test_only_a_stream_that_has_begun_is_guarded_with_the_words_of_its_route(pat
 
     asyncio.run(once())
     assert held == ([(200, 0, LAST_WORDS[path])] if is_held else []), "after its head, and before its first piece"
+
+
+def broken_off() -> Iterator[bytes]:
+    yield b"data: one\n\n"
+    raise KeyError("a secret of the prompt")
+
+
+@pytest.mark.parametrize("path", PROTOCOLS)
+def test_a_stream_that_fails_on_its_way_ends_with_an_error_of_its_route(path, ask, engine, observers, caplog):
+    engine.pieces, seen = broken_off(), []
+    observers.append(seen.append)
+    answer = ask("POST", path, {**ASKED, "max_tokens": 5})
+    assert (answer.status, answer.pieces[0], len(answer.pieces)) == (200, b"data: one\n\n", 2)
+    names, _, told = answer.pieces[1].decode().rpartition("data: ")
+    assert names == ("event: error\n" if PROTOCOLS[path].names_events else "")
+    assert json.loads(told)["error"]["message"] == "the endpoint failed (KeyError); its log says more"
+    assert not seen[0].is_whole, "the log says that it broke off"
+    assert [record.message for record in caplog.records if record.name == "tandem.api"] == ["a request failed"]
+
+
+def test_an_answer_that_should_come_whole_and_fails_on_its_way_breaks_off(ask, engine):
+    """An event would be taken for a piece of its JSON."""
+    engine.pieces = broken_off()
+    with pytest.raises(KeyError):
+        chat(ask, stream=False)
+    assert engine.answer.pieces == [b"data: one\n\n"]

@@ -11,7 +11,7 @@ from cluster.session import operator_key, token_file
 from configs.errors import AccessError
 from configs.schema import is_loopback
 from serve.__main__ import app
-from serve.keys import KeyFile
+from serve.keys import KeyFile, day
 
 
 @pytest.fixture
@@ -39,6 +39,9 @@ def test_a_name_is_taken_while_its_key_is_valid(keys):
     keys.revoke("alice")
     keys.create("alice")
     assert [key.revoked for key in keys.read()] == [True, False]
+    first_s = keys.read()[0].revoked_s
+    keys.revoke("alice")
+    assert keys.read()[0].revoked_s == first_s, "the first one's day stays"
 
 
 @pytest.mark.parametrize(("name", "models"), [("", None), ("a b", None), ("a" * 65, None), ("alice", [""]), ("alice", ["a b"])])
@@ -56,6 +59,20 @@ def test_no_model_is_not_every_model(keys):
 def test_a_key_that_is_not_there_cannot_be_revoked(keys):
     keys.create("alice")
     with pytest.raises(AccessError, match="there are: alice"):
+        keys.revoke("bob")
+    with pytest.raises(AccessError, match=r"did you mean alice\?"):
+        keys.revoke("alcie")
+
+
+def test_a_key_that_was_revoked_before_is_told_with_its_day(keys, command):
+    keys.create("alice")
+    keys.revoke("alice")
+    (revoked,) = keys.read()
+    done = command("serve", "keys", "revoke", "alice")
+    assert done.status == 2
+    assert f"the key alice was revoked on {day(revoked.revoked_s)} already" in done.err
+    write_text(keys.file, json.dumps([{"name": "bob", "sha256": "0" * 64, "created_s": 1, "revoked": True}]))
+    with pytest.raises(AccessError, match="the key bob was revoked already"):  # before its day was kept
         keys.revoke("bob")
 
 
