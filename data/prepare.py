@@ -201,7 +201,7 @@ def _fit(conversations: list[Conversation], tokens: Tokens, config: DataConfig) 
     source = [tokens[_tokens_key(conversation)] for conversation in conversations]
     fitted, num_cut = fit(source, config)
     kept = [(conversation, row) for conversation, row in zip(conversations, fitted, strict=True) if row is not None]
-    longest = max(len(row.input_ids) for row in source)
+    longest = max((len(row.input_ids) for row in source), default=0)
     return Fitted([conversation for conversation, _ in kept], [row for _, row in kept], len(fitted) - len(kept), num_cut, longest)
 
 
