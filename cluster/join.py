@@ -6,7 +6,8 @@ Knows what a joined machine has of its own: cards, home folder, logs. Does not k
 import platform
 import re
 import socket
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from configs.errors import ClusterError
 from configs.schema import Environment, MachineConfig, is_loopback
 
 Introduction = Mapping[str, Any]
+Part = tuple[str, list[str], dict[str, str]]
 ASK_TIMEOUT_S = 15.0
 
 
@@ -177,16 +179,13 @@ def _start(session: Session, machine: MachineConfig, cards: list[Card], told: In
     before = {raylet["nodeId"] for raylet in alive_raylets(session)}  # those of a machine that was lost are thought alive for a while
     haproxy = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5"} if session.has_haproxy else {}
     shared = {**session.environment(), **stack_environment(machine), **haproxy}
-    parts = [raylet_part(machine, card, ["--address", session.ray_address]) for card in cards]
-    if told["mlflow_url"]:
-        parts.insert(0, (GATE, gate_command(LOOPBACK, _port(session.mlflow_url), f"http://{session.head}", "window"), {}))
 
     def has_joined(joining: Session) -> bool:
         started = {process.name for process in joining.processes} & {card.name for card in cards}
         return started <= {raylet.get("labels", {}).get("card") for raylet in alive_raylets(joining) if raylet["nodeId"] not in before}
 
     try:
-        for name, command, extra in parts:
+        for name, command, extra in _commands(session, machine, cards, told):
             say(f"starting {name}")
             session = replace(session, processes=(*session.processes, spawn(name, command, {**shared, **extra})))
             keep_session(session)
@@ -196,6 +195,15 @@ def _start(session: Session, machine: MachineConfig, cards: list[Card], told: In
     except BaseException:
         end(session)
         raise
+
+
+def _commands(session: Session, machine: MachineConfig, cards: list[Card], told: Introduction) -> Iterator[Part]:
+    """Yield name, command and extra environment of each process, in the order of their start."""
+    if told["mlflow_url"]:
+        yield GATE, gate_command(LOOPBACK, _port(session.mlflow_url), f"http://{session.head}", "window"), {}
+    for card in cards:
+        name, command, extra = raylet_part(machine, card, ["--address", session.ray_address])
+        yield name, [sys.executable, "-m", "cluster.rejoin", session.head, *command], extra
 
 
 def _port(url: str) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import TypeAdapter, ValidationError
 
 from cluster.home import home_folder, log_folder, write_text
 from cluster.placement import HEAD
@@ -115,13 +116,21 @@ def _made_from_token(purpose: bytes, token: Path | None = None) -> str | None:
 
 
 def read_session() -> Session | None:
-    """Return the session that `up` left, running or not."""
+    """Return the session that `up` left, running or not.
+
+    Raises:
+        ClusterError: Its file is spoilt.
+    """
     file = home_folder() / "cluster.json"
     if not file.is_file():
         return None
-    values = json.loads(file.read_text())
-    values["processes"] = tuple(Process(**process) for process in values["processes"])
-    return Session(**{**values, "cards": tuple(values["cards"])})
+    try:
+        return TypeAdapter(Session).validate_json(file.read_bytes())
+    except (ValidationError, OSError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ") if first else str(error)
+        remedy = "python -m cluster down, which ends what `up` or `join` started all the same, and forgets it"
+        raise ClusterError("the record of the cluster cannot be read", f"{file}: {found}", remedy) from None
 
 
 def keep_session(session: Session) -> None:

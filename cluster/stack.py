@@ -27,7 +27,7 @@ from cluster.home import BYTES_PER_GIB, home_folder, log_folder, require_disk, w
 from cluster.kuberay import head_arguments, pod_environment
 from cluster.limits import memory_bytes, num_cpus
 from cluster.placement import HEAD
-from cluster.processes import Process, free_port, port_owner, quiet_port, send_signal
+from cluster.processes import Process, find_shells, free_port, port_owner, quiet_port, send_signal
 from cluster.session import (
     ARBITER,
     GATE,
@@ -135,7 +135,10 @@ def _restart_arbiter(session: Session) -> Session:
 def stop() -> int:
     """End what `up` started, and nothing else; return the number of processes that were ended."""
     with session_lock():
-        session = read_session()
+        try:
+            session = read_session()
+        except ClusterError:  # its file is spoilt, and the processes say themselves whose they are
+            session = Session(find_shells(KEEP), (), "", "", "")
         forget_wish()
         return end(session) if session else 0
 

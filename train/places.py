@@ -3,12 +3,18 @@
 Knows the storage and Ray's checkpoints. Does not know what is in them.
 """
 
+import os
+import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cluster.home import home_folder, new_folder
 from cluster.storage import exists, get, has_any, put
 from configs.errors import DataError
+
+FETCHED_KEPT_S = 24 * 3600.0  # whoever fetches a checkpoint has registered it, or failed, within minutes
 
 
 def runs_place(storage: str, kind: str = "runs") -> str:
@@ -46,8 +52,14 @@ def fetch_data(storage: str, name: str) -> Path:
 
 
 def on_disk(checkpoint: Any) -> Path:
-    """Return the folder of one of Ray's checkpoints, fetched where it lies behind a URL."""
+    """Return the folder of one of Ray's checkpoints, fetched where it lies behind a URL: for as long as it takes to register it."""
     if checkpoint.filesystem.type_name == "local":
         return Path(checkpoint.path)
     target = home_folder() / "fetched" / "-".join(Path(checkpoint.path).parts[-2:])
+    target.mkdir(parents=True, exist_ok=True)
+    os.utime(target)  # one that is fetched again is in use again
+    for folder in target.parent.iterdir():
+        with suppress(FileNotFoundError):  # another run clears up too
+            if time.time() - folder.stat().st_mtime > FETCHED_KEPT_S:
+                shutil.rmtree(folder)
     return Path(checkpoint.to_directory(str(target)))

@@ -6,14 +6,12 @@ Knows Ray Tune's results. Does not know where they are written.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from configs.errors import last_lines
 from configs.schema import SweepConfig
-from train.places import on_disk
 from tune.looks import REASON, Looks
 from tune.record import trial_number
 
@@ -30,8 +28,8 @@ class Row:
     looks: Looks
     score: float | None = None
     reason: str | None = None
-    checkpoint: Path | None = None
-    """The checkpoint of the best score."""
+    checkpoint: Any = None
+    """Ray's checkpoint of the best score, wherever it lies; None where there is none."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """What was reported with it."""
 
@@ -74,7 +72,7 @@ def _row(trial: Any, result: Any, sweep: SweepConfig) -> Row:
     score = choose((look[sweep.metric] for look in looks if math.isfinite(look[sweep.metric])), default=None)
     if looks and score is None and not reason:
         reason = f"it diverged: its {sweep.metric} was {looks[-1][sweep.metric]} at every look"
-    return Row(str(trial), trial.config["settings"], looks, score, reason, on_disk(checkpoint) if checkpoint else None, found)
+    return Row(str(trial), trial.config["settings"], looks, score, reason, checkpoint, found)
 
 
 def best_row(rows: Sequence[Row], sweep: SweepConfig) -> Row | None:

@@ -17,7 +17,7 @@ from configs.errors import RunError
 from configs.schema import ChatbotConfig, SweepConfig
 from train.driver import ASKED, Say, Start, count_cards, make_ready, on_record
 from train.job import make_manifest
-from train.places import runs_place, send_data
+from train.places import on_disk, runs_place, send_data
 from train.record import CONFIG_FILE, FINISHED, SWEEP, Record
 from train.sizing import size_prepared
 from tune.outcome import Row, best_row, read_rows, summary
@@ -181,14 +181,15 @@ def _conclude(start: Start, record: Record, rows: tuple[Row, ...]) -> Outcome:
     draw(folder, rows, config.tune)
     write_summary(registry.client, record.run_id, folder, rows, figures)
     run_ids = close_trials(registry.client, record.run_id, rows)
-    if best is None or best.checkpoint is None:
+    if best is None:
         reasons = "\n".join(f"  trial {row.number}: {row.reason}" for row in rows if row.reason)
         raise RunError(
             "no trial came to a score", reasons or "the budget ended before the first look", "mend the reasons, or widen tune.budget"
         )
     settings, run_id = trial_config(config, best.settings, start.data.num_train), run_ids[best.name]
     Record(registry.client, run_id).attach(CONFIG_FILE, settings.model_dump_json(indent=2))
-    manifest = make_manifest(replace(start, config=settings), run_id, best.checkpoint, best.metrics)
-    made = registry.of_run(run_id) or registry.register(manifest, best.checkpoint)  # a driver may have been killed then
+    checkpoint = on_disk(best.checkpoint)
+    manifest = make_manifest(replace(start, config=settings), run_id, checkpoint, best.metrics)
+    made = registry.of_run(run_id) or registry.register(manifest, checkpoint)  # a driver may have been killed then
     version = registry.nominate(made.name)
     return Outcome(record.run_id, config.tune, rows, best, version, figures, folder)

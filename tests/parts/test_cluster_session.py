@@ -157,6 +157,46 @@ def test_the_session_file_comes_back_as_it_was(home):
     assert require_session() == session
 
 
+SPOILT = {
+    "cut short": lambda whole: whole[: len(whole) // 2],
+    "empty": lambda whole: b"",
+    "no text": lambda whole: b"\xff\xfe\x00",
+    "a list": lambda whole: b"[]",
+    "null": lambda whole: b"null",
+    "other fields": lambda whole: b'{"processes": [], "pid": 7}',
+    "a process that is none": lambda whole: whole.replace(b'"pid": 999999', b'"pid": "card0"'),
+    "cards that are none": lambda whole: whole.replace(b'"cards": [', b'"cards": [7, '),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+def test_a_session_file_that_is_spoilt_is_one_clear_error_everywhere_and_down_forgets_it(spoil, home, command):
+    keep(home, session_of(Process("card0", 999999, 1.0)))
+    file = home / "cluster.json"
+    file.write_bytes(spoil(file.read_bytes()))
+    for words in (["up"], ["status"], ["leave"], ["healthy"], ["queue"]):
+        refused = command("cluster", *words)
+        assert (refused.status, refused.out) == (2, "")
+        assert refused.err.startswith(f"error: the record of the cluster cannot be read\n{file}: ")
+        assert "Try: python -m cluster down, which" in refused.err
+    assert command("serve", "status").status == command("train", str(ROOT / "configs" / "helpdesk.yaml")).status == 2
+    assert command("cluster", "down").status == 0
+    assert not file.exists()
+
+
+def test_down_finds_what_up_started_without_its_record(home, command):
+    ours, others = (spawn("kept", ["sleep", "60"], {"TANDEM_HOME": str(place)}) for place in (home, home.with_name("another")))
+    try:
+        (home / "cluster.json").write_text("{")
+        while not all(psutil.Process(shell.pid).children() for shell in (ours, others)):
+            time.sleep(0.01)
+        assert command("cluster", "down").out == "down  2 processes ended\n"
+        assert (ours.running(), bool(others.running())) == (None, True)
+    finally:
+        for member in (*ours.family(), *others.family()):
+            member.kill()
+
+
 def test_processes_that_ended_are_missing(home):
     session = session_of(Process("mlflow", os.getpid(), own_start()), ended_child())
     assert session.missing() == ["card0"]

@@ -1,10 +1,16 @@
 """The place that every machine reaches, through pyarrow's own file systems: a folder, and a URL."""
 
+import os
+import time
+from pathlib import Path
+
 import pytest
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+from ray.train import Checkpoint
 
 from cluster.storage import exists, get, has_any, mark, put, reaches
 from configs.errors import ClusterError, DataError
-from train.places import fetch_data, has_checkpoint, runs_place, send_data
+from train.places import FETCHED_KEPT_S, fetch_data, has_checkpoint, on_disk, runs_place, send_data
 
 
 @pytest.fixture(params=["folder", "url"])
@@ -80,6 +86,26 @@ def test_another_machine_fetches_a_runs_data_once(home, storage, tmp_path):
     assert fetched == home / "data" / "bot-1"
     assert (fetched / "train.jsonl").read_text() == "{}\n"
     assert fetch_data("", "bot-1") == fetched
+
+
+def test_a_checkpoint_behind_a_url_is_fetched_and_those_of_another_day_are_gone(home, tmp_path):
+    bucket = tmp_path / "bucket"
+    for name in ("run/checkpoint_1", "run/checkpoint_2", "other/checkpoint_1"):
+        (bucket / name).mkdir(parents=True)
+        (bucket / name / "adapter_config.json").write_text(name)
+
+    def fetch(name: str) -> Path:
+        return on_disk(Checkpoint(name, SubTreeFileSystem(str(bucket), LocalFileSystem())))
+
+    first, second = fetch("run/checkpoint_1"), fetch("run/checkpoint_2")
+    assert (first.parent, first.name) == (home / "fetched", "run-checkpoint_1")
+    assert (second / "adapter_config.json").read_text() == "run/checkpoint_2"
+    for folder in (first, second):
+        os.utime(folder, (0, time.time() - FETCHED_KEPT_S - 60))
+    assert fetch("run/checkpoint_1") == first, "a run that goes on fetches its own again"
+    other = fetch("other/checkpoint_1")
+    assert sorted(folder.name for folder in (home / "fetched").iterdir()) == sorted((first.name, other.name))
+    assert (first / "adapter_config.json").read_text() == "run/checkpoint_1"
 
 
 def test_a_storage_that_does_not_answer_is_told_and_hides_no_other_failure(storage, tmp_path):

@@ -150,8 +150,16 @@ def test_a_handover_is_told_with_its_reason(line):
     assert line.handovers(1) == [(6, "card0", f"job {number} is asked to leave", "chat wants card0 back")]
 
 
-def test_a_file_that_is_no_queue_is_one_clear_error(home):
+@pytest.mark.parametrize("is_cut", [False, True], ids=["another file", "cut short"])
+def test_a_file_that_is_no_queue_is_one_clear_error(is_cut, home, command):
     home.mkdir(parents=True, exist_ok=True)
-    (home / "queue.db").write_text("not a database" * 100)
-    with pytest.raises(ClusterError, match=r"queue.db: file is not a database"):
-        Queue()
+    with Queue() as line:
+        submit(line)
+    file = home / "queue.db"
+    file.write_bytes(file.read_bytes()[:6000] if is_cut else b"not a database" * 100)
+    for words in (["queue"], ["cancel", "1"], ["move", "1", "--priority", "2"]):
+        refused = command("cluster", *words)
+        assert (refused.status, refused.out) == (2, "")
+        assert refused.err.startswith(f"error: the queue cannot be read or written\n{file}: ")
+        assert "python -m cluster down, and move it away" in refused.err
+    assert command("cluster", "down").status == 0

@@ -1,6 +1,8 @@
 """What a machine checks before it joins: address, name, code; and what is refused on one that did."""
 
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from http.server import ThreadingHTTPServer
 
@@ -9,17 +11,19 @@ import pytest
 
 from cluster.activity import note_quiet, read_quiet_s
 from cluster.arbiter import GONE_S, Arbiter, Driver, Sight
+from cluster.home import write_text
 from cluster.job_queue import NewJob, Queue
+from cluster.join import _commands as _joined_commands
 from cluster.join import ask_head, head_gate, host_name, join, own_address, own_cards
 from cluster.kuberay import START_COMMAND
 from cluster.machines import remember, with_lost
 from cluster.processes import free_port
 from cluster.rule import Card, Chat
-from cluster.session import joined_cards, keep_session, known_cards, read_session, require_session
-from cluster.stack import _commands, bring_token, stack_environment, start
-from cluster.versions import read_versions, require_alike
+from cluster.session import Session, joined_cards, keep_session, known_cards, read_session, require_session
+from cluster.stack import RAY_START, _commands, bring_token, stack_environment, start
+from cluster.versions import CHANGED, git_commit, read_versions, require_alike
 from configs.errors import ClusterError, ConfigError
-from configs.loader import load_machine
+from configs.loader import ROOT, load_machine
 from configs.schema import LendingConfig, MachineConfig
 from tests.helpers.json_door import JsonDoor, listening
 
@@ -70,6 +74,34 @@ def test_other_code_than_the_heads_is_refused_with_every_difference():
     with pytest.raises(ClusterError, match="other code") as refused:
         require_alike({**here, "ray": "1.0", "commit": "abc"}, here)
     assert refused.value.why.splitlines() == [f"  commit: abc there, {here['commit']} here", f"  ray: 1.0 there, {here['ray']} here"]
+
+
+@pytest.mark.parametrize(
+    ("of_head", "ready", "told"),
+    [
+        ({}, True, ""),
+        ({"commit": f"{git_commit().removesuffix(CHANGED)}{CHANGED}"}, True, ""),
+        ({"commit": "abc", "ray": "1.0"}, True, "this machine has other code than the head\n  commit: abc there, "),
+        ({}, False, "the head is not up yet"),
+    ],
+    ids=["as it was", "a file was edited", "upgraded", "still starting"],
+)
+def test_a_card_that_comes_back_is_held_against_the_head_again(of_head, ready, told, home):
+    write_text(home / "ray_token", TOKEN)
+
+    class Head(JsonDoor):
+        def do_GET(self) -> None:
+            self.send_json(200, {"ready": ready, "versions": {**read_versions(), **of_head}})
+
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Head)) as address:
+        session = Session((), (), "127.0.0.1:9", "http://127.0.0.1:9", "http://127.0.0.1:9", head=address.removeprefix("http://"))
+        [(name, command, _)] = _joined_commands(session, MachineConfig(), own_cards(MachineConfig(name="desk"))[:1], {"mlflow_url": None})
+        assert (name, command[4 : 4 + len(RAY_START)]) == ("desk-card0", RAY_START)
+        instead = [*command[:4], sys.executable, "-c", "print('begun')"]
+        ended = subprocess.run(instead, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == ((2, "") if told else (0, "begun\n"))
+    assert ended.stderr.startswith(f"error: {told}" if told else "")
+    assert "Traceback" not in ended.stderr
 
 
 def test_without_a_token_nobody_joins_and_one_in_the_environment_is_kept(home, monkeypatch):

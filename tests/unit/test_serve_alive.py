@@ -1,12 +1,15 @@
 """A front whose engine dies: who asks is told to try again, and an answer that had begun is left as it is."""
 
 import asyncio
+import json
 import subprocess
 import sys
 
 import pytest
 
 from serve.alive import Alive
+from serve.observed import Observed
+from tests.helpers.front import BASE, QUESTION, Answer, make_front
 
 SCOPE = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
 WORDS = """
@@ -48,6 +51,24 @@ def ask(answers: list[int], deaths: list[bool]) -> list[int]:
 )
 def test_a_dead_engine_is_503(answers, deaths, status):
     assert ask(answers, deaths) == [status]
+
+
+@pytest.mark.parametrize("deaths", [[True], [False, True]], ids=["it had died", "it dies meanwhile"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/health"])
+def test_the_front_sees_the_refusal_that_the_client_gets(path, deaths, shelf, keys):
+    async def app(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"its own"})
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": json.dumps({"model": BASE.name, "messages": [QUESTION]}).encode()}
+
+    told, found, answer = iter(deaths), list[Observed](), Answer()
+    front = make_front(Alive(app, lambda: next(told)), shelf, keys)
+    front.watch.observers.append(found.append)
+    asyncio.run(front({**SCOPE, "path": path, "method": "GET" if path == "/health" else "POST"}, receive, answer.send))
+    assert (answer.status, answer.headers[b"retry-after"], answer.json["error"]["type"]) == (503, b"1", "service_unavailable")
+    assert [(seen.status, seen.route, seen.is_whole) for seen in found] == [(503, path, True)]
 
 
 def test_a_replica_ends_with_its_engine_after_its_last_words():
