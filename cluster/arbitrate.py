@@ -17,10 +17,10 @@ from cluster.exporter import Exporter, serve_metrics
 from cluster.home import home_folder
 from cluster.job_queue import STANDING, Queue
 from cluster.logs import SYSTEM, set_up, streams
+from cluster.parts import ray_folder
 from cluster.ray_ground import RayGround
 from cluster.sampler import Sampler
 from cluster.session import Session, read_session
-from cluster.stack import ray_folder
 from configs.errors import TandemError
 from configs.schema import MachineConfig
 

@@ -16,8 +16,9 @@ from contextlib import contextmanager, suppress
 from cluster.home import home_folder
 from cluster.join import head_gate, join
 from cluster.kuberay import HEAD_ADDRESS
+from cluster.parts import mlflow_command
 from cluster.session import Session, answers, read_session
-from cluster.stack import alive_raylets, end, mlflow_command, session_lock, start
+from cluster.stack import alive_raylets, end, session_lock, start
 from configs.errors import ClusterError
 from configs.schema import MachineConfig
 

@@ -19,6 +19,7 @@ from cluster.cards import Card, find_cards
 from cluster.gate import INTRODUCTION
 from cluster.home import require_disk
 from cluster.kuberay import lasting
+from cluster.parts import LOOPBACK, Part, gate_command, raylet_part, stack_environment
 from cluster.placement import HEAD
 from cluster.processes import port_owner
 from cluster.session import (
@@ -31,26 +32,13 @@ from cluster.session import (
     require_same,
     token_file,
 )
-from cluster.stack import (
-    LOOPBACK,
-    alive_raylets,
-    bring_token,
-    end,
-    gate_command,
-    made_ready,
-    raylet_part,
-    session_lock,
-    spawn,
-    stack_environment,
-    wait_until,
-)
+from cluster.stack import alive_raylets, bring_token, end, made_ready, session_lock, spawn, wait_until
 from cluster.storage import reaches
 from cluster.versions import read_versions, require_alike
 from configs.errors import ClusterError
 from configs.schema import Environment, MachineConfig, is_loopback
 
 Introduction = Mapping[str, Any]
-Part = tuple[str, list[str], dict[str, str]]
 ASK_TIMEOUT_S = 15.0
 
 
@@ -185,7 +173,7 @@ def _start(session: Session, machine: MachineConfig, cards: list[Card], told: In
         return started <= {raylet.get("labels", {}).get("card") for raylet in alive_raylets(joining) if raylet["nodeId"] not in before}
 
     try:
-        for name, command, extra in _commands(session, machine, cards, told):
+        for name, command, extra in joined_parts(session, machine, cards, told):
             say(f"starting {name}")
             session = replace(session, processes=(*session.processes, spawn(name, command, {**shared, **extra})))
             keep_session(session)
@@ -197,8 +185,8 @@ def _start(session: Session, machine: MachineConfig, cards: list[Card], told: In
         raise
 
 
-def _commands(session: Session, machine: MachineConfig, cards: list[Card], told: Introduction) -> Iterator[Part]:
-    """Yield name, command and extra environment of each process, in the order of their start."""
+def joined_parts(session: Session, machine: MachineConfig, cards: list[Card], told: Introduction) -> Iterator[Part]:
+    """Yield the parts of a machine that joins, in the order of their start."""
     if told["mlflow_url"]:
         yield GATE, gate_command(LOOPBACK, _port(session.mlflow_url), f"http://{session.head}", "window"), {}
     for card in cards:

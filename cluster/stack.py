@@ -1,20 +1,17 @@
 """The stack on this machine: one raylet for each card, and MLflow; started and ended.
 
-Knows what is started how. Does not know what runs on the cards.
+Knows the order of things, and how a process is kept alive. Does not know what runs on the cards.
 """
 
-import json
 import os
 import secrets
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,11 +20,10 @@ import psutil
 from cluster.cards import Card, find_cards
 from cluster.chat_wish import forget_wish
 from cluster.haproxy import proxy_environment
-from cluster.home import BYTES_PER_GIB, home_folder, log_folder, require_disk, write_text
-from cluster.kuberay import head_arguments, pod_environment
-from cluster.limits import memory_bytes, num_cpus
+from cluster.home import home_folder, log_folder, require_disk, write_text
+from cluster.parts import ARBITER_COMMAND, LOOPBACK, parts_of, ray_folder, stack_environment
 from cluster.placement import HEAD
-from cluster.processes import Process, find_shells, free_port, port_owner, quiet_port, send_signal
+from cluster.processes import Process, find_shells, port_owner, send_signal
 from cluster.session import (
     ARBITER,
     GATE,
@@ -57,9 +53,6 @@ while sleep $pause; do
     if [ $(($(date +%s) - began)) -ge 30 ]; then pause=1; elif [ $pause -lt 30 ]; then pause=$((pause * 2)); fi
 done
 """.replace("PYTHON", shlex.quote(sys.executable))
-RAY_START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
-LOOPBACK = "127.0.0.1"
-ARBITER_COMMAND = [sys.executable, "-m", "cluster.arbitrate"]
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 5
 MIN_TOKEN_LETTERS = 32
@@ -101,7 +94,7 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
         session = replace(_plan(machine, cards), has_haproxy=bool(proxy))
         shared = {**session.environment(), **stack_environment(machine), **proxy}
         try:
-            for name, command, extra in _commands(machine, cards, session):
+            for name, command, extra in parts_of(machine, cards, session):
                 say(f"starting {name}")
                 process = spawn(name, command, {**shared, **extra})
                 session = replace(session, processes=(*session.processes, process))
@@ -185,130 +178,6 @@ def _plan(machine: MachineConfig, cards: list[Card]) -> Session:
         machine=machine.model_dump(mode="json"),
         ready=False,
     )
-
-
-def _commands(machine: MachineConfig, cards: list[Card], session: Session) -> Iterator[tuple[str, list[str], dict[str, str]]]:
-    """Yield name, command and extra environment of each process, in the order of their start."""
-    if not Environment().mlflow_tracking_uri:
-        yield MLFLOW, *mlflow_command(LOOPBACK, machine.mlflow_port)
-    head = ["--head", "--port", str(machine.ray_port), "--dashboard-host", machine.listen_host]
-    head += ["--dashboard-port", str(machine.dashboard_port), "--temp-dir", str(ray_folder()), *head_arguments()]
-    if not cards:
-        yield HEAD, [*RAY_START, *head, *_bare_arguments(machine)], {"CUDA_VISIBLE_DEVICES": ""}
-    for number, card in enumerate(cards):
-        yield raylet_part(machine, card, head if number == 0 else ["--address", session.ray_address])
-    yield ARBITER, ARBITER_COMMAND, {}
-    if not is_loopback(machine.listen_host):
-        target = "" if Environment().mlflow_tracking_uri else session.mlflow_url
-        yield GATE, gate_command(machine.listen_host, machine.mlflow_port, target, "door"), {}
-
-
-def mlflow_command(host: str, port: int) -> tuple[list[str], dict[str, str]]:
-    """Return the command of MLflow on this home folder, and its environment; artifacts are named by paths inside that folder alone."""
-    folder = home_folder() / "mlflow"
-    folder.mkdir(exist_ok=True)
-    server = ["server", "--host", host, "--port", str(port), "--workers", "1"]
-    stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
-    return [sys.executable, "-m", "mlflow", *server, *stores], {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-
-
-def gate_command(host: str, port: int, target: str, end: str) -> list[str]:
-    """Return the command of one end of the way from joined machines to MLflow."""
-    return [sys.executable, "-m", "cluster.gate", host, str(port), target, end]
-
-
-def raylet_part(machine: MachineConfig, card: Card, role: list[str]) -> tuple[str, list[str], dict[str, str]]:
-    """Return name, command and extra environment of a card's raylet."""
-    # nvidia-smi counts by bus, CUDA by speed unless told: with two kinds of GPU the cards would swap.
-    extra = {"CUDA_VISIBLE_DEVICES": card.gpu.index if card.gpu else "", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    return card.name, [*RAY_START, *role, *_raylet_arguments(machine, card)], extra
-
-
-def _raylet_arguments(machine: MachineConfig, card: Card) -> list[str]:
-    """Return the arguments that give a raylet its card and nothing else. One job at a time owns the resource `card`."""
-    return [
-        "--labels", ",".join(f"{key}={value}" for key, value in card.labels.items()),
-        "--resources", json.dumps({"card": 1}),
-        "--num-cpus", str(card.num_cpus),
-        "--num-gpus", "1" if card.gpu else "0",
-        "--memory", str(int(card.memory_gib * BYTES_PER_GIB)) if not card.gpu else str(memory_bytes() // 2),
-        *_common_arguments(machine),
-    ]  # fmt: skip
-
-
-def _bare_arguments(machine: MachineConfig) -> list[str]:
-    """Return the arguments of a head without a card: drivers and Ray's own actors run there."""
-    return ["--labels", f"machine={HEAD}", "--num-cpus", str(num_cpus()), "--num-gpus", "0", *_common_arguments(machine)]
-
-
-def _common_arguments(machine: MachineConfig) -> list[str]:
-    return [
-        "--node-ip-address", machine.listen_host,
-        "--object-store-memory", str(int(machine.object_store_gib * BYTES_PER_GIB)),
-        "--dashboard-agent-listen-port", str(free_port()),
-        "--ray-client-server-port", str(free_port()),
-        "--include-log-monitor", "false",  # it sends workers' logs to drivers, and ours want none (log_to_driver=False)
-        "--disable-usage-stats",
-    ]  # fmt: skip
-
-
-def ray_folder() -> Path:
-    """Return where Ray keeps sockets and logs: in /tmp, since a socket's path may have only 107 letters."""
-    from hashlib import sha256
-
-    return Path(tempfile.gettempdir()) / f"tandem-{sha256(str(home_folder()).encode()).hexdigest()[:8]}"
-
-
-def stack_environment(machine: MachineConfig) -> dict[str, str]:
-    """Return what jobs and replicas inherit from their raylet."""
-    return {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "TANDEM_CHECKOUT": str(ROOT),
-        "RAY_JOB_STOP_WAIT_TIME_S": str(machine.job_stop_wait_s),
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
-        "RAY_prestart_worker_first_driver": "0",
-        **_idle_environment(),
-        **_interface_environment(machine.listen_host),
-        # Ray's own are the same for every cluster of a machine: the second would show the first one's metrics.
-        **{name: str(quiet_port()) for name in ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT")},
-        # A replica answers in the loop that its requests come in: no streamed token goes from one thread to another.
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        # What Serve's own proxy is wrapped in; a replica asks for it too, and is told otherwise by `serve.app`.
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
-        "RAY_worker_niceness": "0",  # Ray's default starves its workers beside anything else on a small machine
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        **pod_environment(),
-    }
-
-
-def _interface_environment(host: str) -> dict[str, str]:
-    """Return by which interface workers of one run talk: else they take that of the host's name, which is loopback on many a machine."""
-    if is_loopback(host):
-        return {}
-    addresses = psutil.net_if_addrs().items()
-    interface = next((name for name, found in addresses if any(entry.address.partition("%")[0] == host for entry in found)), None)
-    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
-
-
-def _idle_environment() -> dict[str, str]:
-    """Return what lets a cluster without work leave the cores alone: Ray's defaults are meant for large machines that are busy."""
-    return {
-        # Serve's controller looks for what is to be done; replicas answer without it. At 0.1 s it takes 3 % of a core.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-        # Each card's agent reads CPU, memory and GPU of every process, and the dashboard its own, for its pages and Prometheus.
-        "REPORTER_UPDATE_INTERVAL_MS": "15000",
-        "METRICS_RECORD_INTERVAL_S": "30",
-        # Every process sends its counters to its card's agent, which keeps them for Prometheus.
-        "RAY_metrics_report_interval_ms": "30000",
-        # A card whose head was killed waits no longer for it than the new one takes to come.
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
-        # Agents look whether their raylet lives: five times in vain, and they end. `down` does not wait for that.
-        "RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S": "1",
-    }
 
 
 def spawn(name: str, command: list[str], extra: Mapping[str, str]) -> Process:

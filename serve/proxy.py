@@ -1,6 +1,6 @@
 """What Ray Serve's own proxy says to a client whose engine has died, where the proxy itself would say nothing.
 
-Pure ASGI, around the proxy; Serve asks for it by the name that `cluster.stack` gives it. Knows HTTP and the shapes of errors. Does not
+Pure ASGI, around the proxy; Serve asks for it by the name that `cluster.parts` gives it. Knows HTTP and the shapes of errors. Does not
 know the engine. Behind HAProxy streams are ended by `serve.last_words`.
 """
 

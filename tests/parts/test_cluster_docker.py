@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.stack import ray_folder
+from cluster.parts import ray_folder
 from configs.loader import ROOT, load_machine
 from tests.helpers.containers import DOCKER, image_environment, read_services
 

@@ -19,9 +19,10 @@ import pytest
 
 from cluster.cards import find_cards
 from cluster.home import write_text
+from cluster.parts import parts_of
 from cluster.processes import Process, port_owner
 from cluster.session import ARBITER, Session, answers, read_session, require_session, token_file, write_exports
-from cluster.stack import _commands, _require_free_ports, spawn, start, stop
+from cluster.stack import _require_free_ports, spawn, start, stop
 from configs.errors import ClusterError
 from configs.loader import ROOT
 from configs.schema import MachineConfig
@@ -373,7 +374,7 @@ def test_a_shell_with_the_exports_can_start_the_next_cluster(home):
 
 def test_each_card_sees_the_gpu_that_nvidia_smi_numbered():
     cards = find_cards(MachineConfig(), [LARGE, SMALL])
-    extras = {name: extra for name, _, extra in _commands(MachineConfig(), cards, session_of())}
+    extras = {name: extra for name, _, extra in parts_of(MachineConfig(), cards, session_of())}
     assert [extras[card.name]["CUDA_VISIBLE_DEVICES"] for card in cards] == [SMALL.index, LARGE.index]
     assert {extras[card.name]["CUDA_DEVICE_ORDER"] for card in cards} == {"PCI_BUS_ID"}
 

@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 
 from cluster.logs import API, INFERENCE, SYSTEM, TRAINING, stream_file
+from cluster.parts import ray_folder
 from cluster.session import operator_key
-from cluster.stack import ray_folder
 from data.feedback_store import read_feedback
 from tests.ray.stack import HUB_TOKEN, Stack, wait_for
 

@@ -13,14 +13,14 @@ from cluster.activity import note_quiet, read_quiet_s
 from cluster.arbiter import GONE_S, Arbiter, Driver, Sight
 from cluster.home import write_text
 from cluster.job_queue import NewJob, Queue
-from cluster.join import _commands as _joined_commands
-from cluster.join import ask_head, head_gate, host_name, join, own_address, own_cards
+from cluster.join import ask_head, head_gate, host_name, join, joined_parts, own_address, own_cards
 from cluster.kuberay import START_COMMAND
 from cluster.machines import remember, with_lost
+from cluster.parts import RAY_START, parts_of, stack_environment
 from cluster.processes import free_port
 from cluster.rule import Card, Chat
 from cluster.session import Session, joined_cards, keep_session, known_cards, read_session, require_session
-from cluster.stack import RAY_START, _commands, bring_token, stack_environment, start
+from cluster.stack import bring_token, start
 from cluster.versions import CHANGED, git_commit, read_versions, require_alike
 from configs.errors import ClusterError, ConfigError
 from configs.loader import ROOT, load_machine
@@ -95,7 +95,7 @@ def test_a_card_that_comes_back_is_held_against_the_head_again(of_head, ready, t
 
     with listening(ThreadingHTTPServer(("127.0.0.1", 0), Head)) as address:
         session = Session((), (), "127.0.0.1:9", "http://127.0.0.1:9", "http://127.0.0.1:9", head=address.removeprefix("http://"))
-        [(name, command, _)] = _joined_commands(session, MachineConfig(), own_cards(MachineConfig(name="desk"))[:1], {"mlflow_url": None})
+        [(name, command, _)] = joined_parts(session, MachineConfig(), own_cards(MachineConfig(name="desk"))[:1], {"mlflow_url": None})
         assert (name, command[4 : 4 + len(RAY_START)]) == ("desk-card0", RAY_START)
         instead = [*command[:4], sys.executable, "-c", "print('begun')"]
         ended = subprocess.run(instead, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -158,9 +158,9 @@ def test_a_head_joins_nobody_and_a_joined_machine_is_no_head(up, joined, command
 
 
 def test_mlflow_stays_on_loopback_and_a_gate_stands_where_machines_may_join(up):
-    commands = {name: command for name, command, _ in _commands(MachineConfig(), [], up())}
+    commands = {name: command for name, command, _ in parts_of(MachineConfig(), [], up())}
     assert "gate" not in commands
-    commands = {name: command for name, command, _ in _commands(MachineConfig(listen_host="10.0.0.1"), [], up())}
+    commands = {name: command for name, command, _ in parts_of(MachineConfig(listen_host="10.0.0.1"), [], up())}
     assert commands["mlflow"][commands["mlflow"].index("--host") + 1] == "127.0.0.1"
     assert commands["gate"][3:] == ["10.0.0.1", "5000", "http://127.0.0.1:9", "door"]
 
