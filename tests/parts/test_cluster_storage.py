@@ -8,8 +8,10 @@ import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from ray.train import Checkpoint
 
+from cluster.processes import free_port
 from cluster.storage import exists, get, has_any, mark, put, reaches
 from configs.errors import ClusterError, DataError
+from tests.helpers.bucket import BUCKET, WHY_NONE, bucket_environment, has_bucket, own_bucket
 from train.places import FETCHED_KEPT_S, fetch_data, has_checkpoint, on_disk, runs_place, send_data
 
 
@@ -67,6 +69,27 @@ def test_a_run_has_a_checkpoint_once_it_saved_one(home, storage, tmp_path):
     (run / "checkpoint_2026").mkdir()
     assert has_checkpoint(storage, "run")
     assert not has_any(storage, "runs/none", "")
+
+
+@pytest.mark.skipif(not has_bucket(), reason=WHY_NONE)
+def test_a_bucket_is_a_place_as_well(home, tmp_path, monkeypatch):
+    source = tmp_path / "head" / "bot-1"
+    source.mkdir(parents=True)
+    (source / "train.jsonl").write_text("{}\n")
+    port = free_port()
+    for name, value in bucket_environment("127.0.0.1", port).items():
+        monkeypatch.setenv(name, value)
+    with own_bucket("127.0.0.1", port):
+        with pytest.raises(ClusterError, match="cannot be written to"):
+            mark("s3://no-such-bucket/tandem")
+        assert not reaches(BUCKET)
+        mark(BUCKET)
+        assert reaches(BUCKET)
+        send_data(BUCKET, source)
+        assert (fetch_data(BUCKET, "bot-1") / "train.jsonl").read_text() == "{}\n"
+        assert not has_checkpoint(BUCKET, "run")
+        put(BUCKET, source, "runs/run/checkpoint_1")
+        assert has_checkpoint(BUCKET, "run")
 
 
 def test_without_storage_runs_lie_in_the_home_folder(home):

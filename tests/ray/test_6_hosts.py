@@ -11,18 +11,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from serve.desk import MAX_AGE_S
+from tests.helpers.bucket import BUCKET, bucket_environment, has_bucket, own_bucket
 from tests.helpers.environment import users_environment
 from tests.helpers.hosts import Host, plug, switched_on, why_no_hosts
 from tests.ray.stack import make_config, make_tiny_model, wait_for
 
 pytestmark = pytest.mark.skipif("TANDEM_TEST_HOSTS" not in os.environ, reason="takes minutes: TANDEM_TEST_HOSTS=1 make test")
-CHAT_PORT = 8000
+CHAT_PORT, BUCKET_PORT = 8000, 5555
 OWN_CARDS = "serve.scaling.use_train_cards=false"
 # One worker on each host.
 LONG = ("train.num_workers=2", "train.max_steps=4000", "train.checkpoint_every_steps=20")
@@ -37,6 +39,15 @@ print(answer.status, answer.read().decode())
 """
 
 
+LIST_RUNS = """
+import sys
+from pathlib import PurePath
+from pyarrow.fs import FileSelector, FileSystem
+files, root = FileSystem.from_uri(sys.argv[1] if ":" in sys.argv[1] else "file://" + sys.argv[1])
+print(*(PurePath(entry.path).name for entry in files.get_file_info(FileSelector(root + "/runs"))))
+"""
+
+
 @dataclass
 class Pair:
     """The head and a machine that joins it."""
@@ -44,6 +55,7 @@ class Pair:
     head: Host
     other: Host
     config: Path
+    storage: str
 
     def ask(self, key: str, path: str = "/v1/chat/completions", body: str = "", host: Host | None = None) -> tuple[int, dict]:
         """Ask the chat endpoint of the head from one of the hosts."""
@@ -60,6 +72,17 @@ class Pair:
         line = next((line for line in shown.splitlines() if line.startswith(f"{job} ")), "")
         found = re.search(r"step (\d+)/", line)
         return int(found[1]) if found else None
+
+    def runs(self) -> list[str]:
+        """The runs that the storage keeps, as the head sees them."""
+        done = subprocess.run(
+            self.head.command(sys.executable, "-c", LIST_RUNS, self.storage),
+            env=self.head.environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.split()
 
     def make_key(self, name: str) -> str:
         """Make a key on the head, and return its secret."""
@@ -87,8 +110,13 @@ def pair() -> Iterator[Pair]:
     (base / "shared").mkdir()
     config = make_config(base / "shared", make_tiny_model(base / "shared" / "tiny-model"), CHAT_PORT)
     try:
-        with switched_on(hosts):
-            yield Pair(*hosts, config)
+        with switched_on(hosts), ExitStack() as stack:
+            storage = str(base / "shared" / "storage")
+            if has_bucket():  # the harder one of the two
+                storage = BUCKET
+                mine.update(bucket_environment(hosts[0].address, BUCKET_PORT))
+                stack.enter_context(own_bucket(hosts[0].address, BUCKET_PORT, hosts[0].command()))
+            yield Pair(*hosts, config, storage)
     finally:
         shutil.rmtree(base, ignore_errors=True)
 
@@ -107,8 +135,7 @@ def succeed(host: Host, *words: str, **environment: str) -> str:
 
 def test_a_machine_joins_with_the_heads_token_and_only_with_it(pair: Pair):
     head, other = pair.head, pair.other
-    storage = f"storage={pair.config.parent}/storage"
-    told = succeed(head, "cluster", "up", "auto", f"listen_host={head.address}", "cards=[{pool: train}]", storage)
+    told = succeed(head, "cluster", "up", "auto", f"listen_host={head.address}", "cards=[{pool: train}]", f"storage={pair.storage}")
     assert f"python -m cluster join {head.address}:5000" in told
     for token, why in (("", "does not have the cluster's token"), ("x" * 64, "the head knows another token")):
         refused = other.run("cluster", "join", head.address, TANDEM_TOKEN=token)
@@ -165,7 +192,7 @@ def test_a_machine_is_lost_and_comes_back_and_chat_and_job_go_on(pair: Pair, key
     succeed(other, "cluster", "join", head.address)
     wait_for(lambda: pair.ask(key)[0] == 200)
     wait_for(lambda: (pair.step(1) or 0) > step)
-    assert len(list((pair.config.parent / "storage" / "runs").iterdir())) == 2, "the job's run is the one that it began with"
+    assert len(pair.runs()) == 2, "the job's run is the one that it began with"
     succeed(head, "cluster", "cancel", "1")
 
 
