@@ -141,6 +141,8 @@ class MachineConfig(Settings):
     def _whole_path(self) -> Self:
         if self.storage and "://" not in self.storage and not Path(self.storage).is_absolute():
             raise ValueError(f"storage={self.storage} is neither a whole path, the same on every machine, nor a URL")
+        if self.storage and "?" in self.storage:
+            raise ValueError("storage: folders are named below it, so it has no ?; the address of a store like S3 goes into AWS_ENDPOINT_URL")
         return self
 
     @model_validator(mode="after")
