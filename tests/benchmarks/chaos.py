@@ -33,6 +33,7 @@ SAVE_EVERY, SHORT_STEPS, FOREVER = 20, 100, 1_000_000
 NUM_ASKING = 2
 PAUSE_S = (2.0, 12.0)
 SETTLES_S = 1.0  # what was under way at a kill is told by then
+OUTLIVES_S = 3.0  # a card's engine ends with its raylet, and so much later
 RECOVERS_WITHIN_S = 300.0
 # Of each victim: its process' name and words of its command line, and whether chat and training need it.
 VICTIMS = {
@@ -195,7 +196,7 @@ class Chaos:
         if one.said in ("200", "503"):
             return "answered" if one.is_answered else "refused"
         for kill in self.kills:
-            if kill.stops_chat and one.sent_s <= kill.at_s + SETTLES_S and one.ended_s >= kill.at_s:
+            if kill.stops_chat and one.sent_s <= kill.at_s + OUTLIVES_S and one.ended_s >= kill.at_s:
                 return "cut"
             if kill.victim.startswith("head") and one.said == "ConnectError" and kill.at_s <= one.sent_s <= kill.back_s:
                 return "no_door"
