@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from cluster.memory import Engine, Rows, plan_engine
-from cluster.plan import Choice, Place, choose, longest_row
+from cluster.plan import Choice, Place, choose, longest_row, with_base_in
 from cluster.rates import UNKNOWN, train_tokens_per_s
 from cluster.shape import Shape
 from configs.errors import ClusterError
@@ -90,7 +90,7 @@ def _own_first(own: str, kinds: dict[str, str]) -> list[str]:
 
 
 def _training(shape: Shape, train: TrainConfig, rows: Rows, place: Place, kind: str) -> TrainOffer:
-    changed = train.model_copy(update={"quantization": kind})
+    changed = with_base_in(train, kind)
     return TrainOffer(kind, kind == train.quantization, rows, choose(shape, changed, rows, place), longest_row(shape, changed, place))
 
 

@@ -22,6 +22,7 @@ from configs.schema import CardConfig, MachineConfig
 GPU_QUERY = "index,name,memory.total,memory.free,driver_version,compute_cap"
 MIB_PER_GIB = 1024
 MIN_BF16_CAPABILITY = 8.0
+MIN_FP8_CAPABILITY = 8.9
 MAX_LABEL_LETTERS = 63
 
 
@@ -40,6 +41,11 @@ class Gpu:
     def has_bf16(self) -> bool:
         """Whether the GPU computes in bf16."""
         return self.compute_capability >= MIN_BF16_CAPABILITY
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether the GPU multiplies in FP8."""
+        return self.compute_capability >= MIN_FP8_CAPABILITY
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,10 @@ class Card:
     def labels(self) -> dict[str, str]:
         """Labels by which Ray places work."""
         memory_gib = math.floor(self.memory_gib * 100) / 100
-        on_gpu = {"gpu-share": f"{self.gpu_share:g}", "bf16": str(self.gpu.has_bf16).lower()} if self.gpu else {}
+        on_gpu = {}
+        if self.gpu:
+            formats = {"bf16": self.gpu.has_bf16, "fp8": self.gpu.has_fp8}
+            on_gpu = {"gpu-share": f"{self.gpu_share:g}", **{name: str(has).lower() for name, has in formats.items()}}
         return {
             "machine": self.machine,
             "pool": self.pool,

@@ -161,6 +161,8 @@ class Step:
 
     @property
     def _linear_bytes(self) -> float:
+        if self.train.precision == "fp8":
+            return 2 * FP8_BYTES  # as it is and transposed; see `train.fp8`
         if self.train.quantization == "none":
             return self.device.value_bytes
         return NF4_DOUBLE_BYTES if self.train.double_quantization else NF4_BYTES
@@ -227,9 +229,11 @@ class Step:
         shape, value = self.shape, self.device.value_bytes
         mlp = 3 * shape.inner_width + shape.width
         attention = 5 * shape.query_width + shape.width
-        found = self.num_tokens * max(mlp, attention) * value
+        found: float = self.num_tokens * max(mlp, attention) * value
         if self.train.quantization == "nf4":
             found += max(inputs * outputs for inputs, outputs in shape.linear_layers.values()) * value
+        if self.train.precision == "fp8":
+            found += self.num_tokens * shape.inner_width * FP8_BYTES  # a gradient as it is multiplied
         return found + self._block_bytes() if self.recomputes else found
 
     def _logit_bytes(self) -> float:

@@ -87,6 +87,11 @@ def smallest(shape: Shape, train: TrainConfig, rows: Rows, device: Device) -> Ne
     return min((step.need() for step in _candidates(shape, train, rows, device)), key=lambda need: need.total_bytes)
 
 
+def with_base_in(train: TrainConfig, quantization: str) -> TrainConfig:
+    """Return the settings with another format of the base; in 4 bit it cannot multiply in FP8 too."""
+    return train.model_copy(update={"quantization": quantization, **({} if quantization == "none" else {"precision": "auto"})})
+
+
 def settle(train: TrainConfig, choice: Choice) -> TrainConfig:
     """Return the settings with what was chosen in the place of `auto`."""
     chosen = choice.step.train
@@ -148,7 +153,7 @@ def require_fit(shape: Shape, config: ChatbotConfig, rows: Rows, place: Place) -
 def _nearest(shape: Shape, train: TrainConfig, rows: Rows, place: Place) -> list[str]:
     """Return settings with which the run fits, as `key=value`: the one that changes least, and shorter rows."""
     free = train.model_copy(update={"micro_batch_size": "auto", "gradient_checkpointing": "auto"})
-    quantised = free.model_copy(update={"quantization": "nf4"})
+    quantised = with_base_in(free, "nf4")
     narrow = [
         base.model_copy(update={"lora": train.lora.model_copy(update={"rank": rank})})
         for base in (free, quantised)
@@ -180,7 +185,7 @@ def _cut(rows: Rows, num_tokens: int) -> Rows:
 def _shown(before: TrainConfig, choice: Choice) -> str:
     """Write what was changed as `key=value`."""
     after = choice.step.train
-    values: dict[str, object] = {"quantization": after.quantization, "lora.rank": after.lora.rank}
+    values: dict[str, object] = {"quantization": after.quantization, "precision": after.precision, "lora.rank": after.lora.rank}
     values |= {"micro_batch_size": after.micro_batch_size, "gradient_checkpointing": after.gradient_checkpointing}
     changed = {path: value for path, value in values.items() if attrgetter(path)(before) not in ("auto", value)}
     return " ".join(f"train.{path}={str(value).lower()}" for path, value in changed.items())

@@ -10,7 +10,7 @@ from rich.table import Table
 from cluster.assign import TRAINED, Assignment, CardOffers, ServeOffer, TrainOffer
 from cluster.home import BYTES_PER_GIB
 from cluster.memory import BF16_BYTES, Device, Step, kv_bytes
-from cluster.plan import Place, smallest
+from cluster.plan import Place, smallest, with_base_in
 from cluster.rates import answer_tokens_per_s, train_tokens_per_s
 from cluster.shape import Shape
 from configs.schema import ChatbotConfig
@@ -52,12 +52,12 @@ def show_served(offer: ServeOffer, place: Place) -> str:
 def _training(shape: Shape, config: ChatbotConfig, place: Place, offer: TrainOffer) -> tuple[str, ...]:
     longest = f"{offer.longest_row_tokens:,}" if offer.longest_row_tokens else ""
     if offer.choice is None:
-        train = config.train.model_copy(update={"quantization": offer.quantization})
+        train = with_base_in(config.train, offer.quantization)
         need = smallest(shape, train, offer.rows, place.device)
         return NO, f"{need.gib:.1f}", f"may take {place.usable_gib:.1f}", longest, "", ""
     step = offer.choice.step
     how = f"{step.size} at once{', recomputed' if step.recomputes else ''}"
-    speed = train_tokens_per_s(step, place.rate) if place.rate else None
+    speed = train_tokens_per_s(step, place.rate) if place.rate and place.rate.is_of(step.train) else None
     return YES, f"{offer.choice.need.gib:.1f}", how, longest, _speed(speed), show_time(NUM_TOKENS / speed) if speed else ""
 
 
@@ -90,7 +90,9 @@ def show_assignment(best: Assignment, config: ChatbotConfig) -> list[str]:
             lines.append(f"[red]{place.name} would train, and nothing fits it[/]")
             continue
         lines.append(f"[bold]{place.name}[/] trains: {TRAINED[trained.quantization]}, {show_size(trained.choice.step)}")
-        changes += [] if trained.is_own else [f"train.quantization={trained.quantization}"]
+        if not trained.is_own:
+            no_fp8 = ["train.precision=auto"] if trained.choice.step.train.precision != config.train.precision else []
+            changes += [f"train.quantization={trained.quantization}", *no_fp8]
     for place, served in best.serving:
         if served is None:
             lines.append(f"[red]{place.name} would answer, and nothing fits it[/]")

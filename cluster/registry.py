@@ -46,6 +46,8 @@ class Manifest:
     system_prompt: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
     data_sources: dict[str, str] = field(default_factory=dict)  # each source of the data with its hash, as DVC writes it
+    precision: str = "auto"
+    """What the base's linear layers multiplied in, as `train.precision` has it."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from configs.errors import ClusterError, RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
 from train.record import FAILED, FINISHED, RUN, STOPPED, Record
-from train.sizing import require_room
+from train.sizing import require_precision, require_room
 
 ASKED = "the job was asked to stop"
 Say = Callable[[str], None]
@@ -61,6 +61,7 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
         say(f"going on with {kind} {resume}")
     check_source(config.data)
     check_model(config.model)
+    require_precision(config, session.cards)
     if kind == RUN:  # a sweep's trials may each change what decides it
         require_room(config, session.cards)
     say(f"base model {config.model.name}")

@@ -25,7 +25,8 @@ from train.lm_tasks import require_lm_eval, run_tasks
 from train.scores import ACCURACY, JUDGE, Interval, Sample, compare_all
 
 SERVED_AS = {"none": "the base in full", "fp8": "the base in 8 bit (fp8)", "bitsandbytes": "the base in 4 bit (nf4)"}
-TRAINED_ON = {"none": "the base in full", "nf4": "the base in 4 bit (nf4)"}
+FP8_BY_ROWS = "fp8 by rows"  # training's: the engine's fp8 has one scale for a whole weight, and so other numbers
+TRAINED_ON = {"none": "the base in full", "nf4": "the base in 4 bit (nf4)", FP8_BY_ROWS: "the base in 8 bit (fp8 by rows)"}
 SAME_BASE = {"none": "none", "nf4": "bitsandbytes"}
 
 
@@ -175,10 +176,15 @@ def heldout_of(config: ChatbotConfig, version: Version) -> tuple[list[Conversati
     return asked, notes
 
 
+def trained_on(version: Version) -> str:
+    """Return the format of the base that an adapter was trained on: `none`, `nf4` or FP8_BY_ROWS."""
+    return FP8_BY_ROWS if version.tags.get("precision") == "fp8" else version.tags.get("quantization", "none")
+
+
 def _serving_notes(version: Version, served: str) -> list[str]:
     """Say where an adapter is served on its base in another precision than it was trained on, or is not measured whole."""
     notes = []
-    trained = version.tags.get("quantization", "none")
+    trained = trained_on(version)
     if SAME_BASE.get(trained, trained) != served:
         what = f"trained on {TRAINED_ON.get(trained, trained)}, served on {SERVED_AS[served]}"
         notes.append(f"{what}: python -m train parity {version.name} measures it")

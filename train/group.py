@@ -34,7 +34,7 @@ def why_apart(config: ChatbotConfig, base: ChatbotConfig | None = None) -> str |
         return "train.lora.dropout draws random numbers in an order that depends on who else is there"
     if config.train.num_workers > 1:
         return "train.num_workers wants several cards for one adapter"
-    for name in ("model", "data", "train.quantization", "train.double_quantization"):
+    for name in ("model", "data", "train.quantization", "train.double_quantization", "train.precision"):
         if base and attrgetter(name)(config) != attrgetter(name)(base):
             return f"{name} differs from the base's"
     return None

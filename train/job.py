@@ -230,6 +230,7 @@ def make_manifest(start: Start, run_id: str, checkpoint: Path, metrics: dict[str
         rank=config.train.lora.rank,
         target_modules=sorted(modules),
         quantization=config.train.quantization,
+        precision=config.train.precision,
         data_fingerprint=start.data.fingerprint,
         data_sources=start.data.sources,
         config_fingerprint=config_fingerprint(config),

@@ -17,6 +17,7 @@ from cluster.shape import LOGIT_SETTINGS
 from configs.errors import ModelError
 from configs.schema import LoraConfig, ModelConfig, TrainConfig
 from data.template import NO_LOSS
+from train.fp8 import quantise_base, require_fp8
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -31,10 +32,17 @@ def pick_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def load_base(folder: Path, model: ModelConfig, train: TrainConfig, longest_tokens: int) -> Any:
-    """Load the frozen base, in 4 bit if the config says so, on the worker's one device, for rows of at most `longest_tokens`."""
+    """Load the frozen base, in 4 bit or FP8 if the config says so, on the worker's one device, for rows of at most `longest_tokens`.
+
+    Raises:
+        ClusterError: This GPU has no FP8.
+        ModelError: The base cannot be read, or does not suit FP8.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    if train.precision == "fp8":
+        require_fp8()
     let_segments_grow()
     dtype = pick_dtype(model)
     settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
@@ -57,6 +65,8 @@ def load_base(folder: Path, model: ModelConfig, train: TrainConfig, longest_toke
     base.config.use_cache = False
     if torch.cuda.is_available():
         fuse_kernels(base)
+    if train.precision == "fp8":
+        quantise_base(base)
     return base
 
 

@@ -16,7 +16,7 @@ from configs.schema import ChatbotConfig
 from data.ask import token_logprobs
 from data.template import NO_LOSS, TokenRow, load_tokenizer, tokenize
 from train.contenders import as_asked, spread
-from train.evaluate import SAME_BASE, contender_of, heldout_of, require_served
+from train.evaluate import FP8_BY_ROWS, SAME_BASE, contender_of, heldout_of, require_served, trained_on
 
 NUM_ROWS = 12
 NUM_LIKELIEST = 5
@@ -72,9 +72,9 @@ def compare_engines(config: ChatbotConfig, registry: Registry, version: Version)
     rows = [tokenize(conversation, tokenizer) for conversation in asked]
     served = token_logprobs(served_base.endpoint, version.name, rows, NUM_LIKELIEST)
     kept = [(row, places) for row, places in zip(rows, served, strict=True) if places]
-    trained_on = version.tags.get("quantization", "none")
-    trained = trained_logprobs(_as_trained(config, trained_on), folder, registry.download(version), [row for row, _ in kept])
-    return _compare(trained_on, served_base.quantization, trained, [places for _, places in kept])
+    base_format = trained_on(version)
+    trained = trained_logprobs(_as_trained(config, base_format), folder, registry.download(version), [row for row, _ in kept])
+    return _compare(base_format, served_base.quantization, trained, [places for _, places in kept])
 
 
 def trained_logprobs(config: ChatbotConfig, folder: Path, adapter: Path, rows: Sequence[TokenRow]) -> list[Any]:
@@ -96,8 +96,10 @@ def trained_logprobs(config: ChatbotConfig, folder: Path, adapter: Path, rows: S
     return found
 
 
-def _as_trained(config: ChatbotConfig, quantization: str) -> ChatbotConfig:
-    train = config.train.model_copy(update={"quantization": quantization})
+def _as_trained(config: ChatbotConfig, base_format: str) -> ChatbotConfig:
+    in_fp8 = base_format == FP8_BY_ROWS
+    formats = {"quantization": "none" if in_fp8 else base_format, "precision": "fp8" if in_fp8 else "auto"}
+    train = config.train.model_copy(update=formats)
     return config.model_copy(update={"train": train})
 
 

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from cluster.home import BYTES_PER_GIB
 from configs.schema import ChatbotConfig
 from data.template import NO_LOSS
+from train.fp8 import quantise_base, require_fp8
 from train.model import add_adapter, fuse_kernels, let_segments_grow, pick_attention, pick_dtype
 from train.reporting import peak_memory_gib, taken_memory_gib
 from train.rows import Packer, Padder, Row, RowOrder
@@ -56,6 +57,8 @@ def make_base(model: dict[str, Any], config: ChatbotConfig, longest_tokens: int)
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if config.train.precision == "fp8":
+        require_fp8()
     let_segments_grow()
     _forget()
     settings = {name: value for name, value in model.items() if name not in ("architectures", "model_type", "quantization_config")}
@@ -83,6 +86,8 @@ def make_base(model: dict[str, Any], config: ChatbotConfig, longest_tokens: int)
     base.config.use_cache = False
     if torch.cuda.is_available():
         fuse_kernels(base)
+    if config.train.precision == "fp8":
+        quantise_base(base)
     return base
 
 

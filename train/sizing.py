@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.cards import MIN_FP8_CAPABILITY
 from cluster.home import BYTES_PER_GIB
 from cluster.memory import Rows, Step
 from cluster.models import read_config_file, read_model_config
@@ -16,7 +17,7 @@ from cluster.plan import ROUND_TOKENS, Place, choose, place_on, require_fit, set
 from cluster.plan_table import show_size
 from cluster.rates import step_s
 from cluster.shape import Shape, read_shape
-from configs.errors import ModelError
+from configs.errors import ClusterError, ModelError
 from configs.schema import ChatbotConfig, TrainConfig
 from data.prepare import Prepared
 
@@ -60,7 +61,7 @@ class Sizing:
     def describe(self, step: Step, data: Prepared) -> str:
         """Tell what was chosen, and how long training takes where the card's rate is known."""
         words = f"plan: {show_size(step)}; about {step.need().gib:.1f} of the {self.place.memory_gib:.4g} GiB of {self.place.name}"
-        if self.place.rate is None or not self.place.device.on_gpu:
+        if self.place.rate is None or not self.place.rate.is_of(step.train) or not self.place.device.on_gpu:
             return words
         mean = Rows(round(data.num_train_tokens / data.num_train), round(data.num_loss_tokens / data.num_train))
         num_micro_batches = step.train.batch_size // step.train.num_workers // step.size
@@ -91,6 +92,23 @@ def size_prepared(config: ChatbotConfig, model_folder: Path, data: Prepared, car
     """Return what runs on prepared conversations are sized by; None where the plan does not know the model."""
     model = read_config_file(model_folder)
     return make_sizing(config, model, Rows(data.longest_tokens, data.most_loss_tokens), cards)
+
+
+def require_precision(config: ChatbotConfig, cards: Sequence[dict[str, str]]) -> None:
+    """Refuse FP8, for a run or any of a sweep's trials, where a card that may train them does not multiply in it.
+
+    A CPU is refused too: it would compute the same numbers, at less than its pace in bf16, and FP8 is for nothing but speed.
+
+    Raises:
+        ClusterError: There is such a card.
+    """
+    varied = config.tune.space.get("train.precision")
+    if "fp8" not in {config.train.precision, *((varied and varied.choice) or [])}:
+        return
+    for card in filter(is_usable, cards):
+        if card.get("fp8") != "true":
+            why = f"{card['card']} ({card['accelerator']}) is none: such have compute capability {MIN_FP8_CAPABILITY} or more"
+            raise ClusterError("train.precision=fp8 wants GPUs that multiply in FP8", why, "train.precision=auto")
 
 
 def require_room(config: ChatbotConfig, cards: Sequence[dict[str, str]]) -> None:

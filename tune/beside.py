@@ -26,7 +26,7 @@ NUM_TRIALS = 4
 MAX_TOKENS = 2048  # of a step: at 1,500, four share an H100 at three times the pace of one after another; at 6,000 one fills it by itself
 BASES_SHARE = 0.6  # of a card: over half, so that no card has two; whoever wants a whole card waits for both
 MAX_LOADS = 3  # of a base that dies while it loads, before the trials that wait for it fail
-OF_THE_BASE = ("train.quantization", "train.double_quantization", "train.num_workers")
+OF_THE_BASE = ("train.quantization", "train.double_quantization", "train.precision", "train.num_workers")
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,8 @@ class TrainConfig(Settings):
     """Format of the frozen base in training; `nf4` is QLoRA (4 bit, by bitsandbytes)."""
     double_quantization: bool = True
     """Quantise the scales of an nf4 base too; saves 0.4 bit a weight."""
+    precision: Literal["auto", "fp8"] = "auto"
+    """What the frozen base's linear layers multiply in: the base's own number format, or FP8 on a GPU that has it."""
     learning_rate: float = Field(2e-4, gt=0.0, le=1.0)
     """Highest learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -142,6 +144,14 @@ class TrainConfig(Settings):
     def count_steps(self, num_rows: int) -> int:
         """Return how many steps a run over so many rows has."""
         return self.max_steps or max(1, math.ceil(math.ceil(num_rows / self.batch_size) * self.num_epochs))
+
+    @model_validator(mode="after")
+    def _one_format(self) -> Self:
+        if self.precision == "fp8" and self.quantization != "none":
+            raise ValueError(
+                f"train.precision=fp8 needs the base's own weights, not train.quantization={self.quantization}; set one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stops_by_measure(self) -> Self:

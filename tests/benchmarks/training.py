@@ -29,6 +29,7 @@ ALONE = "train.max_memory_gib=76"  # of an H100 on which nothing else runs
 SETTINGS = {
     "lora": [ALONE, "train.micro_batch_size=4", "train.gradient_checkpointing=false"],
     "lora_checkpointing": [ALONE, "train.micro_batch_size=4", "train.gradient_checkpointing=true"],
+    "lora_fp8": [ALONE, "train.precision=fp8", "train.micro_batch_size=4", "train.gradient_checkpointing=false"],
     "qlora": [ALONE, "train.quantization=nf4", "train.batch_size=1", "train.gradient_checkpointing=true"],
 }
 
@@ -149,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--config")
     parser.add_argument("--train-file")
@@ -160,7 +161,8 @@ def main() -> None:
     if arguments.plain:
         plain_loop(arguments)
     elif torch.cuda.is_available() or arguments.shape == "tiny":
-        on_gpu(arguments.shape, arguments.steps, arguments.settings)
+        usual = [name for name in SETTINGS if name != "lora_fp8" or torch.cuda.is_available()]  # on a CPU it is refused
+        on_gpu(arguments.shape, arguments.steps, arguments.settings or usual)
     else:
         on_cpu(arguments.steps)
 

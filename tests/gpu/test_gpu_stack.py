@@ -17,9 +17,11 @@ def test_the_cards_are_gpus_of_both_pools(stack: Stack):  # noqa: F811
     assert all(card["accelerator"] != "cpu" for card in cards)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_run_trains_on_the_gpu_and_registers(stack: Stack, config, quantization):  # noqa: F811
-    version = stack.train(config, f"train.quantization={quantization}")
+@pytest.mark.parametrize("setting", ["train.quantization=none", "train.quantization=nf4", "train.precision=fp8"])
+def test_a_run_trains_on_the_gpu_and_registers(stack: Stack, config, setting):  # noqa: F811
+    if "fp8" in setting and not all(gpu.has_fp8 for gpu in find_gpus()):
+        pytest.skip("a GPU here has no FP8")
+    version = stack.train(config, setting)
     scores = json.loads(version.tags["scores"])
     assert scores["peak_memory_gib"] > 0
     losses = stack.losses(version.run_id)

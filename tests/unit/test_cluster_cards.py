@@ -115,11 +115,16 @@ def test_labels_say_pool_card_accelerator_and_memory():
         "memory-gib": "15",
         "gpu-share": "1",
         "bf16": "true",
+        "fp8": "true",
     }
 
 
 def test_bf16_begins_with_ampere():
     assert [gpu(0, "x", 1, capability).has_bf16 for capability in (7.5, 8.0, 12.0)] == [False, True, True]
+
+
+def test_fp8_begins_with_ada():
+    assert [gpu(0, "x", 1, capability).has_fp8 for capability in (8.0, 8.6, 8.9, 9.0, 12.0)] == [False, False, True, True, True]
 
 
 LISTED = """\

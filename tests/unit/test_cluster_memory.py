@@ -170,6 +170,14 @@ def test_recomputing_and_fewer_bits_never_need_more(found):
 
 
 @settings(deadline=None)  # of a busy machine
+@given(steps)
+def test_fp8_takes_the_weights_of_bf16_and_a_quantised_gradient_more(found):
+    plain, in_fp8 = ({**found, "device": GPU, "quantization": "none", "precision": precision} for precision in ("auto", "fp8"))
+    assert need(**in_fp8).weights == need(**plain).weights
+    assert need(**plain).gib <= need(**in_fp8).gib <= 1.1 * need(**plain).gib
+
+
+@settings(deadline=None)  # of a busy machine
 @given(steps, st.sampled_from([{"dropout": 0.1}, {"target_modules": ["q_proj", "v_proj"]}, {"num_layers": 4}]))
 def test_dropout_needs_more_and_a_smaller_adapter_less(found, lora):
     plain = {**found, "gradient_checkpointing": False}

@@ -59,6 +59,15 @@ def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_does(config)
     assert re.search(r"need 1[6-9]\.\d GiB|need 2\d\.\d GiB", refused.value.why)
 
 
+def test_4_bit_is_proposed_without_fp8(config):
+    in_fp8 = with_overrides(config, ["train.precision=fp8"], "here")
+    with pytest.raises(ClusterError) as refused:
+        require_fit(LLAMA, in_fp8, ROWS, place(15))
+    proposal = refused.value.remedy.split(", or ")[0].split()
+    assert {"train.quantization=nf4", "train.precision=auto"} <= set(proposal)
+    with_overrides(in_fp8, proposal, "here")  # they fit each other
+
+
 @pytest.mark.parametrize("gib", [7, 10, 15, 20, 24, 31])
 @pytest.mark.parametrize(
     "overrides", [["train.micro_batch_size=16"], ["train.gradient_checkpointing=false"], ["train.lora.rank=512", "serve.max_lora_rank=512"]]
@@ -205,6 +214,22 @@ def test_a_job_that_fits_nowhere_is_exit_status_1(command):
 def test_the_settings_that_fit_are_named(command):
     ended = command("cluster", *COMMAND, "--cards", "rtx4080:16,rtx4060:12", "serve.quantization=none")
     assert "set: train.quantization=nf4 serve.quantization=fp8" in ended.out
+    ended = command("cluster", *COMMAND, "--cards", "rtx4080:16,rtx4060:12", "serve.quantization=none", "train.precision=fp8")
+    assert "set: train.quantization=nf4 train.precision=auto serve.quantization=fp8" in ended.out
+
+
+def test_a_rate_is_told_of_fp8_only_where_it_was_measured(command):
+    rows = {
+        precision: command("cluster", *COMMAND, "--cards", "h100:79,h100:79", f"train.precision={precision}").out.splitlines()
+        for precision in ("auto", "fp8")
+    }
+    lora = {precision: next(line for line in lines if line.startswith("LoRA")) for precision, lines in rows.items()}
+    assert "unknown" not in lora["auto"]
+    assert "unknown" in lora["fp8"]
+    assert RATES["H100"].is_of(TrainConfig())
+    in_fp8 = TrainConfig(precision="fp8", micro_batch_size=1)
+    assert not RATES["H100"].is_of(in_fp8)
+    assert Measured(1000.0, 20.0).rate(Step(LLAMA, in_fp8, ROWS, Device(on_gpu=True))).is_of(in_fp8)
 
 
 @pytest.mark.parametrize(

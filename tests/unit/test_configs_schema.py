@@ -1,12 +1,13 @@
-"""Settings that guard something: where secrets are read."""
+"""Settings that guard something: where secrets are read, and what excludes each other."""
 
 import os
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from configs.errors import ConfigError
-from configs.schema import Environment
+from configs.schema import ChatbotConfig, Environment
 
 
 def test_a_jobs_copy_of_the_checkout_reads_the_checkouts_own_secrets(home, tmp_path, monkeypatch):
@@ -42,3 +43,13 @@ def test_a_secret_that_cannot_be_read_is_told_and_a_folder_for_others_is_left_al
         Environment()
     monkeypatch.setattr(os, "access", lambda *_: False)  # as of a folder that only root may list, and tests may be root
     assert Environment().tandem_token is None
+
+
+def test_a_base_is_in_4_bit_or_multiplies_in_fp8():
+    def made(**train: str) -> ChatbotConfig:
+        return ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": train})
+
+    assert made().train.precision == "auto"
+    assert made(precision="fp8", quantization="none").train.precision == "fp8"
+    with pytest.raises(ValidationError, match=r"precision=fp8 needs the base's own weights, not train\.quantization=nf4"):
+        made(precision="fp8", quantization="nf4")

@@ -1,0 +1,121 @@
+"""Frozen linear layers that multiply in FP8: weights quantised once, tokens and gradients at each pass.
+
+Knows torch's scaled products, for which GPUs from compute capability 8.9 on have units of their own. Does not know adapters: PEFT takes
+these layers for the linear ones that they are.
+
+Each row that is summed over has a scale of its own: a token's values, an output's weights on the way forth, an input's on the way back. A
+product wants both of its sides row by row, so the weight lies there twice, as it is and transposed: in all the bytes of bf16.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from cluster.cards import MIN_FP8_CAPABILITY
+from configs.errors import ClusterError, ModelError
+
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
+# A row of zeros has a scale too; gradients, divided by a batch's number of tokens, are far above this.
+SMALLEST_ROW = 1e-30
+GRAIN = 16  # torch's products in FP8 want sizes that are multiples of it
+Quantised = tuple[torch.Tensor, torch.Tensor]
+
+
+def require_fp8() -> None:
+    """Refuse a GPU that does not multiply in FP8. Without a GPU all is computed, slowly: parity compares numbers there.
+
+    Raises:
+        ClusterError: It is too old.
+    """
+    if torch.cuda.is_available() and (found := float("{}.{}".format(*torch.cuda.get_device_capability()))) < MIN_FP8_CAPABILITY:
+        why = f"{torch.cuda.get_device_name()} has compute capability {found}, and FP8 begins with {MIN_FP8_CAPABILITY}"
+        raise ClusterError("train.precision=fp8 wants a GPU that multiplies in FP8", why, "train.precision=auto")
+
+
+def quantise_rows(values: torch.Tensor) -> Quantised:
+    """Return (rows, width) in FP8, and (rows, 1) scales in fp32 that make it the values again."""
+    largest = values.abs().amax(-1, keepdim=True).float().clamp(min=SMALLEST_ROW)
+    return (values.float() * (LARGEST / largest)).to(FP8).contiguous(), largest / LARGEST
+
+
+@cache
+def _quantiser(device: str) -> Callable[[torch.Tensor], Quantised]:
+    """Return what quantises rows on such a device: on a GPU compiled, where eager torch writes fp32 to memory between many kernels."""
+    if device != "cuda":
+        return quantise_rows
+    compiled: Callable[[torch.Tensor], Quantised] = torch.compile(quantise_rows, dynamic=True)
+    return compiled
+
+
+def _multiply(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return values (..., inputs) times a quantised weight (outputs, inputs), in the values' format."""
+    tokens, scales = _quantiser(values.device.type)(values.detach().reshape(-1, values.shape[-1]))
+    # Fast sums: torchao takes torch's kernels for row-wise scales to be quick with no others, and FP8's own rounding is coarser still.
+    product = torch._scaled_mm(tokens, weight.view(FP8).t(), scales, scale, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return product.view(*values.shape[:-1], weight.shape[0]).to(values.dtype)
+
+
+class _Product(torch.autograd.Function):  # type: ignore[misc]
+    """A frozen layer's product, which keeps nothing of its input: only its input has a gradient."""
+
+    @staticmethod
+    def forward(context: Any, values: torch.Tensor, layer: "Float8Linear") -> torch.Tensor:
+        context.save_for_backward(layer.back_weight, layer.back_scale)
+        return _multiply(values, layer.forth_weight, layer.forth_scale, layer.bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _multiply(gradient, *context.saved_tensors), None
+
+
+class Float8Linear(torch.nn.Linear):  # type: ignore[misc]
+    """A frozen linear layer in FP8, with the numbers of the one that it takes the place of."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        torch.nn.Module.__init__(self)  # Linear's own would make a weight
+        self.in_features, self.out_features, self.dtype = layer.in_features, layer.out_features, layer.weight.dtype
+        weight = layer.weight.detach()
+        self.forth_weight, self.forth_scale = _hold(weight)
+        self.back_weight, self.back_scale = _hold(weight.t())
+        self.register_parameter(
+            "bias", None if layer.bias is None else Parameter(layer.bias.detach().to(torch.bfloat16), requires_grad=False)
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as FP8 has it, made anew for whoever asks: its shape, format and device, and true numbers."""
+        return (self.forth_weight.view(FP8).float() * self.forth_scale.t()).to(self.dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
+        """Return the layer's outputs for (..., inputs)."""
+        product: torch.Tensor = _Product.apply(input, self)
+        return product
+
+
+def _hold(weight: torch.Tensor) -> tuple[Parameter, Parameter]:
+    """Return a weight's rows in FP8, and (1, rows) scales, as frozen parameters.
+
+    Buffers would be sent to all workers at each step. The FP8 is held as bytes, which no change of the model's format touches.
+    """
+    rows, scales = quantise_rows(weight)
+    return Parameter(rows.view(torch.uint8), requires_grad=False), Parameter(scales.t().contiguous(), requires_grad=False)
+
+
+def quantise_base(base: Any) -> None:
+    """Put layers in FP8 in the place of a base's linear ones, each original let go before the next; the head and odd sizes stay.
+
+    Raises:
+        ModelError: There is none that can be.
+    """
+    head = base.get_output_embeddings()
+    names = [name for name, layer in base.named_modules() if type(layer) is torch.nn.Linear and layer is not head]
+    fitting = [name for name in names if not any(size % GRAIN for size in base.get_submodule(name).weight.shape)]
+    if not fitting:
+        why = f"none of its linear layers has sizes that are multiples of {GRAIN}"
+        raise ModelError("train.precision=fp8 does not suit this model", why, "train.precision=auto")
+    for name in fitting:
+        base.set_submodule(name, Float8Linear(base.get_submodule(name)))
