@@ -4,6 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 CONFIG ?= configs/helpdesk.yaml
 MODEL ?=
+BENCH ?= training stack front $(if $(shell command -v nvidia-smi),memory serving adapters shared_base packing)
 export TANDEM_VENV = $(VENV)
 
 .PHONY: help setup demo down test check format lock bench
@@ -36,5 +37,5 @@ format: setup ## put the code in shape
 lock: setup ## compile both locks from pyproject.toml
 	@$(RUN) -m cluster.lock
 
-bench: setup ## every benchmark that this machine can run; results go to tests/benchmarks/results
-	@PYTHONPATH=. $(RUN) tests/benchmarks/training.py && PYTHONPATH=. $(RUN) tests/benchmarks/stack.py
+bench: setup ## benchmarks of minutes each, after `make demo`: [BENCH="soak chaos"]; results go to tests/benchmarks/results
+	@for name in $(BENCH); do PYTHONPATH=. $(RUN) tests/benchmarks/$$name.py || exit 1; done
