@@ -18,7 +18,7 @@ from cluster.join import head_gate, join
 from cluster.kuberay import HEAD_ADDRESS
 from cluster.parts import mlflow_command
 from cluster.session import Session, answers, read_session
-from cluster.stack import alive_raylets, end, session_lock, start
+from cluster.stack import end, known_cards, session_lock, start
 from configs.errors import ClusterError
 from configs.schema import MachineConfig
 
@@ -80,7 +80,7 @@ def why_not_whole(session: Session | None) -> str:
         return "it is not up"
     if missing := session.missing_parts():
         return f"{', '.join(missing)} ended"
-    known = {raylet.get("labels", {}).get("card") for raylet in alive_raylets(session)}
+    known = known_cards(session)
     if not known:
         return f"nobody answers at {session.dashboard_url}"
     gone = [card["card"] for card in session.cards if card["card"] not in known]

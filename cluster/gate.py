@@ -87,14 +87,12 @@ class Gate:
 
 def introduction() -> dict[str, Any]:
     """Return what a machine that joins must know of the head."""
-    from cluster.versions import read_versions
-
     session = read_session()
     if session is None or not session.ready:
         return {"ready": False}
     return {
         "ready": True,
-        "versions": read_versions(),
+        "versions": session.versions,
         "ray_address": session.ray_address,
         "dashboard_url": session.dashboard_url,
         "mlflow_url": session.mlflow_url if session.has_mlflow() else None,

@@ -17,7 +17,7 @@ import httpx
 
 from cluster.cards import Card, find_cards
 from cluster.gate import INTRODUCTION
-from cluster.home import require_disk
+from cluster.home import log_folder, require_disk
 from cluster.kuberay import lasting
 from cluster.parts import LOOPBACK, Part, gate_command, raylet_part, stack_environment
 from cluster.placement import HEAD
@@ -32,7 +32,7 @@ from cluster.session import (
     require_same,
     token_file,
 )
-from cluster.stack import alive_raylets, bring_token, end, made_ready, session_lock, spawn, wait_until
+from cluster.stack import alive_raylets, bring_token, end, known_cards, made_ready, session_lock, spawn, wait_until
 from cluster.storage import reaches
 from cluster.versions import read_versions, require_alike
 from configs.errors import ClusterError
@@ -59,6 +59,8 @@ def join(head: str, machine: MachineConfig, say: Callable[[str], None]) -> Sessi
             raise ClusterError("this machine is the head of a cluster", f"at {old.ray_address}", "python -m cluster down, then join again")
         if old and old.ready and old.head == head and not old.missing():
             require_same(old, machine.model_copy(update={"name": machine.name or old.machine_name, "storage": old.storage or None}))
+            require_alike(ask_head(head)["versions"], read_versions())
+            _require_known(old)
             return old
         if old:
             say("the last `join` has ended, or did not finish; starting again")
@@ -72,6 +74,13 @@ def join(head: str, machine: MachineConfig, say: Callable[[str], None]) -> Sessi
         session = _plan(head, machine, cards, told)
         _require_room_for(session, cards, told)
         return _start(session, machine, cards, told, say)
+
+
+def _require_known(session: Session) -> None:
+    """Refuse to call joined what the cluster does not know: cards come back by themselves, unless their log says why not."""
+    if gone := [card["card"] for card in session.cards if card["card"] not in known_cards(session)]:
+        why = f"they are begun again each half minute; {log_folder() / gone[0]}.log tells what keeps them out"
+        raise ClusterError(f"the cluster does not have {', '.join(gone)} now", why, "python -m cluster leave, then join again")
 
 
 def ask_head(head: str) -> Introduction:

@@ -70,13 +70,15 @@ def _is_ours(process: psutil.Process, started_s: float) -> bool:
         return False
 
 
-def find_shells(script: str) -> tuple[Process, ...]:
-    """Return the shells of this home folder that run a script, each by the name that it was given: for when the record of them is lost."""
+def find_shells(first_line: str) -> tuple[Process, ...]:
+    """Return the shells of this home folder whose script begins so, each by the name that it was given: for when the record is lost."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             words = process.cmdline()
-            if words[1:3] != ["-c", script] or _session_id(process) != process.pid:  # a shell forks, and its fork looks like itself
+            if (
+                words[1:2] != ["-c"] or not words[2].startswith(first_line) or _session_id(process) != process.pid
+            ):  # a shell forks, and its fork looks like itself
                 continue
             if process.environ().get("TANDEM_HOME") == str(home_folder()):
                 found.append(Process(words[3], process.pid, process.create_time()))

@@ -1,7 +1,8 @@
 """`python -m cluster.rejoin HEAD COMMAND...`: holds this machine's code against the head's, and becomes the command if they are alike.
 
 So begins each card's raylet on a machine that joined, as it joins and whenever it comes back: meanwhile the head may have been ended,
-upgraded and started again. One that is refused says so in its log, and the shell that it runs under begins it again. Knows the head's gate.
+upgraded and started again. What counts is what the head was started from. One that is refused says so in its log, and the shell that
+it runs under begins it again. Knows the head's gate.
 There is nothing in it for users.
 """
 

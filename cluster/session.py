@@ -44,6 +44,8 @@ class Session:
     """False until all of it answers; an `up` that is killed leaves it so."""
     head: str = ""
     """Where the head's gate is; empty on the head itself."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """What it was started from, on the head; what lies on the disk may be newer."""
 
     @property
     def storage(self) -> str:

@@ -38,21 +38,23 @@ from cluster.session import (
     token_file,
     write_exports,
 )
+from cluster.versions import read_versions
 from configs.errors import ClusterError, last_lines
 from configs.loader import ROOT
 from configs.schema import Environment, MachineConfig, is_loopback
 
 # A shell begins each part again that was killed, after the rest of it was ended: what it knew is on disk, or the arbiter sees to it. What
 # ends by itself within seconds, as on a taken port, is left alone, so that `up` can tell; what goes on ending is begun ever more slowly.
-KEEP = """
+PART = "# a part of Tandem, begun again whenever it is killed"
+KEEP = f"""{PART}
 began=$(date +%s); "$@"; [ $? -lt 128 ] && [ $(($(date +%s) - began)) -lt 10 ] && exit 1
 pause=1
 while sleep $pause; do
-    PYTHON -m cluster.processes $$
+    {shlex.quote(sys.executable)} -m cluster.processes $$
     began=$(date +%s); "$@"
     if [ $(($(date +%s) - began)) -ge 30 ]; then pause=1; elif [ $pause -lt 30 ]; then pause=$((pause * 2)); fi
 done
-""".replace("PYTHON", shlex.quote(sys.executable))
+"""
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 5
 MIN_TOKEN_LETTERS = 32
@@ -131,7 +133,7 @@ def stop() -> int:
         try:
             session = read_session()
         except ClusterError:  # its file is spoilt, and the processes say themselves whose they are
-            session = Session(find_shells(KEEP), (), "", "", "")
+            session = Session(find_shells(PART), (), "", "", "")
         forget_wish()
         return end(session) if session else 0
 
@@ -177,6 +179,7 @@ def _plan(machine: MachineConfig, cards: list[Card]) -> Session:
         mlflow_url=mlflow_url,
         machine=machine.model_dump(mode="json"),
         ready=False,
+        versions=read_versions(),
     )
 
 
@@ -228,7 +231,12 @@ def wait_until(session: Session, ready: Callable[[Session], bool], what: str, pa
 def _has_its_raylets(session: Session) -> bool:
     """Whether each card that was started so far has its raylet in the cluster."""
     started = {process.name for process in session.processes} & {card["card"] for card in session.cards}
-    return started <= {raylet.get("labels", {}).get("card") for raylet in alive_raylets(session)}
+    return started <= known_cards(session)
+
+
+def known_cards(session: Session) -> set[str]:
+    """Return the cards whose raylets the cluster has; none where its dashboard does not answer."""
+    return {raylet.get("labels", {}).get("card", "") for raylet in alive_raylets(session)}
 
 
 def alive_raylets(session: Session) -> list[dict[str, Any]]:

@@ -51,8 +51,13 @@ class Alive:
         return description
 
 
+def dead_engine() -> RefusedError:
+    """Return the refusal of what would ask an engine that has died."""
+    return RefusedError(503, "the engine has died, and another starts; try again", kind=UNAVAILABLE).after(RETRY_S)
+
+
 async def _refuse(scope: Scope, send: Send) -> None:
-    refusal = RefusedError(503, "the engine has died, and another starts; try again", kind=UNAVAILABLE).after(RETRY_S)
+    refusal = dead_engine()
     await send_json(send, refusal.status, error_body(scope["path"], refusal), refusal.headers)
 
 

@@ -69,7 +69,7 @@ class Engine:
         self.watchers += [asyncio.create_task(watcher) for watcher in watchers]
         # After the engine's processes: each would hold the guardian's line open too.
         await asyncio.to_thread(guard_streams)
-        doors = Doors(self._keys(settings.host), ClusterQuotas())
+        doors = Doors(self._keys(settings.host), ClusterQuotas(), engine_has_died)
         front = Front(Alive(app, engine_has_died), adapters, doors, feedback, settings)
         front.watch = watch
         return Noted(front)

@@ -16,6 +16,7 @@ from typing import Any
 from configs.errors import AccessError
 from configs.schema import ServeConfig
 from serve.adapters import Adapters, BrokenAdapterError, UnknownNameError
+from serve.alive import dead_engine
 from serve.body import dump, read_json, replay
 from serve.bounds import check_bounds
 from serve.completion_ids import request_id_of
@@ -60,10 +61,11 @@ log = logging.getLogger("tandem.api")
 
 @dataclass(frozen=True)
 class Doors:
-    """Who may come in, and how much they may ask."""
+    """Who may come in, how much they may ask, and whether there is still an engine to ask."""
 
     keys: KeyFile
     quotas: Quotas
+    engine_has_died: Callable[[], bool] = bool
 
 
 class Front:
@@ -158,6 +160,8 @@ class Front:
         return [name for name in self.adapters.names() if key is None or key.may_use(name)]
 
     async def _generate(self, key: Key | None, scope: Scope, receive: Receive, send: Send, seen: Observed) -> None:
+        if self.doors.engine_has_died():  # before it costs a key anything of its quota
+            raise dead_engine()
         request = await read_json(receive, self.config.max_body_bytes)
         name = request.get("model")
         if not isinstance(name, str) or not name:

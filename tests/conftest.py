@@ -184,7 +184,7 @@ def up(home) -> Callable[..., Session]:
         me = Process("card0", os.getpid(), psutil.Process().create_time())
         pools = ("serve", "train")
         cards = tuple({"card": f"card{at}", "pool": pool, "accelerator": "cpu", "memory-gib": "8"} for at, pool in enumerate(pools))
-        session = Session((me,), cards, "127.0.0.1:9", dashboard_url, mlflow_url)
+        session = Session((me,), cards, "127.0.0.1:9", dashboard_url, mlflow_url, versions={"commit": "abc"})
         write_text(home / "cluster.json", json.dumps(asdict(session)))
         write_text(token_file(), "token", mode=0o600)
         return session

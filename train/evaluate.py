@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.home import home_folder
-from cluster.models import ensure_model, served_base_name
+from cluster.models import check_model, ensure_model, served_base_name
 from cluster.registry import MANIFEST_FILE, Registry, Version
 from configs.errors import DataError, RunError
 from configs.loader import find_file
@@ -17,7 +17,7 @@ from configs.schema import ChatbotConfig, DataConfig
 from data.ask import Endpoint, own_endpoint, served_models
 from data.conversations import Conversation, read_prepared
 from data.formats import read_conversations
-from data.prepare import bad_rows_error, prepare
+from data.prepare import bad_rows_error, check_source, prepare
 from data.template import load_tokenizer
 from train.contenders import Contender, Desk, Measured, Say, spread, with_forgotten, with_sample
 from train.judge import Verdict, read_rubric
@@ -133,6 +133,8 @@ def require_measurable(config: ChatbotConfig) -> None:
     _general(config.evaluation.general)
     if ACCURACY not in config.gate.metrics:
         return
+    check_source(config.data)
+    check_model(config.model)
     asked = spread(read_prepared(prepare(config, ensure_model(config.model)).heldout_file), config.evaluation.num_questions)
     if not any(conversation.keys for conversation in asked):
         why = f"it is about answers with the `keys` of their row, and none of the {len(asked)} held-out rows that are asked has any"

@@ -142,7 +142,9 @@ class MachineConfig(Settings):
         if self.storage and "://" not in self.storage and not Path(self.storage).is_absolute():
             raise ValueError(f"storage={self.storage} is neither a whole path, the same on every machine, nor a URL")
         if self.storage and "?" in self.storage:
-            raise ValueError("storage: folders are named below it, so it has no ?; the address of a store like S3 goes into AWS_ENDPOINT_URL")
+            raise ValueError(
+                "storage: folders are named below it, so it has no ?; the address of a store like S3 goes into AWS_ENDPOINT_URL"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """Adapters on the engine: what one and eight cost, beside bare vLLM with the same ones; how soon a new one answers, and an engine again.
 
-Random weights, rank 16 on every linear layer; 64 requests at once, 256 tokens in, 128 out. Wants a cluster that is up.
+Random weights, rank 16 on every linear layer; 64 requests at once, 256 tokens in, 128 out. Wants a cluster that is up, and leaves a
+chatbot `bench` in its registry: give it a TANDEM_HOME of its own.
 `PYTHONPATH=. python tests/benchmarks/adapters.py [--shape 8b|tiny] [--eager]`
 """
 
@@ -9,9 +10,11 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median, quantiles
 
+import psutil
 from bench import SHAPES, make_model, run_cli, write_result
 from serving import BARE_PORT, TOKENS_IN, TOKENS_OUT, bare_vllm, load, make_bench_config, proxy_name
 
@@ -119,10 +122,10 @@ def loads(shelf: Shelf, endpoint: Endpoint, adapter: Path) -> dict[str, float]:
 
 def start_again_s(endpoint: Endpoint, model: str) -> float:
     """Kill the engine's replica, and return the seconds until another one answers: its compile cache is there by then."""
-    family = [member for process in require_session().processes for member in process.family()]
-    for member in family:
-        if "ServeReplica" in member.name() or "ServeReplica" in " ".join(member.cmdline()):
-            member.kill()
+    engines = _engines()
+    assert engines, "no engine runs"
+    for engine in engines:
+        engine.kill()
     killed_s = time.monotonic()
     while time.monotonic() - killed_s < STARTS_WITHIN_S:
         time.sleep(1.0)
@@ -130,8 +133,19 @@ def start_again_s(endpoint: Endpoint, model: str) -> float:
             first_token(endpoint, model, QUESTION)
         except RunError:
             continue
+        assert not set(_engines()) & set(engines), "the engine that was killed answers"
         return time.monotonic() - killed_s
     raise SystemExit(f"no engine answers {STARTS_WITHIN_S} s after the first was killed")
+
+
+def _engines() -> list[psutil.Process]:
+    """Return the processes of the replicas that run."""
+    found = []
+    for member in (member for process in require_session().processes for member in process.family()):
+        with suppress(psutil.NoSuchProcess):
+            if "ServeReplica" in "".join(member.cmdline()):
+                found.append(member)
+    return found
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ SAVE_EVERY, SHORT_STEPS, FOREVER = 20, 100, 1_000_000
 NUM_ASKING = 2
 PAUSE_S = (2.0, 12.0)
 SETTLES_S = 1.0  # what was under way at a kill is told by then
-OUTLIVES_S = 3.0  # a card's engine ends with its raylet, and so much later
+OUTLIVES_S = 3.0  # engines and workers end with their raylet, head or driver, and so much later
 RECOVERS_WITHIN_S = 300.0
 # Of each victim: its process' name and words of its command line, and whether chat and training need it.
 VICTIMS = {
@@ -45,7 +45,7 @@ VICTIMS = {
     "train card's raylet": ("raylet", '"pool": "train"', False, True),
     "head's raylet": ("raylet", '"pool": "serve"', True, True),
     "head": ("gcs_server", "", True, True),
-    "MLflow": ("python", "mlflow server", False, True),
+    "MLflow": ("python", "mlflow server", False, False),
 }
 
 OF_A_JOB = ("trainer", "driver")
@@ -205,9 +205,10 @@ class Chaos:
     def took_s(self, kill: Kill, histories: dict[int, list[tuple[float, int]]]) -> float:
         """Return the seconds until chat answered and each job was beyond where it was, if it concerns them; else until it was there."""
         times = [one.ended_s for one in self.asked if one.is_answered and one.sent_s > kill.at_s][:1] if kill.stops_chat else []
+        ended_s = kill.at_s + (0.0 if kill.victim == "trainer" else OUTLIVES_S)
         for job_id in kill.running if kill.stops_training else ():
-            highest = max((step for at_s, step in histories[job_id] if at_s <= kill.at_s), default=0)
-            times += [at_s for at_s, step in histories[job_id] if at_s > kill.at_s and step > highest][:1]
+            highest = max((step for at_s, step in histories[job_id] if at_s <= ended_s), default=0)
+            times += [at_s for at_s, step in histories[job_id] if at_s > ended_s and step > highest][:1]
         return max(times, default=kill.whole_s or kill.back_s) - kill.at_s
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -69,6 +70,32 @@ def test_the_front_sees_the_refusal_that_the_client_gets(path, deaths, shelf, ke
     asyncio.run(front({**SCOPE, "path": path, "method": "GET" if path == "/health" else "POST"}, receive, answer.send))
     assert (answer.status, answer.headers[b"retry-after"], answer.json["error"]["type"]) == (503, b"1", "service_unavailable")
     assert [(seen.status, seen.route, seen.is_whole) for seen in found] == [(503, path, True)]
+
+
+def test_a_dead_engine_costs_a_key_nothing_of_its_quota(engine, shelf, keys):
+    secret = keys.create("alice", rpm=1)
+    scope = {**SCOPE, "headers": [(b"authorization", b"Bearer " + secret.encode())]}
+    front = make_front(engine, shelf, keys)
+    deaths = iter([True, True, False])
+    front.doors = replace(front.doors, engine_has_died=lambda: next(deaths))
+
+    async def ask_thrice() -> list[int]:
+        statuses = []
+        for _ in range(3):
+            answer = engine.answer = Answer()
+
+            async def receive() -> dict:
+                return {
+                    "type": "http.request",
+                    "body": json.dumps({"model": BASE.name, "messages": [QUESTION]}).encode(),
+                    "more_body": False,
+                }
+
+            await front(scope, receive, answer.send)
+            statuses.append(answer.status)
+        return statuses
+
+    assert asyncio.run(ask_thrice()) == [503, 503, 200]
 
 
 def test_a_replica_ends_with_its_engine_after_its_last_words():
