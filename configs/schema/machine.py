@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Name, Port, Settings
 
+RAY_WORKER_PORTS = range(10002, 20000)
+
 
 def is_loopback(host: str) -> bool:
     """Whether an address is reached from this machine alone; a name other than localhost counts as open."""
@@ -156,6 +158,9 @@ class MachineConfig(Settings):
     @model_validator(mode="after")
     def _one_port_each(self) -> Self:
         ports = {"ray_port": self.ray_port, "dashboard_port": self.dashboard_port, "mlflow_port": self.mlflow_port}
+        for name, port in ports.items():
+            if port in RAY_WORKER_PORTS:
+                raise ValueError(f"{name}={port}: Ray's workers take the ports from {RAY_WORKER_PORTS[0]} to {RAY_WORKER_PORTS[-1]}")
         if len(set(ports.values())) < len(ports):
             same = [name for name, port in ports.items() if list(ports.values()).count(port) > 1]
             raise ValueError(f"{same[-1]}={ports[same[-1]]} is also {' and '.join(same[:-1])}; each service needs a port of its own")
