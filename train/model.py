@@ -18,6 +18,7 @@ from configs.errors import ModelError
 from configs.schema import LoraConfig, ModelConfig, TrainConfig
 from data.template import NO_LOSS
 from train.fp8 import quantise_base, require_fp8
+from train.fused import fuse_adapter
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -105,6 +106,7 @@ def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     model = insert_adapter(base, lora)
+    fuse_adapter(model)
     changes_logits = has_logit_settings(base)
     if label_smoothing or not changes_logits:
         # An instance attribute: forward() of this one model, not of its class.

@@ -324,7 +324,9 @@ def test_a_machine_needs_both_pools():
         assert mistakes(load_desk, text) == ["desk.yaml:1: cards: at least one card of each pool is needed, serve and train"]
 
 
-@pytest.mark.parametrize("override", ["cards=[]", "storage=some/folder", "storage=s3://bucket/a?b=c", "ray_port=16379", "listen_host=0.0.0.0"])
+@pytest.mark.parametrize(
+    "override", ["cards=[]", "storage=some/folder", "storage=s3://bucket/a?b=c", "ray_port=16379", "listen_host=0.0.0.0"]
+)
 def test_what_does_not_fit_together_is_said_where_it_was_given(override):
     with pytest.raises(ConfigError, match=rf"(?s)command line: '{re.escape(override)}': {override.partition('=')[0]}"):
         load_machine("auto", [override])

@@ -1,0 +1,99 @@
+"""Layers whose adapter is part of the base's product, against PEFT's own forward pass: the same numbers, and nothing of PEFT's lost."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.parts.test_train_model import NUM_LAYERS, assert_same, one_thread, rows, step, tiny, trained, with_adapter  # noqa: F401
+from train.rows import Padder
+
+NUM_FUSED = NUM_LAYERS * 7
+
+
+def fused_layers(model) -> list:
+    return [layer for layer in model.modules() if "forward" in vars(layer) and hasattr(layer, "lora_A")]
+
+
+def as_peft(model):
+    """Return a copy that PEFT computes."""
+    plain = copy.deepcopy(model)
+    for layer in fused_layers(plain):
+        del layer.forward
+    return plain
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [{}, {"alpha": 3, "use_rslora": True}], ids=["plain", "rslora"])
+def test_losses_and_gradients_are_pefts(lora, gradient_checkpointing):
+    model = with_adapter(gradient_checkpointing=gradient_checkpointing, **lora)
+    assert len(fused_layers(model)) == NUM_FUSED
+    batch = Padder(0)(rows())
+    assert_same(step(model, batch), step(as_peft(model), batch))
+
+
+def test_a_layer_with_a_bias_keeps_it():
+    base = tiny()
+    for block in base.model.layers:
+        projection = block.mlp.down_proj
+        projection.bias = torch.nn.Parameter(torch.randn(projection.out_features), requires_grad=False)
+    model = with_adapter(base)
+    batch = Padder(0)(rows())
+    assert_same(step(model, batch), step(as_peft(model), batch))
+
+
+def test_dropout_is_left_to_peft():
+    model = with_adapter(dropout=0.5)
+    batch = Padder(0)(rows())
+    torch.manual_seed(3)
+    ours = step(model, batch)
+    torch.manual_seed(3)
+    assert_same(ours, step(as_peft(model), batch))
+
+
+def test_an_adapter_can_be_switched_off_and_merged():
+    model = with_adapter().eval()
+    batch = {name: values for name, values in Padder(0)(rows()).items() if name != "labels"}
+    with torch.no_grad():
+        adapted = model(**batch).logits
+        with model.disable_adapter():
+            base = model(**batch).logits
+        assert not torch.allclose(adapted, base)
+        torch.testing.assert_close(model.merge_and_unload()(**batch).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_in_bf16_it_is_as_near_to_the_truth_as_pefts_sums():
+    """Under autocast, as training goes; small matrices, since large ones make a net of which every rounding changes everything."""
+
+    def make(base):
+        model = with_adapter(base)
+        with torch.no_grad():
+            for matrix in trained(model).values():
+                matrix.mul_(0.25)
+        return model
+
+    batch = Padder(0)(rows((60, 40, 50)))
+    right, gradients = step(make(tiny().bfloat16().float()), batch)
+    model = make(tiny().bfloat16())
+    for candidate in (model, as_peft(model)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, found = step(candidate, batch)
+        assert abs(float(loss - right)) < 1e-3
+        for name, gradient in found.items():
+            assert gradient.dtype == torch.float32
+            assert (gradient - gradients[name]).norm() < 0.04 * gradients[name].norm(), name
+
+
+def test_a_base_with_a_product_of_its_own_is_added_to():
+    class Doubled(torch.nn.Linear):
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(values)
+
+    base = tiny()
+    for block in base.model.layers:
+        doubled = Doubled(block.mlp.up_proj.in_features, block.mlp.up_proj.out_features, bias=False)
+        doubled.weight = block.mlp.up_proj.weight
+        block.mlp.up_proj = doubled
+    model = with_adapter(base)
+    batch = Padder(0)(rows())
+    assert_same(step(model, batch), step(as_peft(model), batch))
