@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from cluster.memory import Engine, Rows, plan_engine
-from cluster.plan import Choice, Place, choose, longest_row, with_base_in
+from cluster.plan import Choice, Place, choose, longest_row, suited, with_base_in
 from cluster.rates import UNKNOWN, train_tokens_per_s
 from cluster.shape import Shape
 from configs.errors import ClusterError
@@ -22,13 +22,19 @@ SERVED = {"none": "full precision", "fp8": "8 bit", "bitsandbytes": "4 bit"}
 class TrainOffer:
     """What one card could train."""
 
-    quantization: str
+    train: TrainConfig
+    """The settings with the base as it would be."""
     is_own: bool
     """Whether it is what the config says."""
     rows: Rows
     """As long as the config lets them be, all with loss."""
     choice: Choice | None
     longest_row_tokens: int
+
+    @property
+    def quantization(self) -> str:
+        """The base's format."""
+        return self.train.quantization
 
     @property
     def fits(self) -> bool:
@@ -90,8 +96,8 @@ def _own_first(own: str, kinds: dict[str, str]) -> list[str]:
 
 
 def _training(shape: Shape, train: TrainConfig, rows: Rows, place: Place, kind: str) -> TrainOffer:
-    changed = with_base_in(train, kind)
-    return TrainOffer(kind, kind == train.quantization, rows, choose(shape, changed, rows, place), longest_row(shape, changed, place))
+    changed = suited(with_base_in(train, kind), place)
+    return TrainOffer(changed, changed == train, rows, choose(shape, changed, rows, place), longest_row(shape, changed, place))
 
 
 def _serving(shape: Shape, serve: ServeConfig, place: Place, kind: str) -> ServeOffer:

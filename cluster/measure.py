@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.cards import Card
 from cluster.memory import Step
-from cluster.rates import MEASURED_NOW, Rate, overhead, step_flops
+from cluster.rates import Rate, overhead, step_flops
 from configs.errors import ClusterError, last_lines
 from configs.loader import ROOT
 from configs.schema import ChatbotConfig
@@ -33,7 +33,7 @@ class Measured:
     def rate(self, step: Step) -> Rate:
         """Return the card's rate, as the step that was measured shows it."""
         step_s = step.num_tokens / self.tokens_per_s
-        return Rate(step_flops(step) / step_s * overhead(step), source=MEASURED_NOW)
+        return Rate(step_flops(step) / step_s * overhead(step), source="measured now", precision=step.train.precision)
 
 
 def measure_card(card: Card, config: ChatbotConfig, model: Mapping[str, Any]) -> Measured:

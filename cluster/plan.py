@@ -3,17 +3,17 @@
 Knows memory and speed as `cluster.memory` and `cluster.rates` reckon them. Does not start anything, and reads no weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from operator import attrgetter
 
-from cluster.cards import cpu_has_bf16
+from cluster.cards import MIN_FP8_CAPABILITY, cpu_has_bf16
 from cluster.home import BYTES_PER_GIB
 from cluster.memory import BF16_BYTES, FP32_BYTES, Device, Need, Rows, Step
 from cluster.rates import UNKNOWN, Rate, find_rate, step_s
 from cluster.shape import Shape
-from configs.errors import FitError
+from configs.errors import ClusterError, FitError
 from configs.schema import ChatbotConfig, TrainConfig
 
 # Of a card's memory, left free: a prediction may be under by 3 %, and nvidia-smi counts some that no process gets.
@@ -34,6 +34,8 @@ class Place:
     """What a training process may take, where somebody says so; on part of a GPU it may be more than that part."""
     whole_gib: float | None = None
     """Memory of the whole GPU, where the card is a part of one."""
+    has_fp8: bool | None = None
+    """Whether it trains in FP8; None where nobody knows. A CPU does not: see `require_precision`."""
 
     @property
     def usable_gib(self) -> float:
@@ -65,7 +67,13 @@ def place_on(labels: Mapping[str, str], config: ChatbotConfig) -> Place:
     device = Device(on_gpu, value_bytes(config.model.precision, has_bf16))
     rate = find_rate(labels["accelerator"]) if on_gpu else None
     whole_gib = memory_gib / float(labels["gpu-share"]) if on_gpu else None
-    return Place(f"{labels['card']} ({labels['accelerator']})", memory_gib, device, rate, config.train.max_memory_gib, whole_gib)
+    name, limit_gib = f"{labels['card']} ({labels['accelerator']})", config.train.max_memory_gib
+    return Place(name, memory_gib, device, rate, limit_gib, whole_gib, _has_fp8(labels))
+
+
+def _has_fp8(labels: Mapping[str, str]) -> bool:
+    """Whether the card with these labels multiplies in FP8."""
+    return labels.get("fp8") == "true"
 
 
 def value_bytes(precision: str, has_bf16: bool) -> int:
@@ -90,6 +98,11 @@ def smallest(shape: Shape, train: TrainConfig, rows: Rows, device: Device) -> Ne
 def with_base_in(train: TrainConfig, quantization: str) -> TrainConfig:
     """Return the settings with another format of the base; in 4 bit it cannot multiply in FP8 too."""
     return train.model_copy(update={"quantization": quantization, **({} if quantization == "none" else {"precision": "auto"})})
+
+
+def suited(train: TrainConfig, place: Place) -> TrainConfig:
+    """Return the settings as a card can train with them: without FP8 where it is known to have none."""
+    return train.model_copy(update={"precision": "auto"}) if place.has_fp8 is False else train
 
 
 def settle(train: TrainConfig, choice: Choice) -> TrainConfig:
@@ -131,6 +144,27 @@ def _most(fits: Callable[[int], bool], limit: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle * ROUND_TOKENS) else (low, middle - 1)
     return low * ROUND_TOKENS
+
+
+def require_precision(config: ChatbotConfig, cards: Iterable[Mapping[str, str]]) -> None:
+    """Refuse FP8, for a run or any of a sweep's trials, where a card that may train them does not multiply in it.
+
+    A CPU is refused too: it would compute the same numbers, at less than its pace in bf16, and FP8 is for nothing but speed.
+
+    Args:
+        config: The chatbot.
+        cards: Labels of the cards that may train it.
+
+    Raises:
+        ClusterError: There is such a card.
+    """
+    varied = config.tune.space.get("train.precision")
+    if "fp8" not in {config.train.precision, *((varied and varied.choice) or [])}:
+        return
+    for card in cards:
+        if not _has_fp8(card):
+            why = f"{card['card']} ({card['accelerator']}) is none: such have compute capability {MIN_FP8_CAPABILITY} or more"
+            raise ClusterError("train.precision=fp8 wants GPUs that multiply in FP8", why, "train.precision=auto")
 
 
 def require_fit(shape: Shape, config: ChatbotConfig, rows: Rows, place: Place) -> Choice:

@@ -10,12 +10,13 @@ from rich.table import Table
 from cluster.assign import TRAINED, Assignment, CardOffers, ServeOffer, TrainOffer
 from cluster.home import BYTES_PER_GIB
 from cluster.memory import BF16_BYTES, Device, Step, kv_bytes
-from cluster.plan import Place, smallest, with_base_in
+from cluster.plan import Place, smallest
 from cluster.rates import answer_tokens_per_s, train_tokens_per_s
 from cluster.shape import Shape
 from configs.schema import ChatbotConfig
 
 NUM_TOKENS = 1_000_000  # what a time is told for
+FP8 = {True: "", False: ", without FP8: the card has none", None: ", if the card has FP8"}
 NO, YES = "[red]no[/]", "[green]yes[/]"
 COLUMNS = ("job", "fits", "GiB", "how", "longest", "tokens/s", "1M in")
 S_PER_MINUTE, S_PER_HOUR = 60, 3600
@@ -36,7 +37,7 @@ def make_tables(shape: Shape, config: ChatbotConfig, cards: Sequence[CardOffers]
     for number, card in enumerate(cards):
         table = Table(*COLUMNS, title=f"{chr(10) if number else ''}{card.place.title}", title_justify="left", box=None, pad_edge=False)
         for trained in card.training:
-            table.add_row(TRAINED[trained.quantization], *_training(shape, config, card.place, trained))
+            table.add_row(TRAINED[trained.quantization], *_training(shape, config.train.precision, card.place, trained))
         for served in card.serving:
             table.add_row(show_served(served, card.place), *_serving(shape, card.place, served))
         tables.append(table)
@@ -49,14 +50,14 @@ def show_served(offer: ServeOffer, place: Place) -> str:
     return f"serve {formats[offer.quantization]}"
 
 
-def _training(shape: Shape, config: ChatbotConfig, place: Place, offer: TrainOffer) -> tuple[str, ...]:
+def _training(shape: Shape, precision: str, place: Place, offer: TrainOffer) -> tuple[str, ...]:
+    fp8 = FP8[place.has_fp8] if precision == "fp8" and offer.quantization == "none" else ""
     longest = f"{offer.longest_row_tokens:,}" if offer.longest_row_tokens else ""
     if offer.choice is None:
-        train = with_base_in(config.train, offer.quantization)
-        need = smallest(shape, train, offer.rows, place.device)
-        return NO, f"{need.gib:.1f}", f"may take {place.usable_gib:.1f}", longest, "", ""
+        need = smallest(shape, offer.train, offer.rows, place.device)
+        return NO, f"{need.gib:.1f}", f"may take {place.usable_gib:.1f}{fp8}", longest, "", ""
     step = offer.choice.step
-    how = f"{step.size} at once{', recomputed' if step.recomputes else ''}"
+    how = f"{step.size} at once{', recomputed' if step.recomputes else ''}{fp8}"
     speed = train_tokens_per_s(step, place.rate) if place.rate and place.rate.is_of(step.train) else None
     return YES, f"{offer.choice.need.gib:.1f}", how, longest, _speed(speed), show_time(NUM_TOKENS / speed) if speed else ""
 
@@ -90,9 +91,8 @@ def show_assignment(best: Assignment, config: ChatbotConfig) -> list[str]:
             lines.append(f"[red]{place.name} would train, and nothing fits it[/]")
             continue
         lines.append(f"[bold]{place.name}[/] trains: {TRAINED[trained.quantization]}, {show_size(trained.choice.step)}")
-        if not trained.is_own:
-            no_fp8 = ["train.precision=auto"] if trained.choice.step.train.precision != config.train.precision else []
-            changes += [f"train.quantization={trained.quantization}", *no_fp8]
+        formats = {name: getattr(trained.train, name) for name in ("quantization", "precision")}
+        changes += [f"train.{name}={value}" for name, value in formats.items() if value != getattr(config.train, name)]
     for place, served in best.serving:
         if served is None:
             lines.append(f"[red]{place.name} would answer, and nothing fits it[/]")

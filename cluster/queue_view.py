@@ -14,7 +14,7 @@ from cluster.arbiter import failure_words
 from cluster.job_queue import FAILED, LEAVING, RUNNING, STANDING, NewJob, Queue, QueuedJob, clock
 from cluster.memory import Rows
 from cluster.models import check_model, read_model_config
-from cluster.plan import ROUND_TOKENS, choose, place_on, require_fit
+from cluster.plan import ROUND_TOKENS, choose, place_on, require_fit, require_precision
 from cluster.rule import RANKS, SERVE
 from cluster.session import Session, with_joined
 from cluster.shape import read_shape
@@ -32,7 +32,7 @@ def check_job(config: str, overrides: Sequence[str], is_sweep: bool, session: Se
     Raises:
         ConfigError: The config is wrong.
         ModelError: Its base model cannot be had.
-        ClusterError: It wants more cards than there are, or more memory than they have.
+        ClusterError: It wants more cards than there are, more memory than they have, or FP8 where one that it may get has none.
     """
     settings = load_sweep(config, overrides) if is_sweep else load_chatbot(config, overrides)
     check_model(settings.model)
@@ -45,6 +45,7 @@ def check_job(config: str, overrides: Sequence[str], is_sweep: bool, session: Se
             raise ClusterError(f"train.num_workers={num_cards} wants as many cards", why, f"train.num_workers={max(1, len(usable))}")
         if not is_sweep:  # each trial may change what decides it
             memory_gib = _least_memory_gib(settings, usable, num_cards)
+        require_precision(settings, [card for card in usable if float(card["memory-gib"]) >= memory_gib])
     text = yaml.safe_dump(chatbot_source(config, overrides).values, sort_keys=False, allow_unicode=True)
     return NewJob("sweep" if is_sweep else "train", settings.name, text, str(Path.cwd()), num_cards=num_cards, memory_gib=memory_gib)
 

@@ -9,7 +9,6 @@ from cluster.memory import Device, Step, weight_bytes
 from cluster.shape import Shape
 from configs.schema import TrainConfig
 
-MEASURED_NOW = "measured now"
 RECOMPUTE_TIME = 1.42  # of a step without: 14,432 against 10,158 tokens/s on one H100, 8B shape, 4 rows of 2,048, Liger's kernels
 # Of a step that waits for launches, in three shapes with rows of 512 tokens (memory-h100-..-11-23.json).
 RECOMPUTE_LAUNCHES, NF4_LAUNCHES = 1.7, 1.4
@@ -27,10 +26,12 @@ class Rate:
     read_bytes_per_s: float | None = None
     """Weights read while one request is answered; None where it was not measured."""
     source: str = ""
+    precision: str = "auto"
+    """What the base's linear layers multiplied in, as `train.precision` has it."""
 
     def is_of(self, train: TrainConfig) -> bool:
-        """Whether it is the rate of such training: with FP8 nobody has measured a card, but by `plan --measure`."""
-        return train.precision == "auto" or self.source == MEASURED_NOW
+        """Whether it is the rate of such training; in FP8 only `plan --measure` has measured cards."""
+        return train.precision == self.precision
 
 
 # By a part of the accelerator's name. Each is made from a result in tests/benchmarks/results, which a test does anew.

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.cards import Card, cpu_has_bf16, find_cards
 from cluster.measure import measure_card
 from cluster.memory import Device, Rows
-from cluster.plan import Place, require_fit, settle, value_bytes
+from cluster.plan import Place, require_fit, settle, suited, value_bytes
 from cluster.rates import find_rate
 from cluster.shape import Shape
 from configs.errors import ConfigError
@@ -40,7 +40,8 @@ def parse_cards(text: str, precision: str) -> list[Place]:
         on_gpu = not name.lower().endswith("cpu")
         shown = f"{name} #{names[: number + 1].count(name)}" if names.count(name) > 1 else name
         device = Device(on_gpu, value_bytes(precision, has_bf16=on_gpu or cpu_has_bf16()))
-        places.append(Place(shown, memory_gib, device, find_rate(name) if on_gpu else None))
+        # Of a GPU that is but a name nobody knows whether it has FP8.
+        places.append(Place(shown, memory_gib, device, find_rate(name) if on_gpu else None, has_fp8=None if on_gpu else False))
     return places
 
 
@@ -48,7 +49,8 @@ def place_of(card: Card, precision: str) -> Place:
     """Return a card of this machine as the plan sees it."""
     has_bf16 = card.gpu.has_bf16 if card.gpu else cpu_has_bf16()
     device = Device(card.gpu is not None, value_bytes(precision, has_bf16))
-    return Place(f"{card.name} ({card.accelerator})", card.memory_gib, device, find_rate(card.accelerator, os.cpu_count() or 1))
+    rate, has_fp8 = find_rate(card.accelerator, os.cpu_count() or 1), bool(card.gpu and card.gpu.has_fp8)
+    return Place(f"{card.name} ({card.accelerator})", card.memory_gib, device, rate, has_fp8=has_fp8)
 
 
 def find_places(machine: MachineConfig, precision: str) -> list[Place]:
@@ -70,6 +72,7 @@ def measure_places(machine: MachineConfig, config: ChatbotConfig, shape: Shape, 
     card = next(card for card in cards if card.pool == "train")
     rows = Rows(config.data.max_length_tokens, config.data.max_length_tokens)
     place = replace(place_of(card, config.model.precision), limit_gib=config.train.max_memory_gib)
+    config = config.model_copy(update={"train": suited(config.train, place)})
     choice = require_fit(shape, config, rows, place)
     found = measure_card(card, config.model_copy(update={"train": settle(config.train, choice)}), model)
     places = [place_of(other, config.model.precision) for other in cards]

@@ -15,6 +15,7 @@ from cluster.home import require_disk
 from cluster.job_queue import note_run
 from cluster.models import check_model, ensure_model, model_fingerprint
 from cluster.placement import is_usable
+from cluster.plan import require_precision
 from cluster.registry import Registry, mlflow_errors
 from cluster.session import LOGS_VARIABLE, RAY_NAMESPACE, Session, require_session, with_joined
 from configs.cli import JOB_VARIABLE
@@ -22,7 +23,7 @@ from configs.errors import ClusterError, RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
 from train.record import FAILED, FINISHED, RUN, STOPPED, Record
-from train.sizing import require_precision, require_room
+from train.sizing import require_room
 
 ASKED = "the job was asked to stop"
 Say = Callable[[str], None]
@@ -61,7 +62,7 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
         say(f"going on with {kind} {resume}")
     check_source(config.data)
     check_model(config.model)
-    require_precision(config, session.cards)
+    require_precision(config, filter(is_usable, session.cards))
     if kind == RUN:  # a sweep's trials may each change what decides it
         require_room(config, session.cards)
     say(f"base model {config.model.name}")

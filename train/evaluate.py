@@ -163,14 +163,14 @@ def contender_of(registry: Registry, version: Version) -> Contender:
 
 def heldout_of(config: ChatbotConfig, version: Version) -> tuple[list[Conversation], list[str]]:
     """Return the conversations that were held out of the version's training, and what is to be said of them."""
-    trained_on = version.tags.get("data_fingerprint", "")
-    file = home_folder() / "data" / f"{version.chatbot}-{trained_on}" / "heldout.jsonl"
+    fingerprint = version.tags.get("data_fingerprint", "")
+    file = home_folder() / "data" / f"{version.chatbot}-{fingerprint}" / "heldout.jsonl"
     notes = []
     if not file.is_file():
         data = prepare(config, ensure_model(config.model))
         file = data.heldout_file
-        if data.fingerprint != trained_on:
-            notes.append(f"measured on data {data.fingerprint}, trained on {trained_on}: it may have seen some of the questions")
+        if data.fingerprint != fingerprint:
+            notes.append(f"measured on data {data.fingerprint}, trained on {fingerprint}: it may have seen some of the questions")
     found = read_prepared(file)
     asked: list[Conversation] = spread(found, config.evaluation.num_questions)
     if len(asked) < len(found):

@@ -52,10 +52,12 @@ def _quantiser(device: str) -> Callable[[torch.Tensor], Quantised]:
 
 
 def _multiply(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return values (..., inputs) times a quantised weight (outputs, inputs), in the values' format."""
+    """Return values (..., inputs) times a quantised weight (outputs, inputs), in the values' format; it is held as `_hold` does."""
     tokens, scales = _quantiser(values.device.type)(values.detach().reshape(-1, values.shape[-1]))
     # Fast sums: torchao takes torch's kernels for row-wise scales to be quick with no others, and FP8's own rounding is coarser still.
-    product = torch._scaled_mm(tokens, weight.view(FP8).t(), scales, scale, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+    sides = (tokens, weight.view(FP8).t(), scales, scale.view(torch.float32))
+    bias = None if bias is None else bias.to(torch.bfloat16)  # a change of the model's format changes it
+    product = torch._scaled_mm(*sides, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
     return product.view(*values.shape[:-1], weight.shape[0]).to(values.dtype)
 
 
@@ -88,7 +90,7 @@ class Float8Linear(torch.nn.Linear):  # type: ignore[misc]
     @property
     def weight(self) -> torch.Tensor:
         """The weight as FP8 has it, made anew for whoever asks: its shape, format and device, and true numbers."""
-        return (self.forth_weight.view(FP8).float() * self.forth_scale.t()).to(self.dtype)
+        return (self.forth_weight.view(FP8).float() * self.forth_scale.view(torch.float32).t()).to(self.dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
         """Return the layer's outputs for (..., inputs)."""
@@ -97,12 +99,13 @@ class Float8Linear(torch.nn.Linear):  # type: ignore[misc]
 
 
 def _hold(weight: torch.Tensor) -> tuple[Parameter, Parameter]:
-    """Return a weight's rows in FP8, and (1, rows) scales, as frozen parameters.
+    """Return a weight's rows in FP8, and (1, rows) scales in fp32, as frozen parameters.
 
-    Buffers would be sent to all workers at each step. The FP8 is held as bytes, which no change of the model's format touches.
+    Buffers would be sent to all workers at each step. Both are held as bytes, which no change of the model's format touches.
     """
     rows, scales = quantise_rows(weight)
-    return Parameter(rows.view(torch.uint8), requires_grad=False), Parameter(scales.t().contiguous(), requires_grad=False)
+    scales = scales.t().contiguous()
+    return Parameter(rows.view(torch.uint8), requires_grad=False), Parameter(scales.view(torch.uint8), requires_grad=False)
 
 
 def quantise_base(base: Any) -> None:

@@ -103,7 +103,7 @@ def _as_trained(config: ChatbotConfig, base_format: str) -> ChatbotConfig:
     return config.model_copy(update={"train": train})
 
 
-def _compare(trained_on: str, served_on: str, trained: list[Any], served: list[list[dict[int, float]]]) -> Parity:
+def _compare(base_format: str, served_on: str, trained: list[Any], served: list[list[dict[int, float]]]) -> Parity:
     differences, num_tokens, num_same_best = [], 0, 0
     for logprobs, places in zip(trained, served, strict=True):
         for ours, theirs in zip(logprobs, places, strict=True):
@@ -113,4 +113,4 @@ def _compare(trained_on: str, served_on: str, trained: list[Any], served: list[l
                 abs(float(ours[token]) - logprob) for token, logprob in theirs.items() if max(float(ours[token]), logprob) >= LEAST_LOGPROB
             ]
     mean = sum(differences) / len(differences)
-    return Parity(trained_on, served_on, num_tokens, mean, max(differences), num_same_best / num_tokens)
+    return Parity(base_format, served_on, num_tokens, mean, max(differences), num_same_best / num_tokens)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.cards import MIN_FP8_CAPABILITY
 from cluster.home import BYTES_PER_GIB
 from cluster.memory import Rows, Step
 from cluster.models import read_config_file, read_model_config
@@ -17,7 +16,7 @@ from cluster.plan import ROUND_TOKENS, Place, choose, place_on, require_fit, set
 from cluster.plan_table import show_size
 from cluster.rates import step_s
 from cluster.shape import Shape, read_shape
-from configs.errors import ClusterError, ModelError
+from configs.errors import ModelError
 from configs.schema import ChatbotConfig, TrainConfig
 from data.prepare import Prepared
 
@@ -92,23 +91,6 @@ def size_prepared(config: ChatbotConfig, model_folder: Path, data: Prepared, car
     """Return what runs on prepared conversations are sized by; None where the plan does not know the model."""
     model = read_config_file(model_folder)
     return make_sizing(config, model, Rows(data.longest_tokens, data.most_loss_tokens), cards)
-
-
-def require_precision(config: ChatbotConfig, cards: Sequence[dict[str, str]]) -> None:
-    """Refuse FP8, for a run or any of a sweep's trials, where a card that may train them does not multiply in it.
-
-    A CPU is refused too: it would compute the same numbers, at less than its pace in bf16, and FP8 is for nothing but speed.
-
-    Raises:
-        ClusterError: There is such a card.
-    """
-    varied = config.tune.space.get("train.precision")
-    if "fp8" not in {config.train.precision, *((varied and varied.choice) or [])}:
-        return
-    for card in filter(is_usable, cards):
-        if card.get("fp8") != "true":
-            why = f"{card['card']} ({card['accelerator']}) is none: such have compute capability {MIN_FP8_CAPABILITY} or more"
-            raise ClusterError("train.precision=fp8 wants GPUs that multiply in FP8", why, "train.precision=auto")
 
 
 def require_room(config: ChatbotConfig, cards: Sequence[dict[str, str]]) -> None:

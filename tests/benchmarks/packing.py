@@ -31,7 +31,7 @@ def write_long_tailed(file: Path) -> Path:
 
 
 def main() -> None:
-    """Measure both sets of rows, and write the result."""
+    """Measure both sets of rows, and write the result after each, so that a failure leaves what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="another base model than the config's")
     parser.add_argument("--steps", type=int, default=60)
@@ -47,9 +47,10 @@ def main() -> None:
                 for way in ("packed", "by_length")}  # fmt: skip
         for way, found in ways.items():
             figures |= {f"{name}_{way}_{key}": found[key] for key in ("tokens_per_s", "eval_loss", "peak_memory_gib")}
-            figures[f"{name}_{way}_over_padded"] = found["ratio"]
-        figures[f"{name}_padded_tokens_per_s"] = ways["packed"]["plain_tokens_per_s"]
-    write_result("packing", figures, {"batch_size": arguments.batch_size, "steps": arguments.steps})
+            if "ratio" in found:  # the plain loop may have failed, for want of memory
+                figures[f"{name}_{way}_over_padded"] = found["ratio"]
+                figures.setdefault(f"{name}_padded_tokens_per_s", found["plain_tokens_per_s"])
+        write_result("packing", figures, {"batch_size": arguments.batch_size, "steps": arguments.steps})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 from bench import make_model, run_cli, write_result, write_rows
 
+from cluster.cards import find_gpus
 from cluster.models import ensure_model
 from cluster.registry import Registry
 from cluster.session import require_session
@@ -85,7 +86,7 @@ def plain_loop(arguments: argparse.Namespace) -> None:
 
 
 def measure(config_file: str, overrides: list[str], steps: int) -> dict[str, float]:
-    """Run Tandem and the plain loop on the same rows; return tokens/s and peak of both."""
+    """Run Tandem and the plain loop on the same rows; return tokens/s and peak of both, or `plain_failed` in the place of the latter's."""
     # As a user runs it; both leave out the first steps.
     said = run_cli("train", config_file, *overrides, f"train.max_steps={steps}")
     found = re.search(r"registered as (\S+);", said)
@@ -108,18 +109,13 @@ def measure(config_file: str, overrides: list[str], steps: int) -> dict[str, flo
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    figures = {name: ours[name] for name in ("eval_loss", "tokens_per_s", "peak_memory_gib")}
     if done.returncode:
         print(done.stderr[-1500:])  # such as no memory where Tandem had enough: that is a result too
-        return {"tokens_per_s": ours["tokens_per_s"], "peak_memory_gib": ours["peak_memory_gib"], "plain_failed": 1.0}
+        return {**figures, "plain_failed": 1.0}
     plain = json.loads(done.stdout.strip().splitlines()[-1])
-    return {
-        "eval_loss": ours["eval_loss"],
-        "tokens_per_s": ours["tokens_per_s"],
-        "plain_tokens_per_s": plain["tokens_per_s"],
-        "ratio": ours["tokens_per_s"] / plain["tokens_per_s"],
-        "peak_memory_gib": ours["peak_memory_gib"],
-        "plain_peak_memory_gib": plain["peak_memory_gib"],
-    }
+    figures |= {f"plain_{name}": plain[name] for name in ("tokens_per_s", "peak_memory_gib")}
+    return {**figures, "ratio": ours["tokens_per_s"] / plain["tokens_per_s"]}
 
 
 def on_cpu(steps: int) -> None:
@@ -139,10 +135,11 @@ def on_gpu(shape: str, steps: int, settings: list[str]) -> None:
         "train: {batch_size: 4, lora: {rank: 16, alpha: 32}, learning_rate: 1.0e-4, log_every_steps: 5}\n"
     )
     figures: dict[str, float] = {}
+    notes = {"sequence_tokens": 2048, "micro_batch": "4, QLoRA 1", "rank": 16}
     for name in settings:
         figures |= {f"{name}_{shape}_seq2048_{key}": value for key, value in measure(str(config), SETTINGS[name], steps).items()}
-    notes = {"sequence_tokens": 2048, "micro_batch": "4, QLoRA 1", "rank": 16}
-    write_result("training" if shape == "8b" else f"training-{shape}", figures, notes)
+        # So that a setting that fails leaves what was measured of the others.
+        write_result("training" if shape == "8b" else f"training-{shape}", figures, notes)
 
 
 def main() -> None:
@@ -161,7 +158,8 @@ def main() -> None:
     if arguments.plain:
         plain_loop(arguments)
     elif torch.cuda.is_available() or arguments.shape == "tiny":
-        usual = [name for name in SETTINGS if name != "lora_fp8" or torch.cuda.is_available()]  # on a CPU it is refused
+        has_fp8 = torch.cuda.is_available() and all(gpu.has_fp8 for gpu in find_gpus())  # elsewhere it is refused
+        usual = [name for name in SETTINGS if name != "lora_fp8" or has_fp8]
         on_gpu(arguments.shape, arguments.steps, arguments.settings or usual)
     else:
         on_cpu(arguments.steps)

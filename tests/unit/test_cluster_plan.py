@@ -12,12 +12,14 @@ from cluster.assign import assign, offers_of
 from cluster.cards import Card, Gpu
 from cluster.measure import Measured
 from cluster.memory import Device, Rows, Step
-from cluster.plan import Place, choose, longest_row, place_on, require_fit
+from cluster.placement import CARDS_VARIABLE, is_usable
+from cluster.plan import Place, choose, longest_row, place_on, require_fit, require_precision
+from cluster.plan_table import make_tables, show_assignment
 from cluster.rates import CPU_CORE, RATES, find_rate, train_tokens_per_s
 from cluster.shape import read_shape
 from cluster.survey import parse_cards, place_of
 from configs.errors import ClusterError, ConfigError
-from configs.loader import ROOT, load_chatbot, with_overrides
+from configs.loader import ROOT, load_chatbot, with_overrides, with_settings
 from configs.schema import TrainConfig
 
 SHAPE_FILE = ROOT / "configs" / "shapes" / "llama3_8b.json"
@@ -218,6 +220,60 @@ def test_the_settings_that_fit_are_named(command):
     assert "set: train.quantization=nf4 train.precision=auto serve.quantization=fp8" in ended.out
 
 
+CPU = Card("card1", "train", 8, 8)
+NEW = Card("card1", "train", 8, 79.6, Gpu("0", "NVIDIA H100 80GB HBM3", 79.6, 79.0, "580", 9.0))
+OLD = Card("card2", "train", 8, 79.6, Gpu("1", "NVIDIA A100", 79.6, 79.0, "580", 8.0))
+
+
+@pytest.mark.parametrize(
+    ("cards", "named"), [((NEW, OLD), r"card2 \(NVIDIA-A100\)"), ((CPU,), r"card1 \(cpu\)")], ids=["an older GPU", "a CPU"]
+)
+@pytest.mark.parametrize(
+    "settings",
+    [{"train.precision": "fp8"}, {"tune.space": {"train.precision": {"choice": ["auto", "fp8"]}}}],
+    ids=["a run", "a sweep"],
+)
+def test_fp8_is_refused_where_a_card_has_none(config, settings, cards, named):
+    with pytest.raises(ClusterError, match=rf"(?s)multiply in FP8.*{named}.*8\.9.*train\.precision=auto"):
+        require_precision(with_settings(config, settings), [card.labels for card in cards])
+
+
+def test_fp8_goes_where_all_cards_have_it_that_may_train(config, monkeypatch):
+    in_fp8 = with_settings(config, {"train.precision": "fp8"})
+    labels = [card.labels for card in (NEW, OLD)]
+    require_precision(in_fp8, labels[:1])
+    require_precision(config, labels)
+    monkeypatch.setenv(CARDS_VARIABLE, "card1")
+    require_precision(in_fp8, filter(is_usable, labels))
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (place_of(NEW, "auto"), ""),
+        (place_of(OLD, "auto"), ", without FP8: the card has none"),
+        (place_of(CPU, "fp32"), ", without FP8: the card has none"),
+        (parse_cards("rtx5090:80,rtx3090:80", "auto")[0], ", if the card has FP8"),
+        (parse_cards("cpu:80,cpu:80", "fp32")[0], ", without FP8: the card has none"),
+    ],
+    ids=["a new GPU", "an old GPU", "a CPU", "a GPU by its name", "a CPU by its name"],
+)
+def test_a_plan_says_where_a_card_has_no_fp8(config, found, told):
+    in_fp8 = with_settings(config, {"train.precision": "fp8"})
+    (table,) = make_tables(LLAMA, in_fp8, [offers_of(LLAMA, in_fp8, found)])
+    how = dict(zip(table.columns[0].cells, table.columns[3].cells, strict=True))
+    assert how["LoRA"].endswith(told)
+    assert ("FP8" in how["LoRA"]) == bool(told)
+    assert "FP8" not in how["QLoRA"]
+
+
+def test_a_card_without_fp8_is_planned_without_it(config):
+    in_fp8 = with_settings(config, {"train.precision": "fp8"})
+    for card, changes in ((NEW, []), (OLD, ["set: train.precision=auto"])):
+        offers = [offers_of(LLAMA, in_fp8, place_of(card, "auto")) for card in (card, card)]
+        assert show_assignment(assign(offers), in_fp8)[2:] == changes
+
+
 def test_a_rate_is_told_of_fp8_only_where_it_was_measured(command):
     rows = {
         precision: command("cluster", *COMMAND, "--cards", "h100:79,h100:79", f"train.precision={precision}").out.splitlines()
@@ -229,7 +285,9 @@ def test_a_rate_is_told_of_fp8_only_where_it_was_measured(command):
     assert RATES["H100"].is_of(TrainConfig())
     in_fp8 = TrainConfig(precision="fp8", micro_batch_size=1)
     assert not RATES["H100"].is_of(in_fp8)
-    assert Measured(1000.0, 20.0).rate(Step(LLAMA, in_fp8, ROWS, Device(on_gpu=True))).is_of(in_fp8)
+    measured = Measured(1000.0, 20.0).rate(Step(LLAMA, in_fp8, ROWS, Device(on_gpu=True)))
+    assert measured.is_of(in_fp8)
+    assert not measured.is_of(TrainConfig(quantization="nf4"))
 
 
 @pytest.mark.parametrize(

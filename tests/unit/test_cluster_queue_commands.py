@@ -1,13 +1,16 @@
 """`python -m cluster submit|queue|cancel|move` without a cluster: what is kept, what is shown, what is refused."""
 
-import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
+from cluster.cards import Card, Gpu
 from cluster.job_queue import Queue, QueuedJob
+from cluster.queue_view import check_job
 from configs.cli import JOB_VARIABLE
-from configs.errors import EXIT_UNAVAILABLE
+from configs.errors import EXIT_UNAVAILABLE, ClusterError
 from configs.loader import ROOT
 
 HELPDESK = str(ROOT / "configs" / "helpdesk.yaml")
@@ -30,16 +33,52 @@ def test_what_is_submitted_is_kept_with_its_settings_and_is_a_config_by_itself(c
     assert command("configs", "check", str(tmp_path / "job.yaml")).status == 0
 
 
-def test_what_fits_no_card_is_refused_with_what_would(command, up, tmp_path):
-    shape = json.loads((ROOT / "configs" / "shapes" / "llama3_8b.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(shape))
+@pytest.fixture
+def large(tmp_path) -> Path:
+    """The folder of a base with 8 billion weights, without them."""
+    (tmp_path / "config.json").write_text((ROOT / "configs" / "shapes" / "llama3_8b.json").read_text())
     (tmp_path / "model.safetensors").touch()
+    return tmp_path
+
+
+def test_what_fits_no_card_is_refused_with_what_would(command, up, large):
     up()
-    done = command("cluster", "submit", HELPDESK, f"model.name={tmp_path}")
+    done = command("cluster", "submit", HELPDESK, f"model.name={large}")
     assert done.status == 2
     assert "this run does not fit its card" in done.err
     with Queue() as line:
         assert line.jobs() == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("cluster", "submit", HELPDESK, "train.precision=fp8"),
+        ("cluster", "submit", "--sweep", HELPDESK, "tune.space={train.precision: {choice: [auto, fp8]}}"),
+        ("train", HELPDESK, f"data.source={ROOT / 'data' / 'helpdesk.jsonl'}", "train.precision=fp8"),
+    ],
+    ids=["submitted", "a sweep", "not by the queue"],
+)
+def test_fp8_is_refused_at_once_where_no_card_has_it(command, up, words):
+    up()
+    done = command(*words)
+    assert done.status == 2
+    for told in ("train.precision=fp8 wants GPUs that multiply in FP8", "card1 (cpu) is none", "train.precision=auto"):
+        assert told in done.err
+    with Queue() as line:
+        assert line.jobs() == []
+
+
+def test_fp8_is_refused_where_any_card_that_the_job_may_get_has_none(up, large):
+    old = Card("card0", "serve", 8, 8, Gpu("0", "NVIDIA GeForce RTX 2080", 8, 8, "580", 7.5))
+    new = Card("card1", "train", 8, 79, Gpu("1", "NVIDIA H100 80GB HBM3", 79, 79, "580", 9.0))
+    session = replace(up(), cards=(old.labels, new.labels))
+    lends = replace(session, machine={"lending": {"enabled": True}})
+    in_fp8 = "train.precision=fp8"
+    assert check_job(HELPDESK, [in_fp8], False, session).memory_gib == 79, "chat's card is not lent"
+    with pytest.raises(ClusterError, match=r"card0 .* is none"):
+        check_job(HELPDESK, [in_fp8], False, lends)
+    assert check_job(HELPDESK, [in_fp8, f"model.name={large}"], False, lends).memory_gib == 79, "it is too small for this one"
 
 
 def test_a_job_knows_the_smallest_card_that_will_do(command, up):

@@ -11,7 +11,7 @@ from configs.errors import ClusterError, FitError
 from configs.loader import ROOT, load_chatbot, with_settings
 from configs.schema import ChatbotConfig
 from data.prepare import Prepared
-from train.sizing import require_precision, require_room, size_prepared
+from train.sizing import require_room, size_prepared
 
 SHAPES = ROOT / "configs" / "shapes"
 MIXED = [
@@ -77,29 +77,6 @@ def test_a_run_that_cannot_fit_is_refused(config, folder, tmp_path, monkeypatch)
     with pytest.raises(ClusterError, match="rows of 64 tokens"):
         require_room(local, small)  # with the base not even there
     require_room(local, MIXED)
-
-
-FP8 = [{**card, "fp8": "true"} for card in MIXED]
-OLD = [*FP8[:2], {**MIXED[2], "accelerator": "NVIDIA-A10", "fp8": "false"}]
-
-
-@pytest.mark.parametrize(("cards", "named"), [(OLD, r"card2 \(NVIDIA-A10\)"), (CPU, r"card1 \(cpu\)")], ids=["an older GPU", "a CPU"])
-@pytest.mark.parametrize(
-    "settings",
-    [{"train.precision": "fp8"}, {"tune.space": {"train.precision": {"choice": ["auto", "fp8"]}}}],
-    ids=["a run", "a sweep"],
-)
-def test_fp8_is_refused_where_a_train_card_has_none(config, settings, cards, named):
-    with pytest.raises(ClusterError, match=rf"(?s)multiply in FP8.*{named}.*8\.9.*train\.precision=auto"):
-        require_precision(with_settings(config, settings), cards)
-
-
-def test_fp8_goes_where_all_train_cards_have_it(config, monkeypatch):
-    in_fp8 = with_settings(config, {"train.precision": "fp8"})
-    require_precision(in_fp8, FP8)
-    require_precision(config, OLD)
-    monkeypatch.setenv(CARDS_VARIABLE, "card1")
-    require_precision(in_fp8, OLD)
 
 
 def test_how_long_a_run_in_fp8_takes_nobody_says_unmeasured(config, folder):
