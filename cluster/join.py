@@ -78,7 +78,8 @@ def join(head: str, machine: MachineConfig, say: Callable[[str], None]) -> Sessi
 
 def _require_known(session: Session) -> None:
     """Refuse to call joined what the cluster does not know: cards come back by themselves, unless their log says why not."""
-    if gone := [card["card"] for card in session.cards if card["card"] not in known_cards(session)]:
+    known = known_cards(session)
+    if gone := [card["card"] for card in session.cards if card["card"] not in known]:
         why = f"they are begun again each half minute; {log_folder() / gone[0]}.log tells what keeps them out"
         raise ClusterError(f"the cluster does not have {', '.join(gone)} now", why, "python -m cluster leave, then join again")
 

@@ -37,11 +37,7 @@ def fuse_adapter(model: Any) -> None:
     from peft.tuners.lora import LoraLayer
 
     for layer in model.modules():
-        if (
-            isinstance(layer, LoraLayer)
-            and not isinstance(layer, torch.nn.Embedding)
-            and isinstance(layer.get_base_layer(), torch.nn.Linear)
-        ):
+        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), torch.nn.Linear):
             layer.forward = MethodType(_with_fallback(type(layer).forward), layer)
 
 
