@@ -76,11 +76,10 @@ def find_shells(first_line: str) -> tuple[Process, ...]:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             words = process.cmdline()
-            if (
-                words[1:2] != ["-c"] or not words[2].startswith(first_line) or _session_id(process) != process.pid
-            ):  # a shell forks, and its fork looks like itself
+            if words[1:2] != ["-c"] or not words[2].startswith(first_line):
                 continue
-            if process.environ().get("TANDEM_HOME") == str(home_folder()):
+            leads = _session_id(process) == process.pid  # a shell forks, and its fork looks like itself
+            if leads and process.environ().get("TANDEM_HOME") == str(home_folder()):
                 found.append(Process(words[3], process.pid, process.create_time()))
     return tuple(found)
 

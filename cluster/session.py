@@ -90,6 +90,9 @@ class Session:
         return [name for name in self.missing() if name != ARBITER]
 
 
+STORED = TypeAdapter(Session)
+
+
 def token_file() -> Path:
     """Return the file with the token that every process of the cluster must show."""
     return home_folder() / "ray_token"
@@ -127,7 +130,7 @@ def read_session() -> Session | None:
     if not file.is_file():
         return None
     try:
-        return TypeAdapter(Session).validate_json(file.read_bytes())
+        return STORED.validate_json(file.read_bytes())
     except (ValidationError, OSError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ") if first else str(error)
