@@ -1,15 +1,31 @@
-"""When engines last had a request: each keeps a small file, which says so by its time and by what is in it.
+"""What engines tell of themselves: when each last had a request, and whether it has its card; and how one is told to sleep.
 
-Knows files of this machine. Does not know what a request is. Writing takes microseconds, so that it is done at each request.
+Each engine keeps a small file, and looks for another beside it. Knows files of this machine. Does not know what a request is. Writing
+takes microseconds, so that it is done at each request.
 """
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
 from cluster.home import home_folder
+
+EngineState = Literal["unknown", "waiting", "awake", "asleep"]
+"""`waiting` wants a card that it has not, be it new or called from sleep; `unknown` is one that never sleeps, or has told nothing yet."""
+BEDTIME = ".sleep"
+
+
+@dataclass(frozen=True)
+class Activity:
+    """How an engine stands."""
+
+    quiet_s: float = 0.0
+    """For how long it has had no request; 0 while it has some, and where nothing is known of it."""
+    state: EngineState = "unknown"
 
 
 class ActivityFile:
@@ -19,9 +35,11 @@ class ActivityFile:
         folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.iterdir():
-            if not psutil.pid_exists(int(file.name)):
+            if not psutil.pid_exists(int(file.stem)):
                 file.unlink(missing_ok=True)
-        self.num_in_flight = 0
+        self.num_in_flight, self.since_s = 0, time.time()
+        self.state: EngineState = "unknown"
+        self.bedtime = _bedtime(os.getpid())
         self.descriptor = os.open(folder / str(os.getpid()), os.O_RDWR | os.O_CREAT, 0o600)
         self._write()
 
@@ -33,29 +51,53 @@ class ActivityFile:
     def end(self) -> None:
         """Note that a request was answered, or went away."""
         self.num_in_flight -= 1
+        self.since_s = time.time()
         self._write()
 
+    def tell(self, state: EngineState) -> None:
+        """Note how the engine stands, which is no request."""
+        self.state = state
+        self._write()
+
+    def is_told_to_sleep(self) -> bool:
+        """Whether the engine is to give its card back; it is told once."""
+        if not self.bedtime.exists():
+            return False
+        self.bedtime.unlink(missing_ok=True)
+        return True
+
     def _write(self) -> None:
-        os.pwrite(self.descriptor, f"{self.num_in_flight:<12d}".encode(), 0)
+        os.pwrite(self.descriptor, f"{self.num_in_flight:<8d}{self.since_s:<20.3f}{self.state:<8}".encode(), 0)
 
 
 def note_quiet(node_id: str, pid: int, quiet_s: float) -> None:
     """Note for an engine on another machine for how long it has had no request."""
-    file, now_s = _folder(node_id) / str(pid), time.time()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("0")
-    os.utime(file, (now_s, now_s - quiet_s))
-
-
-def read_quiet_s(pid: int, node_id: str = "") -> float:
-    """Return for how long an engine has had no request, of another machine's by its node; 0 where nothing is known of it."""
     file = _folder(node_id) / str(pid)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"0 {time.time() - quiet_s:.3f} unknown")
+
+
+def read_activity(pid: int, node_id: str = "") -> Activity:
+    """Return how an engine stands, of another machine's by its node."""
     try:
-        is_busy = int(file.read_text() or 1) > 0
-        changed_s = file.stat().st_mtime
+        num_in_flight, since_s, state = (_folder(node_id) / str(pid)).read_text().split()
+        quiet_s = 0.0 if int(num_in_flight) > 0 else max(0.0, time.time() - float(since_s))
     except (OSError, ValueError):
-        return 0.0
-    return 0.0 if is_busy else max(0.0, time.time() - changed_s)
+        return Activity()
+    return Activity(quiet_s, state)  # type: ignore[arg-type]
+
+
+def tell_to_sleep(pid: int) -> bool:
+    """Tell an engine of this machine to give its card back while it has no request; return whether it was not told before."""
+    file = _bedtime(pid)
+    if file.exists():
+        return False
+    file.touch()
+    return True
+
+
+def _bedtime(pid: int) -> Path:
+    return _folder() / f"{pid}{BEDTIME}"
 
 
 def _folder(node_id: str = "") -> Path:

@@ -63,6 +63,9 @@ class Ground(Protocol):
     def bound(self, fewest: int, most: int) -> None:
         """Set how many engines chat may have."""
 
+    def send_to_sleep(self, card: str) -> bool:
+        """Tell the engine on a card to give it back while it has no request; return whether it was not told yet."""
+
     def restore_chat(self) -> None:
         """Deploy chat again as it was."""
 
@@ -91,6 +94,11 @@ class Arbiter:
         decision = decide(Snapshot(now_s, seen.cards, seen.chat, jobs), self.lending)
         for action in decision.actions:
             self._act(action, now_s)
+        for card in decision.bedtimes:
+            if self.ground.send_to_sleep(card):
+                what, why = f"the engine on {card} goes to sleep", "chat is quiet, and a job waits for the card"
+                log.info("%s: %s", what, why)
+                self.queue.note_handover("chat", what, why, now_s)
         self.queue.explain(decision.waits)
         if seen.num_engines not in (None, decision.num_engines):
             fewest, most = decision.num_engines

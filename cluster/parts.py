@@ -16,7 +16,7 @@ from cluster.cards import Card
 from cluster.home import BYTES_PER_GIB, home_folder
 from cluster.kuberay import head_arguments, pod_environment
 from cluster.limits import memory_bytes, num_cpus
-from cluster.placement import HEAD
+from cluster.placement import HEAD, SEAT
 from cluster.processes import free_port, quiet_port
 from cluster.session import ARBITER, GATE, MLFLOW, Session
 from configs.loader import ROOT
@@ -67,10 +67,13 @@ def raylet_part(machine: MachineConfig, card: Card, role: list[str]) -> Part:
 
 
 def _raylet_arguments(machine: MachineConfig, card: Card) -> list[str]:
-    """Return the arguments that give a raylet its card and nothing else. One job at a time owns the resource `card`."""
+    """Return the arguments that give a raylet its card and nothing else.
+
+    One job or engine at a time owns the resource `card`; an engine that sleeps has the `seat` alone.
+    """
     return [
         "--labels", ",".join(f"{key}={value}" for key, value in card.labels.items()),
-        "--resources", json.dumps({"card": 1}),
+        "--resources", json.dumps({"card": 1, SEAT: 1}),
         "--num-cpus", str(card.num_cpus),
         "--num-gpus", "1" if card.gpu else "0",
         "--memory", str(int(card.memory_gib * BYTES_PER_GIB)) if not card.gpu else str(memory_bytes() // 2),

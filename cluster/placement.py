@@ -1,6 +1,6 @@
-"""Which cards a process may train on: those that the queue gave it, or else any of the train pool.
+"""Which cards a process may train on: those that the queue gave it, or else any of the train pool; and what it asks Ray for there.
 
-Knows Ray's label selectors and one variable of the environment. Does not know who gives cards.
+Knows Ray's resources and label selectors, and one variable of the environment. Does not know who gives cards.
 """
 
 import os
@@ -8,6 +8,12 @@ from collections.abc import Mapping
 
 CARDS_VARIABLE = "TANDEM_CARDS"
 HEAD = "head"  # the label of the first machine's cards; one that joined has its own name
+CARD, SEAT = "card", "seat"
+"""Ray's names for a card, which one has alone, and for the place beside it of an engine that can sleep."""
+GPU_SHARE = 0.5
+"""Of its card's GPU in Ray's books: it only shows the GPU to a process. Two fit, since an engine may sleep where a job trains."""
+SLEEPING_GIB = 3.0
+"""What an engine that sleeps keeps of its GPU: its context, and the graphs that were recorded."""
 
 
 def given_cards() -> list[str]:
@@ -21,6 +27,18 @@ def card_selector() -> dict[str, str]:
     if not cards:
         return {"pool": "train"}
     return {"card": cards[0] if len(cards) == 1 else f"in({','.join(cards)})"}
+
+
+def job_resources(on_gpu: bool) -> dict[str, float]:
+    """Return what a process that trains asks Ray for."""
+    return {CARD: 1, "CPU": 1, **({"GPU": GPU_SHARE} if on_gpu else {})}
+
+
+def as_lent(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return a card's labels as a job gets it: a serve card's GPU without what an engine keeps that sleeps there."""
+    if labels.get("pool") != "serve" or "gpu-share" not in labels:
+        return dict(labels)
+    return {**labels, "memory-gib": f"{max(0.0, float(labels['memory-gib']) - SLEEPING_GIB):g}"}
 
 
 def is_usable(labels: Mapping[str, str]) -> bool:

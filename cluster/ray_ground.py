@@ -10,17 +10,18 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Set
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from cluster.activity import read_quiet_s
+from cluster.activity import Activity, read_activity, tell_to_sleep
 from cluster.arbiter import LOST, Driver, Sight
 from cluster.chat_wish import read_wish, wish_lock
 from cluster.home import home_folder, write_text
 from cluster.job_queue import QueuedJob
 from cluster.machines import Raylets, remember, with_lost
-from cluster.placement import CARDS_VARIABLE
+from cluster.placement import CARDS_VARIABLE, as_lent
 from cluster.rule import TRAIN, Card, Chat
 from cluster.session import Session, is_alive, is_joined, known_cards
 from configs.cli import JOB_VARIABLE
@@ -36,6 +37,23 @@ STOP_AGAIN_S = 5.0
 Bounds = tuple[int, int] | None
 
 
+@dataclass(frozen=True)
+class Engine:
+    """A replica, as Serve tells of it, and as it tells of itself."""
+
+    node_id: str
+    pid: int
+    since_s: float
+    runs: bool
+    can_sleep: bool
+    activity: Activity
+
+    @property
+    def has_card(self) -> bool:
+        """Whether its card is its own; one that has told nothing yet may have it."""
+        return self.activity.state in ("awake", "unknown")
+
+
 class RayGround:
     """A cluster that `up` started."""
 
@@ -43,6 +61,9 @@ class RayGround:
         self.session = session
         self.client = session.dashboard()
         self.stopped_s: dict[str, float] = {}
+        self.engines: tuple[Engine, ...] = ()
+        self.nodes: dict[str, str] = {}
+        """Of each card its raylet, as last seen."""
 
     def look(self) -> Sight:
         """Look at cards, chat and drivers."""
@@ -50,16 +71,18 @@ class RayGround:
         known = [node["raylet"] for node in nodes["summary"]]
         raylets = [raylet for raylet in known if is_alive(raylet)]
         remember(raylets)
+        self.nodes = {raylet["labels"]["card"]: raylet["nodeId"] for raylet in raylets if "card" in raylet.get("labels", {})}
         cards = (*self.session.cards, *known_cards(raylet for raylet in with_lost(known) if is_joined(raylet)))
         application = self._get(SERVE_API).get("applications", {}).get(APPLICATION, {})
-        engines = [replica for entry in application.get("deployments", {}).values() for replica in entry.get("replicas", [])]
+        joined = {raylet["nodeId"] for raylet in raylets if is_joined(raylet)}
+        self.engines = _engines(application, joined)
         jobs = self._get(JOBS_API)
         drivers = {job["submission_id"]: _driver(job) for job in jobs if job.get("submission_id")}
         bounds = _bounds(application.get("deployed_app_config"))
         used = {node_id for node_id, told in (nodes.get("nodeLogicalResources") or {}).items() if _is_used(told)}
         lost_chat = not application and read_wish() is not None
-        chat = _chat(application, engines, bounds, {raylet["nodeId"] for raylet in raylets if is_joined(raylet)})
-        return Sight(_cards(cards, raylets, engines, used), chat, bounds, drivers, lost_chat)
+        chat = _chat(application, self.engines, bounds)
+        return Sight(_cards(cards, raylets, self.engines, used), chat, bounds, drivers, lost_chat)
 
     def submit(self, job: QueuedJob) -> None:
         """Start a job's process; Ray takes a submission's name only once."""
@@ -117,6 +140,11 @@ class RayGround:
         if answer.is_error:
             raise ClusterError("Ray Serve refused the number of engines", answer.text[-500:], "python -m serve CONFIG")
 
+    def send_to_sleep(self, card: str) -> bool:
+        """Tell the engine on a card to give it back while it has no request; return whether it was not told yet."""
+        engine = next((engine for engine in self.engines if engine.node_id == self.nodes.get(card)), None)
+        return engine is not None and tell_to_sleep(engine.pid)
+
     def restore_chat(self) -> None:
         """Deploy what was deployed last."""
         with wish_lock():
@@ -130,39 +158,61 @@ class RayGround:
         return answer.json()
 
 
-def _cards(known: Iterable[Mapping[str, str]], raylets: Raylets, engines: list[dict[str, Any]], used: Set[str]) -> tuple[Card, ...]:
+def _engines(application: dict[str, Any], joined: Set[str]) -> tuple[Engine, ...]:
+    """Return the replicas that have a place; `joined` are nodes of other machines."""
+    arguments = (application.get("deployed_app_config") or {}).get("args", {})
+    replicas = [replica for entry in application.get("deployments", {}).values() for replica in entry.get("replicas", [])]
+    return tuple(
+        Engine(
+            node_id=replica["node_id"],
+            pid=replica.get("pid") or 0,  # there is none yet
+            since_s=replica["start_time_s"],
+            runs=replica["state"] == "RUNNING",
+            can_sleep=bool(arguments.get("sleeps")) and replica["node_id"] not in joined,
+            activity=read_activity(replica.get("pid") or 0, replica["node_id"] if replica["node_id"] in joined else ""),
+        )
+        for replica in replicas
+        if replica.get("node_id")
+    )
+
+
+def _cards(known: Iterable[Mapping[str, str]], raylets: Raylets, engines: Iterable[Engine], used: Set[str]) -> tuple[Card, ...]:
     """Return the cards that are known, by their labels: of each whether its raylet is among those alive, and what has it."""
     card_of = {raylet["nodeId"]: raylet["labels"]["card"] for raylet in raylets if "card" in raylet.get("labels", {})}
     taken = {name for node_id, name in card_of.items() if node_id in used}
-    since_s = {card_of[engine["node_id"]]: engine["start_time_s"] for engine in engines if engine.get("node_id") in card_of}
+    placed = {card_of[engine.node_id]: engine for engine in engines if engine.node_id in card_of}
+    since_s = {name: engine.since_s for name, engine in placed.items() if engine.has_card}
     return tuple(
         Card(
             name=card["card"],
             pool=card["pool"],
-            memory_gib=float(card["memory-gib"]),
+            memory_gib=float(as_lent(card)["memory-gib"]),
             is_alive=card["card"] in card_of.values(),
             engine_since_s=since_s.get(card["card"]),
+            is_seated=card["card"] in placed and placed[card["card"]].can_sleep,
+            is_called=card["card"] in placed and placed[card["card"]].activity.state == "waiting",
             is_foreign=card["pool"] == TRAIN and card["card"] in taken and card["card"] not in since_s,
         )
         for card in known
     )
 
 
-def _chat(application: dict[str, Any], engines: list[dict[str, Any]], bounds: Bounds, joined: Set[str] = frozenset()) -> Chat:
+def _chat(application: dict[str, Any], engines: Iterable[Engine], bounds: Bounds) -> Chat:
     if not application or bounds is None:
         return Chat()
     wish = read_wish() or application["deployed_app_config"]
     fewest, most = _bounds(wish) or bounds
     target = max((entry.get("target_num_replicas", 0) for entry in application.get("deployments", {}).values()), default=1)
-    running = [engine for engine in engines if engine["state"] == "RUNNING"]
+    target -= sum(engine.activity.state == "asleep" for engine in engines)
+    running = [engine for engine in engines if engine.runs]
     if running:
-        quiet_s = min(read_quiet_s(engine["pid"], engine["node_id"] if engine.get("node_id") in joined else "") for engine in running)
+        quiet_s = min(engine.activity.quiet_s for engine in running)
     else:
         quiet_s = 0.0 if target or not application.get("deployments") else math.inf  # a request waits, or nobody asks
     uses_train_cards = bool(
         wish["applications"][0]["args"]["use_train_cards"] if "applications" in wish else wish["args"]["use_train_cards"]
     )
-    return Chat(fewest, most, uses_train_cards, target, quiet_s)
+    return Chat(fewest, most, uses_train_cards, max(0, target), quiet_s)
 
 
 def _bounds(config: dict[str, Any] | None) -> Bounds:

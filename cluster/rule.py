@@ -30,6 +30,10 @@ class Card:
     is_alive: bool = True
     engine_since_s: float | None = None
     """Since when an engine has it; None where none has."""
+    is_seated: bool = False
+    """An engine's process is there that can sleep; without `engine_since_s` it does, or waits for the card."""
+    is_called: bool = False
+    """That engine waits for the card, and would for no other."""
     is_foreign: bool = False
     """Somebody has it who never stood in line, such as a run begun in a shell."""
 
@@ -42,7 +46,7 @@ class Chat:
     max_engines: int = 0
     uses_train_cards: bool = False
     num_wanted: int = 0
-    """Engines wanted for the requests that there are, placed or not, within the bounds now in force."""
+    """Engines wanted for the requests that there are, placed or not, within the bounds now in force; not those that sleep."""
     quiet_s: float = math.inf
     """Since the last request ended; 0 while one is answered or waits."""
 
@@ -109,6 +113,8 @@ class Decision:
     num_engines: tuple[int, int]
     """Fewest and most engines that chat may have now; fewer than its config says is sleep, more train cards is growth."""
     engines_reason: str
+    bedtimes: tuple[str, ...]
+    """Cards whose engines are to go to sleep."""
     waits: dict[int, str]
     """Why each waiting job waits."""
 
@@ -119,7 +125,7 @@ def decide(seen: Snapshot, lending: LendingConfig) -> Decision:
     hand.give_chat_its_own()
     for job in sorted((job for job in seen.jobs if job.state == "waiting"), key=lambda job: (job.rank, job.place, job.id)):
         hand.place(job)
-    return Decision(tuple(hand.actions), *hand.bounds(), hand.waits)
+    return Decision(tuple(hand.actions), *hand.bounds(), hand.bedtimes(), hand.waits)
 
 
 @dataclass
@@ -147,18 +153,20 @@ class _Hand:
 
     def give_chat_its_own(self) -> None:
         """Keep serve cards free for the engines that chat wants, and call back those that are lent."""
-        num_missing = min(self.seen.chat.num_wanted, self.seen.chat.max_engines) - len(self.engines)
+        called = {card.name for card in self.seen.cards if card.is_alive and card.is_called}
+        num_missing = min(self.seen.chat.num_wanted, self.seen.chat.max_engines) - len(self.engines) - len(called)
         for cards in (self.free, self.coming):
-            for card in [card for card in cards if card.pool == SERVE][: max(0, num_missing)]:
+            others = [card for card in cards if card.pool == SERVE and card.name not in called][: max(0, num_missing)]
+            num_missing -= len(others)
+            for card in [*others, *(card for card in cards if card.name in called)]:
                 cards.remove(card)
                 self.kept[card.name] = "chat"
-                num_missing -= 1
         lent = {self.holders[card.name].id: self.holders[card.name] for card in self.seen.cards if self._is_lent(card)}
         for job in sorted((job for job in lent.values() if job.state == "running"), key=_least_first):
-            if num_missing > 0:
-                names = [card.name for card in self.seen.cards if card.name in job.cards and card.pool == SERVE and card.is_alive]
+            names = [card.name for card in self.seen.cards if card.name in job.cards and card.pool == SERVE and card.is_alive]
+            if num_missing > 0 or not called.isdisjoint(names):
                 self.actions.append(Leave(job.id, f"chat wants {' and '.join(names)} back: requests wait for an engine"))
-                num_missing -= len(names)
+                num_missing -= len(set(names) - called)
 
     def place(self, job: Job) -> None:
         """Start a job, or see to it that cards become free for it; what it waits for, nobody behind it gets."""
@@ -190,7 +198,8 @@ class _Hand:
         chat = self.seen.chat
         started = {name for action in self.actions if isinstance(action, Start) for name in action.cards}
         serve = [card for card in self.seen.cards if card.pool == SERVE and card.is_alive]
-        num_lent = sum(card.name in self.holders or card.name in started or card.name in self.given_back for card in serve)
+        lent = [card for card in serve if card.name in self.holders or card.name in started or card.name in self.given_back]
+        ending = [card for card in self.engines if card.name in self.given_back and not card.is_seated]
         guests = [card for card in self.engines if card.pool == TRAIN and card.name not in self.given_back]
         idle = [card for card in self.free if card.pool == TRAIN and card.name not in started]
         num_train = len(guests) + len(idle) if chat.uses_train_cards else 0
@@ -198,11 +207,16 @@ class _Hand:
         room = len(self.engines) - num_leaving if num_leaving else len(serve) + num_train
         most = max(1, min(chat.max_engines, room))
         fewest = min(chat.min_engines, most)
-        if self.is_quiet and (num_lent or self.given_back):
-            fewest = min(fewest, len(serve) - num_lent + len(guests))
-            fewest = min(fewest, len(self.engines) - len(self.given_back)) if self.given_back else fewest
-            return (fewest, most), f"chat is quiet, and leaves {_count(num_lent or num_leaving)} to jobs"
+        if self.is_quiet and (lent or ending):
+            fewest = min(fewest, len(serve) - sum(not card.is_seated for card in lent) + len(guests))
+            asleep = [card for card in serve if card.is_seated and card.engine_since_s is None]
+            fewest = min(fewest, len(self.engines) + len(asleep) - len(ending)) if ending else fewest
+            return (fewest, most), f"chat is quiet, and leaves {_count(len(lent) or num_leaving)} to jobs"
         return (fewest, most), "" if most == chat.max_engines else f"{_count(room)} for engines"
+
+    def bedtimes(self) -> tuple[str, ...]:
+        """Return the cards whose engines keep their process, and are to give the card back."""
+        return tuple(card.name for card in self.engines if card.is_seated and card.name in self.given_back)
 
     def _start(self, job: Job, cards: list[Card]) -> None:
         self.free = [card for card in self.free if card not in cards]

@@ -10,8 +10,8 @@ from serve.refusal import App, Receive, Scope, Send
 class Noted:
     """Wraps an application; a look at a page, the list of models or the health is no request that keeps an engine awake."""
 
-    def __init__(self, app: App) -> None:
-        self.app, self.file = app, ActivityFile()
+    def __init__(self, app: App, file: ActivityFile) -> None:
+        self.app, self.file = app, file
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand on, and note what asks the engine for something."""

@@ -5,13 +5,16 @@ Knows Ray Serve. Does not know how it is put into the cluster: see `serve.deploy
 
 import asyncio
 import os
+from collections.abc import Coroutine
+from contextlib import nullcontext
 from typing import Any
 
 from ray import serve as ray_serve
 
+from cluster.activity import ActivityFile
 from cluster.logs import set_up, streams
 from cluster.models import ensure_model, model_fingerprint
-from cluster.placement import HEAD
+from cluster.placement import CARD, GPU_SHARE, HEAD, SEAT
 from cluster.registry import Registry
 from cluster.session import operator_key, read_session
 from configs.schema import ModelConfig, ServeConfig
@@ -21,7 +24,7 @@ from serve.alive import Alive, leave_with
 from serve.counted import count_request
 from serve.deploy import DEPLOYMENT
 from serve.desk import HeadKeys, feedback_of_head, find_desk, watch_keys
-from serve.engine import engine_arguments, engine_environment, start_engine
+from serve.engine import SLEEP_ARGUMENTS, engine_arguments, engine_environment, start_engine
 from serve.feedback import FeedbackDesk
 from serve.front import Doors, Front
 from serve.keys import KeyFile
@@ -29,6 +32,7 @@ from serve.last_words import guard_streams
 from serve.observed import Watch
 from serve.quotas import ClusterQuotas
 from serve.request_log import request_log
+from serve.sleep import RayCardHold, Sleeper
 from serve.tools import choose_tool_parser
 
 MAX_CONSTRUCTOR_RETRIES = 3
@@ -40,10 +44,12 @@ NUM_ARRIVING = 200  # requests whose bodies are being read, or that the front, w
 class Engine:
     """One vLLM engine; returns vLLM's own OpenAI application behind our front."""
 
-    def __init__(self, model: dict[str, Any], serve: dict[str, Any], base_name: str, gpu_share: float | None) -> None:
+    def __init__(self, model: dict[str, Any], serve: dict[str, Any], base_name: str, gpu_share: float | None, sleeps: bool) -> None:
         self.model, self.serve = ModelConfig.model_validate(model), ServeConfig.model_validate(serve)
         self.base_name, self.gpu_share = base_name, gpu_share
         set_up()
+        self.activity = ActivityFile()
+        self.sleeper = Sleeper(RayCardHold(), self.activity) if sleeps else None
         self.engine: Any = None
         self.is_leaving = False
         self.watchers: list[asyncio.Task[None]] = []
@@ -60,25 +66,36 @@ class Engine:
         parser = await asyncio.to_thread(choose_tool_parser, folder, self.serve.tool_parser)
         settings = self.serve.model_copy(update={"tool_parser": parser})
         arguments = engine_arguments(self.model, settings, folder, self.base_name, self.gpu_share)
+        if self.sleeper:
+            arguments += SLEEP_ARGUMENTS if self.gpu_share else []
+            await self.sleeper.take_card()
         watch = Watch([count_request, request_log(streams())])
         self.engine, app = await start_engine(arguments, adapters, watch)
         await adapters.refresh()
-        # One that is shut down says so too. It is asked at each request.
-        engine_has_died = lambda: bool(self.engine.errored) and not self.is_leaving  # noqa: E731
-        watchers = (adapters.watch(), leave_with(engine_has_died, feedback.store.close))
-        self.watchers += [asyncio.create_task(watcher) for watcher in watchers]
+        self._watch(adapters.watch(), leave_with(self.engine_has_died, feedback.store.close))
+        if self.sleeper:
+            self.sleeper.engine = self.engine
+            self._watch(self.sleeper.watch())
         # After the engine's processes: each would hold the guardian's line open too.
         await asyncio.to_thread(guard_streams)
-        doors = Doors(self._keys(settings.host), ClusterQuotas(), engine_has_died)
-        front = Front(Alive(app, engine_has_died), adapters, doors, feedback, settings)
+        doors = Doors(self._keys(settings.host), ClusterQuotas(), self.engine_has_died, self.sleeper.awake if self.sleeper else nullcontext)
+        front = Front(Alive(app, self.engine_has_died), adapters, doors, feedback, settings)
         front.watch = watch
-        return Noted(front)
+        return Noted(front, self.activity)
+
+    def engine_has_died(self) -> bool:
+        """Whether there is no engine any more; one that is shut down says so too. It is asked at each request."""
+        has_failed = self.sleeper is not None and self.sleeper.has_failed
+        return (has_failed or bool(self.engine.errored)) and not self.is_leaving
+
+    def _watch(self, *watchers: Coroutine[Any, Any, None]) -> None:
+        self.watchers += [asyncio.create_task(watcher) for watcher in watchers]
 
     def _keys(self, host: str) -> KeyFile:
         if not self.desk:
             return KeyFile(host=host, operator_secret=operator_key())
         keys = HeadKeys(host)
-        self.watchers.append(asyncio.create_task(watch_keys(self.desk, keys)))
+        self._watch(watch_keys(self.desk, keys))
         return keys
 
     async def check_health(self) -> None:
@@ -115,12 +132,12 @@ def build(args: dict[str, Any]) -> Any:
         health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=LAST_ANSWER_S,
         ray_actor_options={
-            "num_cpus": 1,
-            "num_gpus": 1 if on_gpu else 0,
-            "resources": {"card": 1},
+            "num_cpus": 0,  # who has a card has its cores; of one that sleeps, another has the card
+            "num_gpus": GPU_SHARE if on_gpu else 0,
+            "resources": {SEAT if args["sleeps"] else CARD: 1},
             "label_selector": {"pool": "serve", **where},
             "fallback_strategy": [{"label_selector": {"pool": "train", **where}}] if args["use_train_cards"] else [],
             "runtime_env": {"env_vars": environment},
         },
     )
-    return deployment.bind(args["model"], args["serve"], args["base_name"], gpu_share)
+    return deployment.bind(args["model"], args["serve"], args["base_name"], gpu_share, args["sleeps"])

@@ -18,7 +18,7 @@ from cluster.placement import HEAD
 from cluster.processes import port_owner
 from cluster.session import Session, is_alive, joined_cards, read_raylets
 from configs.errors import AccessError, ClusterError, last_lines
-from configs.schema import ChatbotConfig, ServeConfig, is_loopback
+from configs.schema import ChatbotConfig, LendingConfig, ServeConfig, is_loopback
 from data.feedback_store import check_store
 from serve.keys import KeyFile
 
@@ -204,10 +204,23 @@ def _details(client: httpx.Client) -> dict[str, Any]:
 def _wanted(config: ChatbotConfig, session: Session, num_cards: int) -> dict[str, Any]:
     cards = [card for card in session.cards if card["pool"] == "serve" or config.serve.scaling.use_train_cards]
     shares = [float(card["gpu-share"]) for card in cards if "gpu-share" in card]
-    return serve_application(config, min(shares) if shares else None, num_cards, only_head(config, session))
+    gpu_share = min(shares) if shares else None
+    sleeps = can_sleep(config.serve, LendingConfig.model_validate(session.machine.get("lending", {})), gpu_share is not None)
+    return serve_application(config, gpu_share, num_cards, only_head(config, session), sleeps)
 
 
-def serve_application(config: ChatbotConfig, gpu_share: float | None, num_cards: int, on_head: bool = False) -> dict[str, Any]:
+def can_sleep(serve: ServeConfig, lending: LendingConfig, on_gpu: bool) -> bool:
+    """Whether engines keep their process while their card is lent.
+
+    Not where they may be guests on train cards: Ray places those that can sleep by their seats, and there is one where a job runs too.
+    """
+    is_wanted = lending.idle_engine == "sleep" or (lending.idle_engine == "auto" and on_gpu)
+    return lending.enabled and is_wanted and not serve.scaling.use_train_cards
+
+
+def serve_application(
+    config: ChatbotConfig, gpu_share: float | None, num_cards: int, on_head: bool = False, sleeps: bool = False
+) -> dict[str, Any]:
     """Return what Ray Serve is to run, in the form of its declarative API.
 
     Args:
@@ -215,6 +228,7 @@ def serve_application(config: ChatbotConfig, gpu_share: float | None, num_cards:
         gpu_share: The part of a GPU that a card is; None for cards without one.
         num_cards: How many cards engines may take.
         on_head: Whether engines must be on the head.
+        sleeps: Whether engines can sleep.
     """
     arguments = {
         "model": config.model.model_dump(mode="json"),
@@ -223,6 +237,7 @@ def serve_application(config: ChatbotConfig, gpu_share: float | None, num_cards:
         "gpu_share": gpu_share,
         "use_train_cards": config.serve.scaling.use_train_cards,
         "only_head": on_head,
+        "sleeps": sleeps,
     }
     application = {"name": APPLICATION, "route_prefix": "/", "import_path": "serve.app:build", "args": arguments}
     return {

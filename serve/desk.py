@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.activity import note_quiet, read_quiet_s
+from cluster.activity import note_quiet, read_activity
 from cluster.logs import set_up
 from cluster.session import RAY_NAMESPACE, operator_key
 from configs.errors import AccessError, ClusterError
@@ -139,7 +139,7 @@ async def watch_keys(desk: Any, keys: HeadKeys) -> None:
     while True:
         asked_s = time.monotonic()
         try:
-            told = await asyncio.wait_for(desk.exchange.remote(node_id, pid, read_quiet_s(pid)), MAX_AGE_S)
+            told = await asyncio.wait_for(desk.exchange.remote(node_id, pid, read_activity(pid).quiet_s), MAX_AGE_S)
             keys.take(STORED.validate_json(told), asked_s)
             now_trouble = ""
         except (RayError, AccessError, TimeoutError, ValueError) as error:

@@ -17,6 +17,7 @@ from serve.tools import OFF
 CPU_WORKER = "serve.cpu_lora.GroupedLoraWorker"
 # In the engine's own process, as on a GPU. For `uni` vLLM would start one more, to bind its threads to cores; ours are not bound.
 CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+SLEEP_ARGUMENTS = ["--enable-sleep-mode"]
 
 
 def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> dict[str, str]:

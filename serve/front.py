@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,6 +66,8 @@ class Doors:
     keys: KeyFile
     quotas: Quotas
     engine_has_died: Callable[[], bool] = bool
+    awake: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+    """Keeps the engine from sleep; who asks one that sleeps waits here until it is awake."""
 
 
 class Front:
@@ -184,7 +186,7 @@ class Front:
                 protocol.add_system_prompt(request, self.adapters.system_prompt(version))
                 hold = hold_of(scope) if request.get("stream") is True else None
                 begun = hold and partial(hold, LAST_WORDS[scope["path"]])
-                async with self._counted(key, request, seen.meter) as standing:
+                async with self._counted(key, request, seen.meter) as standing, self.doors.awake():
                     send_named = _with_headers(send_heard, [(MODEL_HEADER, version.encode()), *standing], begun)
                     await self._hand_on(request, scope, receive, send_named)
 

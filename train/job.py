@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cluster.placement import card_selector, is_usable
+from cluster.placement import card_selector, is_usable, job_resources
 from cluster.registry import Manifest, Version
 from cluster.session import Session
 from cluster.versions import git_commit
@@ -121,7 +121,7 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
         scaling_config=ray_train.ScalingConfig(
             num_workers=config.train.num_workers,
             use_gpu=on_gpu,
-            resources_per_worker={"card": 1, "CPU": 1, **({"GPU": 1} if on_gpu else {})},
+            resources_per_worker=job_resources(on_gpu),
             label_selector=card_selector(),
         ),
         run_config=ray_train.RunConfig(

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import ray
 
-from cluster.placement import card_selector
+from cluster.placement import CARD, GPU_SHARE, card_selector
 from configs.errors import ModelError, RunError
 from configs.loader import with_settings
 from configs.schema import ChatbotConfig
@@ -186,8 +186,8 @@ def start_bases(task: Task, sharing: Sharing, num_cards: int, on_gpu: bool) -> T
     task = replace(task, config=with_settings(task.config, {"train.gradient_checkpointing": sharing.recompute}))
     actor = ray.remote(BaseActor).options(
         num_cpus=0,
-        num_gpus=1 if on_gpu else 0,
-        resources={"card": BASES_SHARE},
+        num_gpus=GPU_SHARE if on_gpu else 0,
+        resources={CARD: BASES_SHARE},
         label_selector=card_selector(),
         max_concurrency=2 * sharing.num_trials + 2,
         max_restarts=-1,  # it is the trials' failures that are counted

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.home import home_folder
-from cluster.placement import card_selector, is_usable
+from cluster.placement import CARD, card_selector, is_usable, job_resources
 from cluster.registry import Version
 from configs.errors import RunError
 from configs.schema import ChatbotConfig, SweepConfig
@@ -155,8 +155,7 @@ def _one_card(on_gpu: bool) -> Any:
     """What a trial asks for: one train card, and nothing that the driver or another trial could hold while it waits for it."""
     from ray import tune as ray_tune
 
-    bundle = {"card": 1, "CPU": 1, **({"GPU": 1} if on_gpu else {})}
-    return ray_tune.PlacementGroupFactory([bundle], bundle_label_selector=[card_selector()])
+    return ray_tune.PlacementGroupFactory([job_resources(on_gpu)], bundle_label_selector=[card_selector()])
 
 
 def _part_of_a_card(num_trials: int) -> Any:
@@ -166,7 +165,7 @@ def _part_of_a_card(num_trials: int) -> Any:
     from tune.beside import BASES_SHARE
 
     share = int((1 - BASES_SHARE) / num_trials * 10_000) / 10_000  # Ray counts in ten thousandths
-    return ray_tune.PlacementGroupFactory([{"card": share}], bundle_label_selector=[card_selector()])
+    return ray_tune.PlacementGroupFactory([{CARD: share}], bundle_label_selector=[card_selector()])
 
 
 def _conclude(start: Start, record: Record, rows: tuple[Row, ...]) -> Outcome:

@@ -79,7 +79,8 @@ class Way:
         self.folder = Path(tempfile.mkdtemp(prefix="tandem-lending-"))
         self.stack = Stack(self.folder / "home", self.folder, {name: free_port() for name in PORTS})
         self.minutes, self.overrides = arguments.minutes, arguments.overrides
-        self.lending = f"lending={{enabled: {str(lends).lower()}, quiet_after_s: {arguments.quiet_s}, min_hold_s: 0}}"
+        settings = f"enabled: {str(lends).lower()}, quiet_after_s: {arguments.quiet_s}, idle_engine: {arguments.idle_engine}, min_hold_s: 0"
+        self.lending = f"lending={{{settings}}}"
         self.config = Path(arguments.config) if arguments.config else None
         self.asked: list[Asked] = []
         self.over = threading.Event()
@@ -152,11 +153,16 @@ class Way:
                 asked.is_over = True
 
     def _is_awake(self) -> bool:
-        """Whether an engine answers: one that starts or leaves does not."""
+        """Whether an engine answers: one that starts, leaves or sleeps does not."""
         headers = {"Authorization": f"Bearer {(self.stack.home / 'ray_token').read_text().strip()}"}
         address = f"http://127.0.0.1:{self.stack.ports['dashboard_port']}{SERVE_API}"
         chat = httpx.get(address, headers=headers, timeout=60).json()["applications"].get(APPLICATION, {})
-        return any(replica["state"] == "RUNNING" for entry in chat.get("deployments", {}).values() for replica in entry["replicas"])
+        replicas = [replica for entry in chat.get("deployments", {}).values() for replica in entry["replicas"]]
+        return any(replica["state"] == "RUNNING" and self._has_card(replica["pid"]) for replica in replicas)
+
+    def _has_card(self, pid: int) -> bool:
+        """Whether an engine has its card, by what it tells of itself."""
+        return (self.stack.home / "activity" / str(pid)).read_text().split()[-1] in ("awake", "unknown")
 
     def _ask(self, asked: Asked) -> None:
         body = {"model": self.model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": MAX_TOKENS, "stream": True, **WHOLE}
@@ -215,6 +221,7 @@ def main() -> None:
     parser.add_argument("--config", help="a chatbot's YAML file; a tiny model of the benchmark's own if left out")
     parser.add_argument("--minutes", type=float, default=10.0, help="length of the trace, for each way")
     parser.add_argument("--quiet-s", type=float, default=10.0, help="lending.quiet_after_s")
+    parser.add_argument("--idle-engine", choices=["auto", "sleep", "stop"], default="auto", help="lending.idle_engine")
     parser.add_argument("overrides", nargs="*", help="other settings, by dotted path")
     arguments = parser.parse_args()
     fixed, lending = Way(arguments, lends=False).measure(), Way(arguments, lends=True).measure()
@@ -223,7 +230,13 @@ def main() -> None:
     if "ttft_awake_p95_s" in lending:
         figures["ttft_awake_p95_ratio"] = lending["ttft_awake_p95_s"] / fixed["ttft_awake_p95_s"]
     cards = "of their own memory and speed" if find_gpus() else "that share the machine's cores"
-    notes = {"minutes": arguments.minutes, "config": arguments.config or "tiny", "settings": arguments.overrides, "cards": cards}
+    notes = {
+        "minutes": arguments.minutes,
+        "idle_engine": arguments.idle_engine,
+        "config": arguments.config or "tiny",
+        "settings": arguments.overrides,
+        "cards": cards,
+    }
     write_result("lending", figures, notes)
 
 

@@ -27,7 +27,6 @@ from serve.engine import CPU_WORKER, engine_arguments, engine_environment
 
 BARE_PORT = 8100
 NUM_PROMPTS = {1: 8, 64: 256, 256: 1024}
-NUM_ROUNDS = 3
 TOKENS_IN, TOKENS_OUT = 256, 128
 START_TIMEOUT_S = 400
 
@@ -105,15 +104,15 @@ def make_bench_config(folder: Path, eager: bool) -> Path:
     return config
 
 
-def compare(ports: dict[str, tuple[int, str]], tokenizer: Path, counts: list[int]) -> Iterator[dict[str, float]]:
-    """Load both in turn, `NUM_ROUNDS` times; yield the medians after each number of requests at once.
+def compare(ports: dict[str, tuple[int, str]], tokenizer: Path, counts: list[int], num_rounds: int) -> Iterator[dict[str, float]]:
+    """Load both in turn, so many times; yield the medians after each number of requests at once.
 
     In turn, and each first once: a machine whose speed changes must not favour the one that was measured later.
     """
     figures: dict[str, float] = {}
     for count in counts:
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
-        for number in range(NUM_ROUNDS):
+        for number in range(num_rounds):
             for name, (port, model) in sorted(ports.items(), reverse=number % 2 == 1):
                 rounds[name].append(load(port, model, tokenizer, count))
                 console.print(f"{name}, {count} at once: {rounds[name][-1]}")
@@ -129,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--eager", action="store_true")
     arguments = parser.parse_args()
     folder = make_model(arguments.shape, Path(tempfile.gettempdir()) / f"tandem-bench-{arguments.shape}")
@@ -136,10 +136,10 @@ def main() -> None:
     started_s = time.monotonic()
     run_cli("serve", str(config))
     starts = {"start_s": time.monotonic() - started_s}
-    notes = {"eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "rounds": NUM_ROUNDS, "proxy": proxy_name()}
+    notes = {"eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "rounds": arguments.rounds, "proxy": proxy_name()}
     with bare_vllm(str(config)) as starts["bare_start_s"]:
         ports = {"bare": (BARE_PORT, "bench"), "tandem": (load_chatbot(config).serve.port, folder.name)}
-        for figures in compare(ports, folder, arguments.at_once):
+        for figures in compare(ports, folder, arguments.at_once, arguments.rounds):
             # After each, so that a machine that is taken away leaves what was measured.
             write_result("serving" if arguments.shape == "8b" else f"serving-{arguments.shape}", {**starts, **figures}, notes)
 

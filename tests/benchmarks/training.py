@@ -1,7 +1,7 @@
 """Training speed and memory of `python -m train` against a plain PyTorch + PEFT loop, in the same run.
 
-Without a GPU: the 135M model on the helpdesk data. With one: the 8B Llama shape with random weights, LoRA and QLoRA, rows of 2,048 tokens.
-`python tests/benchmarks/training.py [--shape 8b|tiny] [--steps N]`
+Without a GPU: the 135M model on the helpdesk data. With one: the 8B Llama shape with random weights, LoRA and QLoRA, rows of equal length.
+`PYTHONPATH=. python tests/benchmarks/training.py [--shape 8b|tiny] [--steps N] [--settings lora_seq4096 ...]`
 """
 
 import argparse
@@ -27,12 +27,17 @@ from data.prepare import prepare
 
 NUM_WARMUP = 3
 ALONE = "train.max_memory_gib=76"  # of an H100 on which nothing else runs
+RECOMPUTED, KEPT = "train.gradient_checkpointing=true", "train.gradient_checkpointing=false"
 SETTINGS = {
-    "lora": [ALONE, "train.micro_batch_size=4", "train.gradient_checkpointing=false"],
-    "lora_checkpointing": [ALONE, "train.micro_batch_size=4", "train.gradient_checkpointing=true"],
-    "lora_fp8": [ALONE, "train.precision=fp8", "train.micro_batch_size=4", "train.gradient_checkpointing=false"],
-    "qlora": [ALONE, "train.quantization=nf4", "train.batch_size=1", "train.gradient_checkpointing=true"],
+    "lora_seq4096": (4096, ["train.micro_batch_size=2", KEPT]),
+    "lora_fp8_seq4096": (4096, ["train.precision=fp8", "train.micro_batch_size=2", KEPT]),
+    "qlora_seq2048": (2048, ["train.quantization=nf4", "train.batch_size=1", RECOMPUTED]),
+    "lora_seq2048": (2048, ["train.micro_batch_size=4", KEPT]),
+    "lora_checkpointing_seq2048": (2048, ["train.micro_batch_size=4", RECOMPUTED]),
+    "lora_fp8_seq2048": (2048, ["train.precision=fp8", "train.micro_batch_size=4", KEPT]),
 }
+"""Of each the length of its rows, in tokens, and what it sets."""
+WORDS_A_TOKEN = 1.27  # more than enough words for a row, which is cut
 
 
 def plain_loop(arguments: argparse.Namespace) -> None:
@@ -125,19 +130,24 @@ def on_cpu(steps: int) -> None:
 
 
 def on_gpu(shape: str, steps: int, settings: list[str]) -> None:
-    """Random weights in the 8B shape, rows of 2,048 tokens."""
+    """Random weights in the 8B shape."""
     folder = make_model(shape, Path(tempfile.gettempdir()) / f"tandem-bench-{shape}")
     work = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
-    rows = write_rows(work / "rows.jsonl", 320, 2600)
     config = work / "bench.yaml"
-    config.write_text(
-        f"name: bench\nmodel: {{name: {folder}}}\ndata: {{source: {rows}, split: marked, max_length_tokens: 2048, too_long: cut}}\n"
-        "train: {batch_size: 4, lora: {rank: 16, alpha: 32}, learning_rate: 1.0e-4, log_every_steps: 5}\n"
-    )
     figures: dict[str, float] = {}
-    notes = {"sequence_tokens": 2048, "micro_batch": "4, QLoRA 1", "rank": 16}
+    notes: dict[str, Any] = {"rank": 16, "batch_size": "4, QLoRA 1", "steps": steps}
     for name in settings:
-        figures |= {f"{name}_{shape}_seq2048_{key}": value for key, value in measure(str(config), SETTINGS[name], steps).items()}
+        length, overrides = SETTINGS[name]
+        rows = write_rows(work / f"rows-{length}.jsonl", 320, int(length * WORDS_A_TOKEN))
+        config.write_text(
+            f"name: bench\nmodel: {{name: {folder}}}\n"
+            f"data: {{source: {rows}, split: marked, max_length_tokens: {length}, too_long: cut}}\n"
+            "train: {batch_size: 4, lora: {rank: 16, alpha: 32}, learning_rate: 1.0e-4, log_every_steps: 5}\n"
+        )
+        kind, _, tokens = name.rpartition("_")
+        found = measure(str(config), [ALONE, *overrides], steps)
+        figures |= {f"{kind}_{shape}_{tokens}_{key}": value for key, value in found.items()}
+        notes[name] = overrides
         # So that a setting that fails leaves what was measured of the others.
         write_result("training" if shape == "8b" else f"training-{shape}", figures, notes)
 
@@ -159,7 +169,7 @@ def main() -> None:
         plain_loop(arguments)
     elif torch.cuda.is_available() or arguments.shape == "tiny":
         has_fp8 = torch.cuda.is_available() and all(gpu.has_fp8 for gpu in find_gpus())  # elsewhere it is refused
-        usual = [name for name in SETTINGS if name != "lora_fp8" or has_fp8]
+        usual = [name for name in SETTINGS if "fp8" not in name or has_fp8]
         on_gpu(arguments.shape, arguments.steps, arguments.settings or usual)
     else:
         on_cpu(arguments.steps)

@@ -19,6 +19,8 @@ REQUESTS_PER_S = 5000.0
 """What one engine answers."""
 START_S = 8.0
 """From the moment an engine has its card."""
+WAKE_S = 2.0
+"""The same of one that slept."""
 RELEASE_S = 2.0
 """Until the memory of an engine that ended is free."""
 SETUP_S = 4.0
@@ -62,11 +64,16 @@ class Engine:
     """A replica of Serve."""
 
     spot: Spot | None = None
+    """The card that it has."""
     placed_s: float = math.inf
     gone_s: float = math.inf
+    seat: Spot | None = None
+    """Of one that can sleep: the card that it may have."""
+    starts_s: float = START_S
+    is_asleep: bool = False
 
     def runs(self, now_s: float) -> bool:
-        return now_s >= self.placed_s + START_S and self.gone_s == math.inf
+        return now_s >= self.placed_s + self.starts_s and self.gone_s == math.inf
 
 
 @dataclass(eq=False)
@@ -88,6 +95,7 @@ class Setting:
     min_engines: int = 1
     max_engines: int = 1
     uses_train_cards: bool = False
+    can_sleep: bool = False
     lending: LendingConfig = field(default_factory=lambda: LendingConfig(enabled=True, quiet_after_s=10, min_hold_s=20))
 
 
@@ -170,7 +178,7 @@ class Simulation:
         spot = self.spots[at % len(self.spots)]
         self._clear(spot)
         spot.back_s = self.now_s + for_s
-        if spot.card.pool == SERVE or self.setting.uses_train_cards:
+        if spot.card.pool == SERVE or self._uses_train_cards:
             self.disturb(for_s + START_S)
 
     def kill_head(self, for_s: float) -> None:
@@ -210,6 +218,18 @@ class Simulation:
         if self.is_chat_lost:
             return Sight(cards, Chat(), None, dict(self.drivers), lost_chat=True)
         return Sight(cards, self._chat(), self.bounds_now, dict(self.drivers))
+
+    def send_to_sleep(self, card: str) -> bool:
+        self._require_head()
+        engine = next(engine for engine in self.engines if engine.seat and engine.seat.card.name == card)
+        assert self.setting.lending.enabled
+        assert self._quiet_s() >= self.setting.lending.quiet_after_s, "an engine is sent to sleep before chat was quiet long enough"
+        if self.waiting or not engine.runs(self.now_s):
+            return True  # it has something to do by now, and stays
+        engine.seat.occupant, engine.spot, engine.placed_s, engine.is_asleep = None, None, math.inf, True
+        engine.starts_s = WAKE_S
+        self.sleeps_s.append(self.now_s)
+        return True
 
     def restore_chat(self) -> None:
         self._require_head()
@@ -251,15 +271,22 @@ class Simulation:
 
     def _seen(self, spot: Spot) -> Card:
         engine = spot.occupant.placed_s if isinstance(spot.occupant, Engine) else None
-        return replace(spot.card, is_alive=self.is_alive(spot), engine_since_s=engine, is_foreign=spot.occupant == "foreign")
+        seen = replace(spot.card, is_alive=self.is_alive(spot), engine_since_s=engine, is_foreign=spot.occupant == "foreign")
+        seated = [engine for engine in self.engines if engine.seat is spot]
+        return replace(seen, is_seated=bool(seated), is_called=any(not engine.is_asleep and engine.spot is None for engine in seated))
 
     def _chat(self) -> Chat:
         setting = self.setting
-        return Chat(setting.min_engines, setting.max_engines, setting.uses_train_cards, self.target, self._quiet_s())
+        num_wanted = max(0, self.target - sum(engine.is_asleep for engine in self.engines))
+        return Chat(setting.min_engines, setting.max_engines, self._uses_train_cards, num_wanted, self._quiet_s())
+
+    @property
+    def _uses_train_cards(self) -> bool:
+        return self.setting.uses_train_cards and not self.setting.can_sleep
 
     def _quiet_s(self) -> float:
-        running = [engine.placed_s + START_S for engine in self.engines if engine.runs(self.now_s)]
-        if self.waiting or (self.target and not running):
+        running = [engine.placed_s + engine.starts_s for engine in self.engines if engine.runs(self.now_s)]
+        if self.waiting or (self.target and not running and not any(engine.is_asleep for engine in self.engines)):
             return 0.0
         return self.now_s - max(self.last_request_s, *running) if running else math.inf
 
@@ -302,6 +329,8 @@ class Simulation:
         if wanted > self.target or self.now_s - self.low_since_s >= DOWN_AFTER_S:
             self.target = wanted
         self.target = max(self.bounds_now[0], min(self.target, self.bounds_now[1])) if self.setting.max_engines else 0
+        for engine in self.engines if self.waiting else []:
+            engine.is_asleep = False  # it is asked, and wants its card
         staying = [engine for engine in self.engines if engine.gone_s == math.inf]
         order = [engine for engine in staying if not engine.spot]
         order += [engine for engine in staying if engine.spot and engine.spot.card.pool == TRAIN]
@@ -321,11 +350,20 @@ class Simulation:
                 for spot in wanted:
                     spot.occupant = run
         for engine in self.engines:
-            if engine.spot is None:
-                pools = (SERVE, TRAIN) if self.setting.uses_train_cards else (SERVE,)
-                free = [spot for pool in pools for spot in self._free() if spot.card.pool == pool]
-                if free:
-                    engine.spot, engine.placed_s, free[0].occupant = free[0], self.now_s, engine
+            if engine.spot is None and not engine.is_asleep and (spot := self._spot_for(engine)):
+                engine.spot, engine.placed_s, spot.occupant = spot, self.now_s, engine
+
+    def _spot_for(self, engine: Engine) -> Spot | None:
+        """Return the free card that an engine gets; one that can sleep takes a seat first, and then waits for that card alone."""
+        if not self.setting.can_sleep:
+            pools = (SERVE, TRAIN) if self._uses_train_cards else (SERVE,)
+            return next((spot for pool in pools for spot in self._free() if spot.card.pool == pool), None)
+        if engine.seat is None:
+            taken = [other.seat for other in self.engines]
+            engine.seat = next((s for s in self.spots if s.card.pool == SERVE and self.is_alive(s) and s not in taken), None)
+        elif engine.placed_s == math.inf and engine.seat.occupant is None and self.is_alive(engine.seat):
+            return engine.seat
+        return None
 
     def _train(self) -> None:
         for submission, run in list(self.runs.items()):
@@ -358,6 +396,8 @@ class Simulation:
         return [spot for spot in self.spots if spot.occupant is None and self.is_alive(spot)]
 
     def _clear(self, spot: Spot) -> None:
+        for engine in [engine for engine in self.engines if engine.seat is spot and engine is not spot.occupant]:
+            self._remove(engine)
         if isinstance(spot.occupant, Engine):
             self._remove(spot.occupant)
         elif isinstance(spot.occupant, Run):
@@ -403,7 +443,7 @@ class Simulation:
             limit_s = LEAVE_WITHIN_S + RELEASE_S + START_S + SLACK_S + backlog_s
             assert wait_s <= limit_s, f"a request waits for {wait_s} s, and {limit_s} s would do"
         lent = [spot for spot in self.spots if spot.card.pool == SERVE and isinstance(spot.occupant, Run) and self.is_alive(spot)]
-        if not (lent and any(engine.spot is None for engine in self.engines)):
+        if not (lent and any(engine.spot is None and not engine.is_asleep for engine in self.engines)):
             self.lacking_since_s = self.now_s
         wait_s = self.now_s - max(self.lacking_since_s, self.undisturbed_since_s)
         assert wait_s <= LEAVE_WITHIN_S + SLACK_S, f"an engine waits for {wait_s} s for a card that is lent"

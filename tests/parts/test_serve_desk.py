@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cluster.activity import read_quiet_s
+from cluster.activity import read_activity
 from cluster.home import write_text
 from cluster.session import operator_key, token_file
 from configs.errors import AccessError
@@ -54,7 +54,7 @@ def test_what_is_revoked_at_the_head_is_out_with_the_next_answer(keys):
     found = keys.find(secret)
     assert found is not None
     assert not found.is_valid()
-    assert read_quiet_s(7, "node") >= 12
+    assert read_activity(7, "node").quiet_s >= 12
 
 
 def test_an_answers_id_is_known_everywhere_and_feedback_lies_on_the_head(home):

@@ -9,7 +9,7 @@ from http.server import ThreadingHTTPServer
 import psutil
 import pytest
 
-from cluster.activity import note_quiet, read_quiet_s
+from cluster.activity import Activity, note_quiet, read_activity
 from cluster.arbiter import GONE_S, Arbiter, Driver, Sight
 from cluster.home import write_text
 from cluster.job_queue import NewJob, Queue
@@ -243,9 +243,9 @@ def test_a_pod_that_was_lost_is_missed_by_nobody(home, monkeypatch):
 
 
 def test_an_engine_elsewhere_is_quiet_as_long_as_it_said(home):
-    assert read_quiet_s(7, "node") == 0
+    assert read_activity(7, "node") == Activity()
     note_quiet("node", 7, 30.0)
-    assert 30 <= read_quiet_s(7, "node") < 40
+    assert 30 <= read_activity(7, "node").quiet_s < 40
     note_quiet("node", 7, 0.0)
-    assert read_quiet_s(7, "node") < 10
-    assert read_quiet_s(7) == 0, "another engine has the same number here"
+    assert read_activity(7, "node").quiet_s < 10
+    assert read_activity(7).quiet_s == 0, "another engine has the same number here"

@@ -8,11 +8,11 @@ from http.server import ThreadingHTTPServer
 
 import pytest
 
-from cluster.activity import read_quiet_s
+from cluster.activity import ActivityFile, read_activity, tell_to_sleep
 from cluster.arbiter import LOST, Driver
 from cluster.chat_wish import forget_wish, keep_wish
-from cluster.placement import CARDS_VARIABLE, card_selector, is_usable
-from cluster.ray_ground import ENTRYPOINT, RayGround, _bounds, _chat, _driver, _is_used
+from cluster.placement import CARDS_VARIABLE, SLEEPING_GIB, as_lent, card_selector, is_usable
+from cluster.ray_ground import ENTRYPOINT, RayGround, _bounds, _cards, _chat, _driver, _engines, _is_used
 from cluster.rule import Chat
 from serve.activity import Noted
 from tests.helpers.json_door import JsonDoor, listening
@@ -23,14 +23,13 @@ def deployment(fewest: int, most: int) -> dict:
 
 
 def application(target: int, *states: str, fewest: int = 1, most: int = 2) -> dict:
-    replicas = [{"state": state, "pid": os.getpid()} for state in states]
-    deployed = {"args": {"use_train_cards": True}, "deployments": [deployment(fewest, most)]}
+    replicas = [{"state": state, "pid": os.getpid(), "node_id": "node0", "start_time_s": 5.0} for state in states]
+    deployed = {"args": {"use_train_cards": True, "sleeps": True}, "deployments": [deployment(fewest, most)]}
     return {"deployed_app_config": deployed, "deployments": {"engine": {"target_num_replicas": target, "replicas": replicas}}}
 
 
 def chat_of(found: dict) -> Chat:
-    replicas = [replica for entry in found["deployments"].values() for replica in entry["replicas"]]
-    return _chat(found, replicas, _bounds(found["deployed_app_config"]))
+    return _chat(found, _engines(found, set()), _bounds(found["deployed_app_config"]))
 
 
 def test_chat_that_was_asked_for_and_is_not_there_is_lost_until_it_is_deployed_again(home, up):
@@ -128,7 +127,7 @@ def test_an_engine_tells_of_its_requests_but_not_of_looks_at_it(home):
         await goes_on.wait()
 
     async def tell() -> None:
-        noted = Noted(app)
+        noted = Noted(app, ActivityFile())
         await asyncio.sleep(0.05)
         assert chat_of(application(1, "RUNNING")).quiet_s >= 0.05
         for method, is_busy in (("GET", False), ("POST", True)):
@@ -137,13 +136,49 @@ def test_an_engine_tells_of_its_requests_but_not_of_looks_at_it(home):
             request = asyncio.create_task(noted({"type": "http", "method": method}, None, None))
             await inside.wait()
             time.sleep(0.01)
-            assert (read_quiet_s(os.getpid()) == 0) == is_busy
+            assert (read_activity(os.getpid()).quiet_s == 0) == is_busy
             goes_on.set()
             await request
         time.sleep(0.01)
-        assert 0 < read_quiet_s(os.getpid()) < 5
+        assert 0 < read_activity(os.getpid()).quiet_s < 5
 
     asyncio.run(tell())
+
+
+def test_an_engine_that_sleeps_leaves_its_card_is_wanted_when_it_is_called_and_is_told_once(home):
+    labels = {"card": "card0", "pool": "serve", "memory-gib": "8"}
+    raylets = [{"nodeId": "node0", "state": "ALIVE", "labels": labels}]
+    found, file = application(1, "RUNNING"), ActivityFile()
+
+    def stands() -> tuple[float | None, bool, bool, int]:
+        (card,) = _cards([labels], raylets, _engines(found, set()), set())
+        return card.engine_since_s, card.is_seated, card.is_called, chat_of(found).num_wanted
+
+    awake = (5.0, True, False, 1)
+    assert stands() == awake, "one that has told nothing yet may have its card"
+    for state, expected in (("waiting", (None, True, True, 1)), ("awake", awake), ("asleep", (None, True, False, 0))):
+        file.tell(state)
+        assert stands() == expected, state
+    assert not file.is_told_to_sleep()
+    assert (tell_to_sleep(os.getpid()), tell_to_sleep(os.getpid())) == (True, False)
+    assert (file.is_told_to_sleep(), file.is_told_to_sleep()) == (True, False)
+
+
+def test_a_state_is_no_request(home):
+    file = ActivityFile()
+    file.begin()
+    file.end()
+    time.sleep(0.05)
+    file.tell("asleep")
+    assert read_activity(os.getpid()).quiet_s >= 0.05
+
+
+def test_a_serve_cards_gpu_is_lent_without_what_a_sleeping_engine_keeps():
+    serve, train = {"pool": "serve", "memory-gib": "31", "gpu-share": "1"}, {"pool": "train", "memory-gib": "15", "gpu-share": "1"}
+    assert float(as_lent(serve)["memory-gib"]) == 31 - SLEEPING_GIB
+    assert as_lent(train) == train
+    on_cpu = {"pool": "serve", "memory-gib": "8"}
+    assert as_lent(on_cpu) == on_cpu
 
 
 def test_a_process_trains_on_the_cards_that_it_was_given(monkeypatch):

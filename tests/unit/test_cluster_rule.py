@@ -50,6 +50,23 @@ def test_quiet_chat_sends_its_engine_to_sleep_only_where_a_job_waits_for_the_car
     assert decided(RUNNING, WAITING, cards=(ANSWERING, TRAIN_CARD), chat=QUIET_CHAT, lending=OFF).num_engines == (1, 1)
 
 
+def test_an_engine_that_can_sleep_is_told_to_and_none_is_ended():
+    seated = replace(ANSWERING, is_seated=True)
+    found = decided(RUNNING, WAITING, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT)
+    assert (found.bedtimes, found.num_engines, found.actions) == (("card0",), (1, 1), ())
+    asleep, nobody = replace(seated, engine_since_s=None), replace(QUIET_CHAT, num_wanted=0)
+    found = decided(RUNNING, WAITING, cards=(asleep, TRAIN_CARD), chat=nobody)
+    assert (found.actions[0].cards, found.num_engines, found.bedtimes) == (("card0",), (1, 1), ())
+    found = decided(RUNNING, LENT, cards=(asleep, TRAIN_CARD), chat=nobody)
+    assert (found.actions, found.num_engines) == ((), (1, 1)), "it sleeps on"
+    called = replace(asleep, is_called=True)
+    found = decided(RUNNING, LENT, cards=(called, TRAIN_CARD), chat=BUSY_CHAT)
+    assert found.actions == (Leave(2, "chat wants card0 back: requests wait for an engine"),)
+    found = decided(LENT, WAITING, cards=(called, Card("card9", "serve")), chat=BUSY_CHAT)
+    assert [action.job for action in found.actions] == [2, 3], "no other card would do; the other one is free for the next job"
+    assert decided(RUNNING, WAITING, cards=(seated, TRAIN_CARD)).bedtimes == (), "chat is not quiet"
+
+
 def test_a_request_calls_the_lent_card_back_at_once_and_nobody_else_gets_it():
     chat = replace(BUSY_CHAT, quiet_s=0)
     found = decided(RUNNING, LENT, WAITING, cards=(SERVE_CARD, TRAIN_CARD), chat=chat)
@@ -116,6 +133,7 @@ settings_of_a_cluster = st.builds(
     min_engines=st.integers(0, 1),
     max_engines=st.integers(1, 3),
     uses_train_cards=st.booleans(),
+    can_sleep=st.booleans(),
     lending=st.builds(
         LendingConfig,
         enabled=st.sampled_from([True, True, True, False]),
