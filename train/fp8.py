@@ -66,12 +66,12 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(context: Any, values: torch.Tensor, layer: "Float8Linear") -> torch.Tensor:
-        context.save_for_backward(layer.back_weight, layer.back_scale)
-        return _multiply(values, layer.forth_weight, layer.forth_scale, layer.bias)
+        context.layer = layer
+        return layer.multiply(values)
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _multiply(gradient, *context.saved_tensors), None
+        return context.layer.multiply_back(gradient), None
 
 
 class Float8Linear(torch.nn.Linear):  # type: ignore[misc]
@@ -91,6 +91,14 @@ class Float8Linear(torch.nn.Linear):  # type: ignore[misc]
     def weight(self) -> torch.Tensor:
         """The weight as FP8 has it, made anew for whoever asks: its shape, format and device, and true numbers."""
         return (self.forth_weight.view(FP8).float() * self.forth_scale.view(torch.float32).t()).to(self.dtype)
+
+    def multiply(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the layer's outputs for (..., inputs), of which no gradient goes back."""
+        return _multiply(values, self.forth_weight, self.forth_scale, self.bias)
+
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the inputs for that of the outputs."""
+        return _multiply(gradient, self.back_weight, self.back_scale)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
         """Return the layer's outputs for (..., inputs)."""

@@ -1,35 +1,40 @@
 """A linear layer and its adapter as one product: forward and back, the adapter's part is added where the base's is written.
 
-PEFT writes the adapter's part, its multiple and the sum each to memory, in every layer and both ways. Knows PEFT's layers. Does not know
-the model around them. A layer that does more than that (dropout, several adapters, one merged or switched off) is left to PEFT.
+PEFT writes the adapter's part, its multiple and the sum each to memory, in every layer and both ways. Knows PEFT's layers, and how a
+frozen base multiplies in bf16, FP8 and 4 bit. Does not know the model around them. A layer that does more than that (dropout, several
+adapters, one merged or switched off) is left to PEFT.
 """
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
+from train.fp8 import Float8Linear
+
+Sides = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
+"""A frozen layer's product of (tokens, inputs), and that of its output's gradient, (tokens, outputs); each makes a new tensor."""
+
 
 class _Product(torch.autograd.Function):  # type: ignore[misc]
     """x W' + scale x A' B', where W has no gradient."""
 
     @staticmethod
-    def forward(
-        context: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Take x (tokens, inputs), weight (outputs, inputs), down (rank, inputs) and up (outputs, rank), all in one number format."""
+    def forward(context: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float, sides: Sides) -> torch.Tensor:
+        """Take x (tokens, inputs), down (rank, inputs) and up (outputs, rank), all in one number format."""
         inner = linear(x, down)
-        context.save_for_backward(x, inner, weight, down, up)
-        context.scale = scale
-        return linear(x, weight, bias).addmm_(inner, up.t(), alpha=scale)
+        context.save_for_backward(x, inner, down, up)
+        context.scale, context.back = scale, sides[1]
+        return sides[0](x).addmm_(inner, up.t(), alpha=scale)
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, inner, weight, down, up = context.saved_tensors
+        x, inner, down, up = context.saved_tensors
         of_inner = (gradient @ up).mul_(context.scale)
-        of_x = torch.mm(gradient, weight).addmm_(of_inner, down) if context.needs_input_grad[0] else None
-        return of_x, None, None, of_inner.t() @ x, (gradient.t() @ inner).mul_(context.scale), None
+        of_x = context.back(gradient).addmm_(of_inner, down) if context.needs_input_grad[0] else None
+        return of_x, of_inner.t() @ x, (gradient.t() @ inner).mul_(context.scale), None, None
 
 
 def fuse_adapter(model: Any) -> None:
@@ -51,14 +56,36 @@ def _with_fallback(of_peft: Any) -> Any:
         down, up, scale = self.lora_A[name].weight.to(kind), self.lora_B[name].weight.to(kind), self.scaling[name]
         base, x = self.base_layer, x.to(kind)
         flat = x.reshape(-1, x.shape[-1])
-        if type(base) is torch.nn.Linear and base.weight.dtype == kind and not base.weight.requires_grad:
+        if sides := _sides(base, kind):
             with torch.autocast(x.device.type, enabled=False):
-                product = _Product.apply(flat, base.weight, base.bias, down, up, scale)
-        else:  # a base in 4 bit or FP8 has a product of its own
+                product = _Product.apply(flat, down, up, scale, sides)
+        else:  # a layer with a product of its own
             product = torch.addmm(base(flat).to(kind), linear(flat, down), up.t(), alpha=scale)
         return product.view(*x.shape[:-1], -1)
 
     return forward
+
+
+def _sides(base: torch.nn.Linear, kind: torch.dtype) -> Sides | None:
+    """Return how a frozen layer multiplies values of this number format; None where only the layer knows."""
+    if isinstance(base, Float8Linear):
+        return base.multiply, base.multiply_back
+    weight, bias = base.weight, base.bias
+    if weight.requires_grad:
+        return None
+    if type(base) is torch.nn.Linear and weight.dtype == kind:
+        return lambda x: linear(x, weight, bias), lambda gradient: gradient @ weight
+    if (packed := getattr(weight, "quant_state", None)) is None or getattr(packed, "packing_format_for_cpu", False):
+        return None
+    from bitsandbytes.functional import dequantize_4bit
+
+    def whole() -> torch.Tensor:
+        """As bitsandbytes itself does for more than a few tokens, through layers of Python that take longer than the product."""
+        found: torch.Tensor = dequantize_4bit(weight.data, packed).to(kind)
+        return found
+
+    bias = None if bias is None else bias.to(kind)
+    return lambda x: linear(x, whole(), bias), lambda gradient: gradient @ whole()
 
 
 def _is_plain(layer: Any) -> bool:

@@ -142,6 +142,7 @@ def on_gpu(shape: str, steps: int, settings: list[str]) -> None:
         config.write_text(
             f"name: bench\nmodel: {{name: {folder}}}\n"
             f"data: {{source: {rows}, split: marked, max_length_tokens: {length}, too_long: cut}}\n"
+            f"serve: {{max_model_len_tokens: {length}}}\n"
             "train: {batch_size: 4, lora: {rank: 16, alpha: 32}, learning_rate: 1.0e-4, log_every_steps: 5}\n"
         )
         kind, _, tokens = name.rpartition("_")

@@ -1,0 +1,113 @@
+"""Where a training step's time goes: kernels by kind, and what each part of the product brings, in one process on one base.
+
+`PYTHONPATH=. python tests/benchmarks/step_profile.py [--shape 8b] [--kinds lora lora_fp8 qlora] [--ways ours ...]`
+Random weights, rows of equal length, no Ray: `training.py` measures what a user gets. A way is a change to ours: `peft` leaves the
+adapter's products to PEFT, `cudnn` takes attention from cuDNN, `flash` from torch's own.
+"""
+
+import argparse
+import gc
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from bench import SHAPES, VOCABULARY, write_result
+from memory import model_config
+from torch.profiler import DeviceType, ProfilerActivity, profile, schedule
+
+import train.model
+from configs.cli import console
+from configs.schema import ChatbotConfig
+from train.probe import NUM_WARMUP_STEPS, make_base, make_rows, run_steps
+
+NUM_STEPS = 8
+KINDS = {
+    "lora": (4096, {"batch_size": 2, "micro_batch_size": 2, "gradient_checkpointing": False}),
+    "lora_fp8": (4096, {"precision": "fp8", "batch_size": 2, "micro_batch_size": 2, "gradient_checkpointing": False}),
+    "lora_recomputed": (2048, {"batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True}),
+    "qlora": (2048, {"quantization": "nf4", "batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True}),
+    "qlora_4_rows": (2048, {"quantization": "nf4", "batch_size": 4, "micro_batch_size": 4, "gradient_checkpointing": True}),
+}
+"""Of each the length of its rows, in tokens, and what it sets."""
+KERNELS = {
+    "attention": r"flash|fmha|sdpa|attention",
+    "unpacking": r"dequantize|kDequant",
+    "product": r"gemm|cutlass|nvjet|xmma|cublas|_mm|splitK",
+    "quantising": r"triton_(red|per|poi)",
+    "optimizer": r"multi_tensor|adam|foreach",
+    "norm_gate_rotation": r"rms_norm|rope|swiglu",
+    "loss": r"softmax|nll|index",
+    "copy_or_sum": r"elementwise|copy|reduce|Memcpy|Memset",
+}
+
+
+@contextmanager
+def changed(way: str) -> Iterator[None]:
+    """Do one thing in another way."""
+    fuse_adapter = train.model.fuse_adapter
+    if way == "peft":
+        train.model.fuse_adapter = lambda model: None
+    if way in ("cudnn", "flash"):
+        torch.backends.cuda.enable_flash_sdp(way == "flash")
+        torch.backends.cuda.enable_cudnn_sdp(way == "cudnn")
+    try:
+        yield
+    finally:
+        train.model.fuse_adapter = fuse_adapter
+        torch.backends.cuda.enable_flash_sdp(True)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def profile_step(base: Any, config: ChatbotConfig, rows: list[Any]) -> dict[str, float]:
+    """Return the milliseconds of one step's kernels by kind, and how many there are."""
+    when = schedule(wait=NUM_WARMUP_STEPS, warmup=1, active=1, repeat=1)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], schedule=when) as profiler:
+        hook = torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: profiler.step())
+        try:
+            run_steps(base, config, rows, 3)
+        finally:
+            hook.remove()
+    kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
+    kernels = [event for event in kernels if not event.key.startswith(("ProfilerStep", "Optimizer."))]
+    found: Counter[str] = Counter()
+    for event in kernels:
+        kind = next((kind for kind, name in KERNELS.items() if re.search(name, event.key, re.IGNORECASE)), "other")
+        found[f"{kind}_ms"] += event.self_device_time_total / 1000
+    for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:12]:
+        console.print(f"  {event.self_device_time_total / 1000:8.2f} ms {event.count:6d} x {event.key[:110]}", highlight=False)
+    return {**found, "kernels_ms": sum(found.values()), "num_kernels": sum(event.count for event in kernels)}
+
+
+def main() -> None:
+    """Measure each kind in each way, and write the result after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["lora", "lora_fp8", "qlora"])
+    parser.add_argument("--ways", nargs="+", choices=["ours", "peft", "cudnn", "flash"], default=["ours"])
+    arguments = parser.parse_args()
+    figures: dict[str, float] = {}
+    for kind in arguments.kinds:
+        length, settings = KINDS[kind]
+        data, serve = {"source": "x", "max_length_tokens": length}, {"max_model_len_tokens": length}
+        config = ChatbotConfig.model_validate({"name": "bench", "data": data, "train": settings, "serve": serve})
+        base = make_base(model_config(arguments.shape), config, length)
+        rows = make_rows((length,), config.train.batch_size * (NUM_WARMUP_STEPS + NUM_STEPS), VOCABULARY)
+        for way in arguments.ways:
+            with changed(way):
+                found = run_steps(base, config, rows, NUM_STEPS)
+                step_ms = config.train.batch_size * length / found.tokens_per_s * 1000
+                name = f"{kind}_{arguments.shape}_{way}"
+                figures |= {f"{name}_tokens_per_s": found.tokens_per_s, f"{name}_step_ms": step_ms, f"{name}_held_gib": found.held_gib}
+                console.print(f"{name}: {found.tokens_per_s:,.0f} tokens/s, {step_ms:.0f} ms a step, {found.held_gib:.1f} GiB")
+                if torch.cuda.is_available():
+                    figures |= {f"{name}_{key}": value for key, value in profile_step(base, config, rows).items()}
+            write_result("step-profile", figures, {"steps": NUM_STEPS, "lengths": {kind: KINDS[kind][0] for kind in arguments.kinds}})
+        del base
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
