@@ -7,11 +7,11 @@ whether it has died. Does not know why, or what is asked.
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from serve.protocols import error_body
-from serve.refusal import UNAVAILABLE, App, Message, Receive, RefusedError, Scope, Send, send_json
+from serve.refusal import UNAVAILABLE, App, Message, Receive, RefusedError, Scope, Send, send_json, send_nothing
 
 LOOK_EVERY_S = 1.0
 RETRY_S = 1
@@ -32,13 +32,12 @@ class Alive:
             return
         is_refused = False
 
-        async def send_or_refuse(message: Message) -> None:
+        def send_or_refuse(message: Message) -> Awaitable[None]:
             nonlocal is_refused
             if message["type"] == "http.response.start" and message["status"] == 500 and self.has_died():
                 is_refused = True
-                await _refuse(scope, send)
-            elif not is_refused:
-                await send(message)
+                return _refuse(scope, send)
+            return send_nothing() if is_refused else send(message)
 
         if self.has_died():
             await _refuse(scope, send)

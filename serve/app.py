@@ -4,6 +4,7 @@ Knows Ray Serve. Does not know how it is put into the cluster: see `serve.deploy
 """
 
 import asyncio
+import gc
 import os
 from collections.abc import Coroutine
 from contextlib import nullcontext
@@ -38,6 +39,9 @@ from serve.tools import choose_tool_parser
 MAX_CONSTRUCTOR_RETRIES = 3
 HEALTH_PERIOD_S = 5.0
 LAST_ANSWER_S = 300.0  # an engine that is to leave ends its answers, but not for ever
+# After so many new objects Python looks for garbage among the youngest, after a hundred times as many among all that were not there at the
+# start: requests under way, in the loop that streams them. Its own 700 are for programs whose objects are few.
+NUM_NEW_OBJECTS = 10_000
 NUM_ARRIVING = 200  # requests whose bodies are being read, or that the front, whose queue is bounded, is refusing
 
 
@@ -81,6 +85,7 @@ class Engine:
         doors = Doors(self._keys(settings.host), ClusterQuotas(), self.engine_has_died, self.sleeper.awake if self.sleeper else nullcontext)
         front = Front(Alive(app, self.engine_has_died), adapters, doors, feedback, settings)
         front.watch = watch
+        gc.set_threshold(NUM_NEW_OBJECTS)
         return Noted(front, self.activity)
 
     def engine_has_died(self) -> bool:
@@ -130,6 +135,7 @@ def build(args: dict[str, Any]) -> Any:
         max_queued_requests=num_requests,  # beyond the front's own bound; over it Serve answers 503
         max_constructor_retry_count=MAX_CONSTRUCTOR_RETRIES,
         health_check_period_s=HEALTH_PERIOD_S,
+        logging_config={"enable_access_log": False},  # the front has one
         graceful_shutdown_timeout_s=LAST_ANSWER_S,
         ray_actor_options={
             "num_cpus": 0,  # who has a card has its cores; of one that sleeps, another has the card

@@ -19,9 +19,11 @@ async def read_json(receive: Receive, max_bytes: int) -> dict[str, Any]:
         RefusedError: It is none, or too large, or does not come.
     """
     try:
-        return _parse(await asyncio.wait_for(_read(receive, max_bytes), BODY_TIMEOUT_S))
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            body = await _read(receive, max_bytes)
     except TimeoutError:
         raise RefusedError(408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s") from None
+    return _parse(body)
 
 
 def dump(request: dict[str, Any]) -> bytes:

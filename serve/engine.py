@@ -76,6 +76,7 @@ async def start_engine(arguments: list[str], adapters: Adapters, watch: Watch) -
     What the engine says of each request at its end goes to `watch`.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.envs import enable_envs_cache
     from vllm.lora.resolver import LoRAResolverRegistry
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -90,7 +91,17 @@ async def start_engine(arguments: list[str], adapters: Adapters, watch: Watch) -
     LoRAResolverRegistry.register_resolver("tandem", _make_resolver(adapters))
     app = build_app(args, supported_tasks=tasks)
     await init_app_state(engine, app.state, args, supported_tasks=tasks)
+    _leave_out_counts(app)
+    enable_envs_cache()  # as the engine's own process does: at each token one is looked up
     return engine, app
+
+
+def _leave_out_counts(app: Any) -> None:
+    """Take out what counts requests for vLLM's `/metrics`: the front counts them, that route is closed, and each piece went through it."""
+    from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
+
+    app.user_middleware = [entry for entry in app.user_middleware if entry.cls is not PrometheusInstrumentatorMiddleware]
+    app.middleware_stack = app.build_middleware_stack()  # vLLM's application comes with one
 
 
 def _stat_loggers(watch: Watch) -> list[Any]:

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -265,10 +265,10 @@ def _with_id(scope: Scope, completion_id: str) -> Scope:
 def _with_headers(send: Send, headers: Headers, begun: Callable[[], None] | None = None) -> Send:
     """Give a `send` that adds headers, and calls `begun` when a good answer has begun."""
 
-    async def send_named(message: Message) -> None:
-        if message["type"] != "http.response.start":
-            await send(message)
-            return
+    def send_named(message: Message) -> Awaitable[None]:
+        return send_start(message) if message["type"] == "http.response.start" else send(message)
+
+    async def send_start(message: Message) -> None:
         await send({**message, "headers": [*message.get("headers", []), *headers]})
         if begun and message["status"] == 200:
             begun()

@@ -9,14 +9,14 @@ Knows ASGI's messages. Does not know where what was seen goes.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 from serve.completion_ids import nonce_of
 from serve.meter import Meter
-from serve.refusal import Message, Send
+from serve.refusal import Message, Send, send_nothing
 
 log = logging.getLogger("tandem.api")
 
@@ -76,13 +76,14 @@ class Observed:
     def follow(self, send: Send) -> Send:
         """Return a `send` that takes note of what passes, and keeps a usage from a client that did not ask for it."""
 
-        async def send_seen(message: Message) -> None:
+        def send_seen(message: Message) -> Awaitable[None]:
             if not self.status and message["type"] == "http.response.start":
                 self.status = message["status"]
             elif not message.get("more_body", False):
                 self.is_whole = True
             if self.meter is None or self.meter.passes(message):
-                await send(message)
+                return send(message)
+            return send_nothing()
 
         return send_seen
 

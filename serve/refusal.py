@@ -10,6 +10,8 @@ from typing import Any
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
+# Those of ours that stand before another's are plain functions, which hand back what it gives to be awaited: as a coroutine each would
+# cost a streamed piece more than all that is done in it.
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
@@ -40,6 +42,10 @@ class RefusedError(Exception):
 def engine_lost() -> RefusedError:
     """Return the error for what was under way on an engine that has died."""
     return RefusedError(503, "the engine was lost while it answered; ask again", kind=UNAVAILABLE, code="engine_lost").after(RETRY_S)
+
+
+async def send_nothing() -> None:
+    """Stand for the sending of what a client is not to see."""
 
 
 async def send_json(send: Send, status: int, content: dict[str, Any], headers: Headers | None = None) -> None:

@@ -20,7 +20,6 @@ LOOK_EVERY_S = 0.25
 KEEP_WEIGHTS = 1  # vLLM's level of sleep that moves weights to the machine's memory; the KV cache is forgotten
 WAIT_S = 3600.0
 MEMORY_WITHIN_S = 10.0
-SLACK_BYTES = 512 * 2**20
 
 log = logging.getLogger("tandem.serve")
 
@@ -66,7 +65,7 @@ class Sleeper:
         self.engine: Any = None
         self.num_users = 0
         self.sleeps = self.has_failed = False
-        self.free_bytes = 0
+        self.freed_bytes = 0
         self.turn = asyncio.Lock()
         self.waking: asyncio.Task[None] | None = None
 
@@ -105,8 +104,9 @@ class Sleeper:
             if self.num_users or self.sleeps:
                 return
             self.sleeps, began_s = True, time.monotonic()  # whoever comes from now on wakes it when this turn is over
+            before_bytes = gpu_free_bytes()
             await self.engine.sleep(KEEP_WEIGHTS)
-            self.free_bytes = gpu_free_bytes()
+            self.freed_bytes = gpu_free_bytes() - before_bytes
             self.hold.release()
             self.file.tell("asleep")
             log.info("the engine sleeps after %.1f s, and its card is free", time.monotonic() - began_s)
@@ -129,12 +129,12 @@ class Sleeper:
             log.info("the engine is awake: %.1f s for its card, %.1f s to wake", had_card_s - began_s, time.monotonic() - had_card_s)
 
     async def _memory_is_back(self) -> None:
-        """Wait until the GPU has as much free memory as when the engine went to sleep: who had the card may still be ending.
+        """Wait until the GPU has as much free memory as the engine gave back: who had the card may still be ending.
 
-        Not for ever: of a GPU that two cards share, the other one may have more now. An engine that finds too little does not wake.
+        Not for ever: an engine that finds too little does not wake, and says so.
         """
         until_s = time.monotonic() + MEMORY_WITHIN_S
-        while self.free_bytes and time.monotonic() < until_s and gpu_free_bytes() < self.free_bytes - SLACK_BYTES:
+        while gpu_free_bytes() < self.freed_bytes and time.monotonic() < until_s:
             await asyncio.sleep(LOOK_EVERY_S)
 
 

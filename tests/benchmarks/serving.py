@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import httpx
+import psutil
 from bench import make_model, run_cli, write_result
 
 from cluster.session import require_session
@@ -27,6 +28,8 @@ from serve.engine import CPU_WORKER, engine_arguments, engine_environment
 
 BARE_PORT = 8100
 NUM_PROMPTS = {1: 8, 64: 256, 256: 1024}
+BARE_MODULE = "vllm.entrypoints.openai.api_server"
+WRITERS = {"bare": BARE_MODULE, "tandem": "ray::ServeReplica"}  # whose one loop writes all answers, and is the limit with many at once
 TOKENS_IN, TOKENS_OUT = 256, 128
 START_TIMEOUT_S = 400
 
@@ -41,7 +44,7 @@ def bare_vllm(config_file: str, overrides: Sequence[str] = (), modules: Sequence
     if CPU_WORKER in arguments:  # ours, not vLLM's own
         del arguments[arguments.index(CPU_WORKER) - 1 : arguments.index(CPU_WORKER) + 1]
     environment = {**os.environ, **engine_environment(config.serve, share is not None, os.cpu_count() or 1)}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(BARE_PORT), *arguments, *modules]
+    command = [sys.executable, "-m", BARE_MODULE, "--port", str(BARE_PORT), *arguments, *modules]
     started_s = time.monotonic()
     log = Path(tempfile.gettempdir()) / "tandem-bare-vllm.log"
     with log.open("w") as stream:
@@ -88,6 +91,17 @@ def load(port: int, model: str, tokenizer: Path, num_at_once: int, adapters: Seq
     return {"tokens_per_s": result["output_throughput"], "ttft_ms": result["median_ttft_ms"], "tpot_ms": result["median_tpot_ms"]}
 
 
+def cpu_s(name: str) -> float:
+    """Return the CPU seconds so far of the process that writes the answers of one of both."""
+    family = [member for process in require_session().processes for member in process.family()]
+    seconds = 0.0
+    for process in (*psutil.Process().children(), *family):
+        with contextlib.suppress(psutil.Error):
+            if WRITERS[name] in " ".join(process.cmdline()):
+                seconds += sum(process.cpu_times()[:2])
+    return seconds
+
+
 def proxy_name() -> str:
     """Return which proxy stands before the engine."""
     names = {member.name() for process in require_session().processes for member in process.family()}
@@ -114,11 +128,15 @@ def compare(ports: dict[str, tuple[int, str]], tokenizer: Path, counts: list[int
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
         for number in range(num_rounds):
             for name, (port, model) in sorted(ports.items(), reverse=number % 2 == 1):
-                rounds[name].append(load(port, model, tokenizer, count))
+                began_s = cpu_s(name)
+                result = load(port, model, tokenizer, count)
+                result["cpu_us_per_token"] = (cpu_s(name) - began_s) * 1e6 / (NUM_PROMPTS[count] * TOKENS_OUT)
+                rounds[name].append(result)
                 console.print(f"{name}, {count} at once: {rounds[name][-1]}")
         for name, results in rounds.items():
             figures |= {f"{name}_c{count}_{key}": median(result[key] for result in results) for key in results[0]}
         figures[f"serve_ratio_c{count}"] = figures[f"tandem_c{count}_tokens_per_s"] / figures[f"bare_c{count}_tokens_per_s"]
+        figures[f"cpu_ratio_c{count}"] = figures[f"tandem_c{count}_cpu_us_per_token"] / figures[f"bare_c{count}_cpu_us_per_token"]
         figures[f"ttft_added_c{count}_ms"] = figures[f"tandem_c{count}_ttft_ms"] - figures[f"bare_c{count}_ttft_ms"]
         yield figures
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from bench import SHAPES, VOCABULARY, write_result
 from memory import model_config
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import DeviceType, ProfilerActivity, profile, schedule
 
 import train.model
@@ -65,7 +66,7 @@ def profile_step(base: Any, config: ChatbotConfig, rows: list[Any]) -> dict[str,
     """Return the milliseconds of one step's kernels by kind, and how many there are."""
     when = schedule(wait=NUM_WARMUP_STEPS, warmup=1, active=1, repeat=1)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], schedule=when) as profiler:
-        hook = torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: profiler.step())
+        hook = register_optimizer_step_post_hook(lambda *_: profiler.step())
         try:
             run_steps(base, config, rows, 3)
         finally:

@@ -130,3 +130,21 @@ def test_the_engine_tells_of_each_request_that_ended_by_the_id_that_the_front_ga
     loggers.record(None, ended)
     watch.end(seen)
     assert seen.engine == EngineTimes(queue_s=0.5, prefill_s=0.25, decode_s=1.0, num_prompt_tokens=7, num_answer_tokens=3)
+
+
+def layers_of(app) -> list[str]:
+    """The applications within an application, from the outside."""
+    layers, layer = [], app.middleware_stack or app.build_middleware_stack()
+    while layer is not None:
+        layers.append(type(layer).__name__)
+        layer = getattr(layer, "app", None)
+    return layers
+
+
+def test_no_answer_passes_through_what_counts_for_a_closed_route(app):
+    from serve.engine import _leave_out_counts
+
+    counter, before = "PrometheusInstrumentatorMiddleware", layers_of(app)
+    _leave_out_counts(app)
+    assert counter in before
+    assert layers_of(app) == [name for name in before if name != counter]
