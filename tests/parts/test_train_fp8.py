@@ -27,7 +27,7 @@ from train.shared import SharedBase
 from train.step import OrderedTrainer, training_arguments
 
 # Each factor has three binary digits behind its first, and is off by up to 1/16, by 2.5 % on average; so a product of many is by 3.5 %.
-ERROR, ERROR_OF_A_TOKEN = 0.04, 0.05
+ERROR, ERROR_OF_A_TOKEN = 0.04, 0.06
 NUM_STEPS, RATE, VOCABULARY = 30, 1e-3, 128
 on_no_older_gpu = pytest.mark.skipif(not all(gpu.has_fp8 for gpu in find_gpus()), reason="a GPU here has no FP8")
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
