@@ -118,13 +118,13 @@ def make_bench_config(folder: Path, eager: bool) -> Path:
     return config
 
 
-def compare(ports: dict[str, tuple[int, str]], tokenizer: Path, counts: list[int], num_rounds: int) -> Iterator[dict[str, float]]:
+def compare(ports: dict[str, tuple[int, str]], tokenizer: Path, counts: list[int], rounds_of: list[int]) -> Iterator[dict[str, float]]:
     """Load both in turn, so many times; yield the medians after each number of requests at once.
 
     In turn, and each first once: a machine whose speed changes must not favour the one that was measured later.
     """
     figures: dict[str, float] = {}
-    for count in counts:
+    for count, num_rounds in zip(counts, rounds_of if len(rounds_of) > 1 else rounds_of * len(counts), strict=True):
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
         for number in range(num_rounds):
             for name, (port, model) in sorted(ports.items(), reverse=number % 2 == 1):
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 64, 256])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[5], help="for each of --at-once, or for all")
     parser.add_argument("--eager", action="store_true")
     arguments = parser.parse_args()
     folder = make_model(arguments.shape, Path(tempfile.gettempdir()) / f"tandem-bench-{arguments.shape}")
