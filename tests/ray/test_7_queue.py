@@ -119,14 +119,19 @@ def test_a_job_that_had_ended_when_its_cluster_was_killed_is_done(stack: Stack, 
 
 
 def test_quiet_chat_lends_its_card_and_a_request_gets_it_back_and_its_answer(stack: Stack, config, both_cards, chat):
+    """The engine sleeps meanwhile, and is the same one afterwards; `stop` is Serve's own growth from zero, of which test_5_scaling is."""
     assert chat() == 200
+    (core,) = stack.parts("", "EngineCore")
     long = submit(stack, config, both_cards, "train.max_steps=100000", "name=long")
     guest = submit(stack, config, "train.max_steps=100000", "name=guest")
     started = wait_for(lambda: (now := job(stack, guest)).num_steps and now, timeout_s=180)
     assert started.cards == ("card0",)
     assert "lent by chat" in started.reason
     assert re.search(rf"card0\s+serve .*job {guest} \(guest\), running .*lent by chat", stack.run("cluster", "status").stdout)
+    with closing(Queue(stack.home / "queue.db")) as queue:
+        assert "the engine on card0 goes to sleep" in [what for _, _, what, _ in queue.handovers(20)]
     assert chat() == 200
+    assert [found.pid for found in stack.parts("", "EngineCore")] == [core.pid], "it was woken, and not begun anew"
     left = job(stack, guest)
     assert left.state == WAITING
     assert list((stack.home / "runs" / left.run_id).glob("checkpoint_*/")), "it goes on from where it was"
