@@ -23,7 +23,7 @@ from configs.schema import ChatbotConfig
 from data.template import NO_LOSS
 from train.fp8 import quantise_base, require_fp8
 from train.model import add_adapter, fuse_kernels, let_segments_grow, pick_attention, pick_dtype
-from train.reporting import peak_memory_gib, taken_memory_gib
+from train.reporting import peak_memory_gib, taken_memory_gib, wait_for_gpu
 from train.rows import Packer, Padder, Row, RowOrder
 from train.step import OrderedTrainer, training_arguments
 
@@ -119,8 +119,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
     tokens_before = num_tokens = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for_gpu(state.global_step in (NUM_WARMUP_STEPS, state.max_steps))
         if state.global_step <= NUM_WARMUP_STEPS:
             self.began_s, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
         self.took_s, self.num_tokens = time.perf_counter() - self.began_s, state.num_input_tokens_seen - self.tokens_before

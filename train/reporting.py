@@ -59,6 +59,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Send progress; save and leave if the driver asks for it; evaluate at the end."""
+        wait_for_gpu(self.num_steps_here == NUM_WARMUP_STEPS or state.global_step >= state.max_steps)
         if self.num_steps_here == NUM_WARMUP_STEPS:
             self.steps_s, self.tokens_before = 0.0, self.tokens_at_step_begin
         self.num_steps_here += 1
@@ -165,6 +166,12 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         flag = torch.tensor([int(asked)], device="cuda" if torch.cuda.is_available() else "cpu")
         torch.distributed.broadcast(flag, src=0)
         return bool(flag.item())
+
+
+def wait_for_gpu(is_wanted: bool) -> None:
+    """Wait until the GPU has done what it was told, where a time is to be taken that counts."""
+    if is_wanted and torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def taken_memory_gib() -> float:

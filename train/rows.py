@@ -71,17 +71,22 @@ class Padder:
     pad_id: int
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask and labels, each (rows, longest)."""
+        """Return input_ids and labels, each (rows, longest), and an attention_mask like them where a row was filled up.
+
+        Without one a model need not look at its GPU for whether there is anything to mask.
+        """
         longest = max(len(row["input_ids"]) for row in rows)
 
         def fill(values: list[int], value: int) -> list[int]:
             return values + [value] * (longest - len(values))
 
-        return {
+        batch = {
             "input_ids": torch.tensor([fill(row["input_ids"], self.pad_id) for row in rows]),
-            "attention_mask": torch.tensor([fill([1] * len(row["input_ids"]), 0) for row in rows]),
             "labels": torch.tensor([fill(row["labels"], NO_LOSS) for row in rows]),
         }
+        if any(len(row["input_ids"]) < longest for row in rows):
+            batch["attention_mask"] = torch.tensor([fill([1] * len(row["input_ids"]), 0) for row in rows])
+        return batch
 
 
 @dataclass(frozen=True)

@@ -79,14 +79,16 @@ def plain_loop(arguments: argparse.Namespace) -> None:
     for step in range(arguments.steps + NUM_WARMUP):
         if step == NUM_WARMUP:
             started_s = time.perf_counter()
-        batch = {name: tensor.to(device) for name, tensor in pad(order.sample(rows, size)).items()}
+        chosen = order.sample(rows, size)
+        batch = {name: tensor.to(device) for name, tensor in pad(chosen).items()}
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
-        num_tokens += int(batch["attention_mask"].sum()) if step >= NUM_WARMUP else 0
+        num_tokens += sum(len(row["input_ids"]) for row in chosen) if step >= NUM_WARMUP else 0
     print(json.dumps({"tokens_per_s": num_tokens / (time.perf_counter() - started_s), "peak_memory_gib": peak_memory_gib()}))
 
 

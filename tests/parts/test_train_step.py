@@ -25,14 +25,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def train(folder: Path, packing: bool, resume: str | None = None) -> dict[int, float]:
-    """Train two epochs, in which the order of rows and the dropout matter, in double precision; return the loss of each step."""
+def make_trainer(folder: Path, packing: bool, **changes: object) -> OrderedTrainer:
+    """Two epochs, in which the order of rows and the dropout matter, in double precision."""
     settings = {"packing": packing, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 0.05, "num_epochs": 2}
-    settings |= {"log_every_steps": 1, "checkpoint_every_steps": 100 if resume else 1, "lora": {"rank": 4, "dropout": 0.2}}
+    settings |= {"log_every_steps": 1, "checkpoint_every_steps": 100, "lora": {"rank": 4, "dropout": 0.2}, **changes}
     config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": settings})
     set_seed(config.train.seed)
     model = add_adapter(tiny(), config.train.lora, gradient_checkpointing=False).double()
-    trainer = OrderedTrainer(
+    return OrderedTrainer(
         RowOrder(ROWS, config.train.batch_size, config.train.seed, by_length=not packing),
         model=model,
         args=training_arguments(config, folder, 1, len(ROWS), 32, autocast=False),
@@ -40,6 +40,11 @@ def train(folder: Path, packing: bool, resume: str | None = None) -> dict[int, f
         eval_dataset=ROWS,
         data_collator=Packer() if packing else Padder(0),
     )
+
+
+def train(folder: Path, packing: bool, resume: str | None = None) -> dict[int, float]:
+    """Train, and return the loss of each step."""
+    trainer = make_trainer(folder, packing, **({} if resume else {"checkpoint_every_steps": 1}))
     trainer.args.save_total_limit = None
     trainer.train(resume_from_checkpoint=resume)
     return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
@@ -79,3 +84,29 @@ def test_every_schedule_warms_up(schedule, tmp_path):
 def test_evaluation_fills_its_batches(longest_tokens, num_rows, tmp_path):
     config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": {"micro_batch_size": 2}})
     assert training_arguments(config, tmp_path, 1, 10, longest_tokens, autocast=False).per_device_eval_batch_size == num_rows
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_it_counts_the_tokens_of_rows_and_not_what_fills_them_up(packing, tmp_path):
+    trainer = make_trainer(tmp_path, packing)
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == 2 * sum(len(row["input_ids"]) for row in ROWS)
+
+
+def test_dropout_is_at_work_in_each_step_and_in_no_evaluation(tmp_path):
+    """A base comes out of training, and the model is put into it as a whole once."""
+    trainer = make_trainer(tmp_path, packing=False, eval_every_steps=1)
+    dropouts = [layer for layer in trainer.model.modules() if isinstance(layer, torch.nn.Dropout)]
+    seen = []
+    for layer in dropouts:
+        layer.register_forward_pre_hook(lambda layer, _: seen.append((torch.is_grad_enabled(), layer.training)))
+    trainer.train()
+    assert dropouts
+    assert set(seen) == {(True, True), (False, False)}
+
+
+def test_the_weights_that_learn_have_no_gradient_left_after_a_step(tmp_path):
+    trainer = make_trainer(tmp_path, packing=False, num_epochs=1)
+    trainer.train()
+    assert trainer.trained == [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    assert {weight.grad for weight in trainer.trained} == {None}
