@@ -3,6 +3,7 @@
 Knows transformers' callbacks. Does not know how the loss is made.
 """
 
+import math
 import resource
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 
 from cluster.home import BYTES_PER_GIB
 from cluster.memory import CUDA_CONTEXT_BYTES
+from configs.errors import RunError
 from train.control import Progress
 from train.record import run_logger
 from train.step import take_rate
@@ -75,7 +77,11 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.counted_until_s = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        """Write losses, rate and speed to MLflow."""
+        """Write losses, rate and speed to MLflow.
+
+        Raises:
+            RunError: The loss is no number any more, nor will be.
+        """
         names = {"loss": "loss", "eval_loss": "eval_loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "epoch": "epoch"}
         found = {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
         if "loss" in found:
@@ -93,6 +99,9 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
             self.mlflow.log_batch(self.task.run_id, metrics=metrics)
             self.tally.show(found)
             self._tell(state, found)
+        if not math.isfinite(found.get("loss", 0.0)):
+            why = "the loss is no number any more: steps were too large, or the data holds what the model cannot compute"
+            raise RunError(f"training diverged by step {state.global_step}", why, "begin anew with a smaller train.learning_rate")
         if "eval_loss" not in found:  # else it is part of the evaluation
             self.counted_until_s = time.perf_counter()
 

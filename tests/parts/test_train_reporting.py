@@ -1,6 +1,7 @@
 """What a run reports: a held-out loss only for the adapter it was measured on, and a speed without evaluation and saving."""
 
 import json
+import math
 import time
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from cluster.logs import TRAINING, stream_file
 from cluster.memory import Device, Rows
 from cluster.plan import Place
 from cluster.shape import Shape
+from configs.errors import RunError
 from configs.schema import ChatbotConfig
 from tests.parts.test_train_model import rows, tiny
 from train.model import add_adapter
@@ -70,6 +72,13 @@ def reported(registry, make_run, tmp_path, monkeypatch):
         callbacks=[callback],
     ).train()
     return callback, found
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_reason(reported):
+    callback, _ = reported
+    state = SimpleNamespace(global_step=7, max_steps=9, num_input_tokens_seen=100)
+    with pytest.raises(RunError, match=r"training diverged by step 7\nthe loss is no number any more"):
+        callback.on_log(None, state, None, {"loss": math.nan})
 
 
 def test_only_the_checkpoint_of_an_evaluations_step_carries_its_loss(reported, registry):

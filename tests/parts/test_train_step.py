@@ -69,7 +69,9 @@ def test_every_schedule_warms_up(schedule, tmp_path):
     settings = {"schedule": schedule, "warmup_share": 0.5, "max_steps": 10}
     config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": settings})
     arguments = training_arguments(config, tmp_path, 1, 10, 32, autocast=False)
-    trainer = OrderedTrainer(RowOrder(ROWS, 4, 0, by_length=True), model=tiny(), args=arguments, train_dataset=ROWS)
+    trainer = OrderedTrainer(
+        RowOrder(ROWS, 4, 0, by_length=True), model=tiny(), args=arguments, train_dataset=ROWS, data_collator=Padder(0)
+    )
     trainer.create_optimizer_and_scheduler(10)
     rates = []
     for _ in range(5):
