@@ -2,7 +2,7 @@
 
 `PYTHONPATH=. python tests/benchmarks/step_profile.py [--shape 8b] [--kinds lora lora_fp8 qlora] [--ways ours ...]`
 Random weights, rows of equal length, no Ray: `training.py` measures what a user gets. A way is a change to ours: `peft` leaves the
-adapter's products to PEFT, `cudnn` takes attention from cuDNN, `flash` from torch's own.
+adapter's products to PEFT, `cudnn` takes attention from cuDNN, `flash` from torch's own, `compiled` has each block compiled by torch.
 """
 
 import argparse
@@ -48,9 +48,15 @@ KERNELS = {
 @contextmanager
 def changed(way: str) -> Iterator[None]:
     """Do one thing in another way."""
-    fuse_adapter = train.model.fuse_adapter
-    if way == "peft":
-        train.model.fuse_adapter = lambda model: None
+    fuse_adapter, blocks = train.model.fuse_adapter, []
+
+    def compile_blocks(model: Any) -> None:
+        blocks[:] = model.get_base_model().model.layers
+        for block in blocks:
+            block.compile()
+
+    if way in ("peft", "compiled"):
+        train.model.fuse_adapter = compile_blocks if way == "compiled" else lambda model: None
     if way in ("cudnn", "flash"):
         torch.backends.cuda.enable_flash_sdp(way == "flash")
         torch.backends.cuda.enable_cudnn_sdp(way == "cudnn")
@@ -58,6 +64,8 @@ def changed(way: str) -> Iterator[None]:
         yield
     finally:
         train.model.fuse_adapter = fuse_adapter
+        for block in blocks:
+            block._compiled_call_impl = None
         torch.backends.cuda.enable_flash_sdp(True)
         torch.backends.cuda.enable_cudnn_sdp(True)
 
@@ -87,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["lora", "lora_fp8", "qlora"])
-    parser.add_argument("--ways", nargs="+", choices=["ours", "peft", "cudnn", "flash"], default=["ours"])
+    parser.add_argument("--ways", nargs="+", choices=["ours", "peft", "cudnn", "flash", "compiled"], default=["ours"])
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     for kind in arguments.kinds:
