@@ -168,7 +168,7 @@ def _engines(application: dict[str, Any], joined: Set[str]) -> tuple[Engine, ...
             pid=replica.get("pid") or 0,  # there is none yet
             since_s=replica["start_time_s"],
             runs=replica["state"] == "RUNNING",
-            can_sleep=bool(arguments.get("sleeps")) and replica["node_id"] not in joined,
+            can_sleep=bool(arguments.get("sleeps")),
             activity=read_activity(replica.get("pid") or 0, replica["node_id"] if replica["node_id"] in joined else ""),
         )
         for replica in replicas

@@ -105,28 +105,37 @@ class Sleeper:
                 return
             self.sleeps, began_s = True, time.monotonic()  # whoever comes from now on wakes it when this turn is over
             before_bytes = gpu_free_bytes()
-            await self.engine.sleep(KEEP_WEIGHTS)
-            self.freed_bytes = gpu_free_bytes() - before_bytes
-            self.hold.release()
-            self.file.tell("asleep")
-            log.info("the engine sleeps after %.1f s, and its card is free", time.monotonic() - began_s)
+            try:
+                await self.engine.sleep(KEEP_WEIGHTS)
+                self.freed_bytes = gpu_free_bytes() - before_bytes
+                self.hold.release()
+                self.file.tell("asleep")
+            except Exception:
+                self._fail("fall asleep")
+            else:
+                log.info("the engine sleeps after %.1f s, and its card is free", time.monotonic() - began_s)
 
     async def _wake(self) -> None:
         async with self.turn:
             began_s = time.monotonic()
             try:
+                if self.has_failed:  # it did not fall asleep
+                    raise dead_engine()
                 self.file.tell("waiting")
                 await self.hold.take()
                 had_card_s = time.monotonic()
                 await self._memory_is_back()
                 await self.engine.wake_up()
             except Exception:
-                log.exception("the engine does not wake; its replica ends, and Serve starts another")
-                self.has_failed = True
+                self._fail("wake")
                 raise dead_engine() from None
             self.sleeps, self.waking = False, None
             self.file.tell("awake")
             log.info("the engine is awake: %.1f s for its card, %.1f s to wake", had_card_s - began_s, time.monotonic() - had_card_s)
+
+    def _fail(self, what: str) -> None:
+        log.exception("the engine does not %s; its replica ends, and Serve starts another", what)
+        self.has_failed = True
 
     async def _memory_is_back(self) -> None:
         """Wait until the GPU has as much free memory as the engine gave back: who had the card may still be ending.

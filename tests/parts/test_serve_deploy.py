@@ -116,6 +116,25 @@ def test_an_address_that_others_reach_is_served_with_a_key_alone(bot, up, dashbo
     assert dashboard.put[0]["http_options"]["host"] == "0.0.0.0"
 
 
+def test_engines_can_sleep_where_they_keep_to_the_heads_serve_cards(bot, up, dashboard):
+    """The arbiter hears of those alone."""
+    KeyFile().create("alice")
+
+    def told(idle_engine: str, gpu: bool = False, guests: bool = False) -> tuple[bool, bool]:
+        cards = ({"card": "card0", "pool": "serve", **({"gpu-share": "1"} if gpu else {})},)
+        machine = {"lending": {"enabled": True, "idle_engine": idle_engine}}
+        session = replace(up(dashboard.url), cards=cards, machine=machine)
+        scaling = bot.serve.scaling.model_copy(update={"use_train_cards": guests})
+        deploy(bot.model_copy(update={"serve": bot.serve.model_copy(update={"scaling": scaling})}), session, print, wait=False)
+        arguments = dashboard.put[-1]["applications"][0]["args"]
+        return arguments["sleeps"], arguments["only_head"]
+
+    assert told("sleep") == told("auto", gpu=True) == (True, True)
+    assert told("auto") == told("stop", gpu=True) == told("sleep", guests=True) == (False, False)
+    dashboard.cards.append({"machine": "desk", "card": "desk-card0", "pool": "serve"})
+    assert told("sleep") == (False, False)
+
+
 def test_behind_haproxy_engines_of_joined_machines_answer_only_where_the_endpoint_is_open(bot, up, dashboard):
     KeyFile().create("alice")
     dashboard.cards = [{"machine": "desk", "card": "desk-card0", "pool": "serve"}]

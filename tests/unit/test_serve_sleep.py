@@ -132,5 +132,25 @@ def test_one_that_does_not_wake_has_failed_and_refuses_all_who_wait(told):
     asyncio.run(story())
 
 
+def test_one_that_does_not_fall_asleep_has_failed_and_takes_no_second_card(told):
+    async def story() -> None:
+        sleeper = await begun(told)
+
+        async def fail(level: int) -> None:
+            await asyncio.sleep(0.05)
+            raise RuntimeError("no memory")
+
+        told.sleep = fail
+        tell_to_sleep(os.getpid())
+        while not sleeper.sleeps:
+            await asyncio.sleep(0.005)
+        with pytest.raises(RefusedError):
+            async with sleeper.awake():
+                pass
+        assert (sleeper.has_failed, told.said) == (True, ["take"])
+
+    asyncio.run(story())
+
+
 def test_a_machine_without_a_gpu_tells_of_no_gpu_memory():
     assert sleep.gpu_free_bytes() == 0
