@@ -1,12 +1,15 @@
-"""The stack on a real GPU: cards, LoRA and QLoRA on the tiny model, and an engine that answers; skipped where there is none."""
+"""The stack on a real GPU: cards, LoRA and QLoRA on the tiny model, and an engine that answers and sleeps; skipped where there is none."""
 
 import json
+from contextlib import closing
 
 import pytest
 
 from cluster.cards import find_gpus
+from cluster.job_queue import Queue
 from tests.ray.conftest import config, stack, tiny_model  # noqa: F401 (fixtures)
-from tests.ray.stack import Stack
+from tests.ray.stack import Stack, wait_for
+from tests.ray.test_7_queue import job, submit
 
 pytestmark = pytest.mark.skipif(not find_gpus(), reason="this machine has no GPU")
 
@@ -33,3 +36,23 @@ def test_the_engine_answers_with_base_and_adapter(stack: Stack, config, tiny_mod
     newest = stack.registry.versions()[-1].name
     assert stack.ask(tiny_model.name).status_code == 200
     assert stack.ask(newest).json()["model"] == newest
+
+
+def test_an_engine_that_slept_says_the_same_with_and_without_an_adapter(stack: Stack, config, tiny_model):  # noqa: F811
+    """Its weights were in the machine's memory meanwhile, and a job in their place."""
+    stack.serve(config, "serve.scaling.use_train_cards=false")
+    names = tiny_model.name, stack.registry.versions()[-1].name
+
+    def answers() -> list[str]:
+        asked = [stack.ask(name, timeout_s=240, max_tokens=24).json() for name in names]
+        return [answer["choices"][0]["message"]["content"] for answer in asked]
+
+    before = answers()
+    num_cards = len(json.loads((stack.home / "cluster.json").read_text())["cards"])
+    jobs = [submit(stack, config, "train.max_steps=100000", f"name=long{number}") for number in range(num_cards)]
+    wait_for(lambda: all(job(stack, number).num_steps for number in jobs), timeout_s=240)
+    with closing(Queue(stack.home / "queue.db")) as queue:
+        assert any("goes to sleep" in what for _, _, what, _ in queue.handovers(20))
+    assert answers() == before
+    for number in jobs:
+        assert stack.run("cluster", "cancel", str(number)).returncode == 0
