@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from typing import Any
 
 from ray import serve as ray_serve
-from ray.serve._private.constants import SERVE_LOGGER_NAME
 
 from cluster.activity import ActivityFile
 from cluster.logs import set_up, streams
@@ -89,7 +88,7 @@ class Engine:
         front = Front(Alive(app, self.engine_has_died), adapters, doors, feedback, settings)
         front.watch = self.watch
         gc.set_threshold(NUM_NEW_OBJECTS)
-        logging.getLogger(SERVE_LOGGER_NAME).setLevel(logging.WARNING)  # it would make a line for each request, and then throw it away
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it would make a line for each request, and then throw it away
         return Noted(front, self.activity)
 
     def engine_has_died(self) -> bool:
