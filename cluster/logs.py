@@ -44,6 +44,7 @@ SHAPES = {
 
 FIELDS = "fields"  # of what is logged by `logging`: log.info("words", extra={"fields": {"name": value}})
 FIRST = ("timestamp", "level", "stream", "event")
+PLAIN = frozenset({str, int, bool, type(None)})
 ENCODER = json.JSONEncoder(default=str)  # in ASCII: what other alphabets take for the end of a line, or for half a letter, is written out
 
 Event = MutableMapping[str, Any]
@@ -82,7 +83,11 @@ class Streams:
 
     def _line(self, event: Event) -> str:
         """Write an event as one line; what has the shape of a secret is taken out of all of it, wherever it stands."""
-        line = ENCODER.encode({name: event[name] for name in FIRST} | {name: self._shown(name, value) for name, value in event.items()})
+        shown = {name: event[name] for name in FIRST}
+        for name, value in event.items():  # most are plain, and two lines a request are written in the loop that answers
+            is_plain = type(value) in PLAIN and not _is_secret(name) and name not in CONTENT
+            shown[name] = value if is_plain else self._shown(name, value)
+        line = ENCODER.encode(shown)
         for mark, shape in self._shapes.items():
             if mark in line:
                 line = shape.sub(REDACTED, line)

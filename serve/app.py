@@ -5,6 +5,7 @@ Knows Ray Serve. Does not know how it is put into the cluster: see `serve.deploy
 
 import asyncio
 import gc
+import logging
 import os
 from collections.abc import Coroutine
 from contextlib import nullcontext
@@ -38,6 +39,7 @@ from serve.tools import choose_tool_parser
 
 MAX_CONSTRUCTOR_RETRIES = 3
 HEALTH_PERIOD_S = 5.0
+TOLD_AFTER_S = 0.3  # of a request, in logs and metrics: longer than it takes to hand the engine as many as it computes at once
 LAST_ANSWER_S = 300.0  # an engine that is to leave ends its answers, but not for ever
 # After so many new objects Python looks for garbage among the youngest, after a hundred times as many among all that were not there at the
 # start: requests under way, in the loop that streams them. Its own 700 are for programs whose objects are few.
@@ -56,6 +58,7 @@ class Engine:
         self.sleeper = Sleeper(RayCardHold(), self.activity) if sleeps else None
         self.engine: Any = None
         self.is_leaving = False
+        self.watch = Watch([count_request, request_log(streams())], TOLD_AFTER_S)
         self.watchers: list[asyncio.Task[None]] = []
         session = read_session()
         self.desk: Any = find_desk() if session and session.head else None  # on a machine that joined, the head has keys and feedback
@@ -73,25 +76,29 @@ class Engine:
         if self.sleeper:
             arguments += SLEEP_ARGUMENTS if self.gpu_share else []
             await self.sleeper.take_card()
-        watch = Watch([count_request, request_log(streams())])
-        self.engine, app = await start_engine(arguments, adapters, watch)
+        self.engine, app = await start_engine(arguments, adapters, self.watch)
         await adapters.refresh()
         self._watch(adapters.watch(), leave_with(self.engine_has_died, feedback.store.close))
         if self.sleeper:
             self.sleeper.engine = self.engine
             self._watch(self.sleeper.watch())
         # After the engine's processes: each would hold the guardian's line open too.
-        await asyncio.to_thread(guard_streams)
+        await asyncio.to_thread(guard_streams, self.is_asleep)
         doors = Doors(self._keys(settings.host), ClusterQuotas(), self.engine_has_died, self.sleeper.awake if self.sleeper else nullcontext)
         front = Front(Alive(app, self.engine_has_died), adapters, doors, feedback, settings)
-        front.watch = watch
+        front.watch = self.watch
         gc.set_threshold(NUM_NEW_OBJECTS)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it would make a line for each request, and then throw it away
         return Noted(front, self.activity)
 
     def engine_has_died(self) -> bool:
         """Whether there is no engine any more; one that is shut down says so too. It is asked at each request."""
         has_failed = self.sleeper is not None and self.sleeper.has_failed
         return (has_failed or bool(self.engine.errored)) and not self.is_leaving
+
+    def is_asleep(self) -> bool:
+        """Whether a request must wait for the engine to wake."""
+        return self.sleeper is not None and self.sleeper.sleeps
 
     def _watch(self, *watchers: Coroutine[Any, Any, None]) -> None:
         self.watchers += [asyncio.create_task(watcher) for watcher in watchers]
@@ -111,6 +118,8 @@ class Engine:
     def __del__(self) -> None:
         """End the engine's own process, which holds the card's memory; write what is still to be kept."""
         self.is_leaving = True
+        self.watch.later_s = 0.0
+        self.watch.tell()
         if self.engine is not None:
             self.engine.shutdown()
         if self.feedback is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from serve.refusal import Message, Receive, RefusedError
 
 BODY_TIMEOUT_S = 60.0
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 async def read_json(receive: Receive, max_bytes: int) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def dump(request: dict[str, Any]) -> bytes:
         RefusedError: It has what JSON or UTF-8 cannot say, or is nested too deeply.
     """
     try:
-        return json.dumps(request, ensure_ascii=False, allow_nan=False).encode()
+        return ENCODER.encode(request).encode()
     except RecursionError:
         raise RefusedError(400, "the body is nested too deeply") from None
     except UnicodeEncodeError:

@@ -91,16 +91,17 @@ async def start_engine(arguments: list[str], adapters: Adapters, watch: Watch) -
     LoRAResolverRegistry.register_resolver("tandem", _make_resolver(adapters))
     app = build_app(args, supported_tasks=tasks)
     await init_app_state(engine, app.state, args, supported_tasks=tasks)
-    _leave_out_counts(app)
+    _leave_out_layers(app)
     enable_envs_cache()  # as the engine's own process does: at each token one is looked up
     return engine, app
 
 
-def _leave_out_counts(app: Any) -> None:
-    """Take out what counts requests for vLLM's `/metrics`: the front counts them, that route is closed, and each piece went through it."""
-    from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
+def _leave_out_layers(app: Any) -> None:
+    """Take out what vLLM puts around its routes: each piece went through it, and the front does what is to be done there.
 
-    app.user_middleware = [entry for entry in app.user_middleware if entry.cls is not PrometheusInstrumentatorMiddleware]
+    It counts for a closed route, looks for a key, which the front keeps back, and lets the pages of all other sites read answers (CORS).
+    """
+    app.user_middleware = []
     app.middleware_stack = app.build_middleware_stack()  # vLLM's application comes with one
 
 

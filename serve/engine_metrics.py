@@ -1,63 +1,52 @@
 """The engine's own part of what is measured: of vLLM's metrics the few in our table, through Ray to Prometheus.
 
-Knows vLLM's hook for statistics. Imported by `serve.engine` alone. vLLM has some fifty metrics, one of them observed at each token, and
-Ray's agents take a histogram's values one by one: what no board of ours shows is not sent.
+Knows vLLM's hook for statistics. Imported by `serve.engine` alone. vLLM has some fifty metrics, of which it tells dozens at each of the
+engine's steps and one for each token, in the loop that answers people: what no board of ours shows is not even looked at.
 """
 
+import time
 from typing import Any
 
-from vllm.v1.metrics.ray_wrappers import (
-    RayCounterWrapper,
-    RayGaugeWrapper,
-    RayHistogramWrapper,
-    RayPrometheusMetric,
-    RayPrometheusStatLogger,
-)
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.ray_wrappers import RayCounterWrapper, RayGaugeWrapper, RayHistogramWrapper
 
 from cluster.metrics import PREFIX, TABLE, VLLM
 
-SHOWN = {metric.name.removeprefix(PREFIX).removesuffix("_total"): metric for metric in TABLE if metric.shown_by == VLLM}
+LABELS = ["model_name", "engine"]
+TELL_AGAIN_S = 10.0  # Ray forgets a gauge that was not told for a minute
 
 
-class _Shown(RayPrometheusMetric):  # type: ignore[misc]
-    """Whether a metric is one of the table; the others take their values, and keep nothing."""
+class EngineStats(PrometheusStatLogger):  # type: ignore[misc]
+    """In the place of vLLM's own, as whose kind vLLM knows it; of that it uses nothing."""
 
-    def __init__(self, name: str, *args: Any, **kwargs: Any) -> None:
-        found = SHOWN.get(name.replace(":", "_"))
-        self.is_shown = found is not None
-        if found and found.buckets:
-            kwargs["buckets"] = list(found.buckets)  # vLLM's are too wide for what waits milliseconds
-        super().__init__(name, *args, **kwargs)
+    def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
+        kinds = {"counter": RayCounterWrapper, "gauge": RayGaugeWrapper, "histogram": RayHistogramWrapper}
+        labels = str(vllm_config.model_config.served_model_name), "0"  # each replica has one engine
+        self.metrics: dict[str, Any] = {}
+        for metric in TABLE:
+            if metric.shown_by == VLLM:
+                name = metric.name.removeprefix(PREFIX).removesuffix("_total")
+                buckets = {"buckets": list(metric.buckets)} if metric.buckets else {}
+                self.metrics[name.removeprefix("vllm_")] = kinds[metric.kind](name, metric.help, LABELS, **buckets).labels(*labels)
+        self._told: tuple[int, int, float] | None = None
+        self._told_s = 0.0
 
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        """Take what one step of the engine says; a gauge that has not changed is told only so that it is not forgotten."""
+        if scheduler_stats is not None:
+            waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            now, now_s = (scheduler_stats.num_running_reqs, waiting, scheduler_stats.kv_cache_usage), time.monotonic()
+            if now != self._told or now_s - self._told_s > TELL_AGAIN_S:
+                self._told, self._told_s = now, now_s
+                for name, value in zip(("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"), now, strict=True):
+                    self.metrics[name].set(value)
+            self.metrics["prefix_cache_queries"].inc(scheduler_stats.prefix_cache_stats.queries)
+            self.metrics["prefix_cache_hits"].inc(scheduler_stats.prefix_cache_stats.hits)
+        for ended in iteration_stats.finished_requests if iteration_stats else ():
+            self.metrics["request_queue_time_seconds"].observe(ended.queued_time)
 
-class ShownCounter(_Shown, RayCounterWrapper):  # type: ignore[misc]
-    """A counter."""
+    def record_sleep_state(self, *_: Any, **__: Any) -> None:
+        """Do nothing: whether an engine sleeps is shown by whoever lends its card."""
 
-    def inc(self, value: float = 1.0) -> None:
-        """Count."""
-        if self.is_shown:
-            super().inc(value)
-
-
-class ShownGauge(_Shown, RayGaugeWrapper):  # type: ignore[misc]
-    """A gauge."""
-
-    def set(self, value: float) -> None:
-        """Tell what is now."""
-        if self.is_shown:
-            super().set(value)
-
-
-class ShownHistogram(_Shown, RayHistogramWrapper):  # type: ignore[misc]
-    """A histogram."""
-
-    def observe(self, value: float) -> None:
-        """Take one value."""
-        if self.is_shown:
-            super().observe(value)
-
-
-class EngineStats(RayPrometheusStatLogger):  # type: ignore[misc]
-    """vLLM's statistics; its parts for speculative decoding and the like, which Tandem does not use, are vLLM's own."""
-
-    _counter_cls, _gauge_cls, _histogram_cls = ShownCounter, ShownGauge, ShownHistogram
+    def log_engine_initialized(self) -> None:
+        """Do nothing: vLLM's settings are no metrics."""

@@ -88,7 +88,7 @@ class Front:
             return
         headers, path = dict(scope["headers"]), scope["path"]
         seen = Observed(request_id_of(headers.get(ID_HEADER, b"")), scope["method"], path if path in ROUTES else OTHER)
-        to_client, send = send, seen.follow(send)
+        to_client, send, receive = send, seen.follow(send), seen.heed(receive)
         try:
             await self._route(scope, receive, send, seen)
         except RefusedError as refusal:

@@ -21,6 +21,8 @@ from serve.guardian import NUMBER
 from serve.refusal import Scope
 
 EXTENSION = "tandem.guardian"  # of an ASGI scope
+# Ray Serve's word of a client for whom it need not look whether the client goes away: two tasks less a request, and the turns between them.
+UNWATCHED = (b"x-request-disconnect-disabled", b"?1")
 GUARDIAN_FILE = Path(__file__).with_name("guardian.py")
 START_TIMEOUT_S = 30.0
 log = logging.getLogger("tandem.serve")
@@ -29,7 +31,8 @@ log = logging.getLogger("tandem.serve")
 class Guardian:
     """The line to a guardian process, which ends when the line does."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_wait: Callable[[], bool]) -> None:
+        self.may_wait = may_wait
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._line.setblocking(False)
         with theirs:
@@ -66,6 +69,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """Begin a request."""
         super().on_message_begin()
         self.scope["extensions"] = {EXTENSION: {"hold": self.hold}}
+        if self.guardian and not self.guardian.may_wait():  # the engine's application itself looks whether its client is still there
+            self.headers.append(UNWATCHED)
 
     def hold(self, event: bytes) -> None:
         """Have the answer, whose head was sent, ended with an event if this process dies before it can end it."""
@@ -98,10 +103,13 @@ class GuardedProtocol(HttpToolsProtocol):
         return released
 
 
-def guard_streams() -> None:
-    """Start a guardian, and have uvicorn's servers of this process from now on use it; without one, streams break off as ever."""
+def guard_streams(may_wait: Callable[[], bool]) -> None:
+    """Start a guardian, and have uvicorn's servers of this process from now on use it; without one, streams break off as ever.
+
+    `may_wait` tells whether a request may wait long before the engine's application has it: then Ray Serve looks whether it is given up.
+    """
     try:
-        GuardedProtocol.guardian = Guardian()
+        GuardedProtocol.guardian = Guardian(may_wait)
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("a stream will break off where this engine is killed: %s", error)
         return

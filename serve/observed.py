@@ -2,13 +2,15 @@
 
 The front begins an `Observed` for each request, tells it who asks and which version answers, and lets the answer pass through it. At
 the request's end, whatever that is, the front hands the record to each of `Watch.observers`. An observer is a function of one record;
-it runs in the loop that answers, so it is quick. Of a streamed piece it is only seen whether it is the first, or the
-usage.
+it runs in the loop that answers, so it is quick, and a replica has it wait for a quieter moment: where many answers end at once, as many
+requests come in their place. Of a streamed piece it is only seen whether it is the first, or the usage.
 
 Knows ASGI's messages. Does not know where what was seen goes.
 """
 
+import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -16,10 +18,11 @@ from typing import Any
 
 from serve.completion_ids import nonce_of
 from serve.meter import Meter
-from serve.refusal import Message, Send, send_nothing
+from serve.refusal import Message, Receive, Send, send_nothing
 
 log = logging.getLogger("tandem.api")
 
+NUM_TOLD_AT_ONCE = 8  # about a millisecond, for which no piece of an answer goes out
 CLIENT_LEFT = 499  # as web servers note one who went away before the answer began
 
 
@@ -80,12 +83,23 @@ class Observed:
             if not self.status and message["type"] == "http.response.start":
                 self.status = message["status"]
             elif not message.get("more_body", False):
-                self.is_whole = True
+                self.is_whole = self.status != CLIENT_LEFT
             if self.meter is None or self.meter.passes(message):
                 return send(message)
             return send_nothing()
 
         return send_seen
+
+    def heed(self, receive: Receive) -> Receive:
+        """Return a `receive` that takes note of a client who goes away before the answer has begun."""
+
+        async def receive_seen() -> Message:
+            message = await receive()
+            if not self.status and message["type"] == "http.disconnect":
+                self.status = CLIENT_LEFT
+            return message
+
+        return receive_seen
 
     def end(self) -> None:
         """Take note of the end."""
@@ -137,6 +151,9 @@ class Watch:
     """Who is told of requests, and what the engine tells of those under way."""
 
     observers: list[Observer] = field(default_factory=list)
+    later_s: float = 0.0
+    """So long after a request's end it is told of."""
+    _ended: deque[Observed] = field(default_factory=deque)
     _under_way: dict[str, EngineTimes | None] = field(default_factory=dict)
 
     def begin(self, completion_id: str) -> None:
@@ -152,10 +169,29 @@ class Watch:
         self._under_way[nonce] = _together(so_far, times) if so_far else times
 
     def end(self, seen: Observed) -> None:
-        """Complete a record, and hand it to all."""
+        """Complete a record, and hand it to all, now or later."""
         seen.end()
         if seen.completion_id:
             seen.engine = self._under_way.pop(seen.completion_id.partition(".")[0], None)
+        self._ended.append(seen)
+        if not self.later_s:
+            self.tell()
+        elif len(self._ended) == 1:
+            asyncio.get_running_loop().call_later(self.later_s, self._tell_some)
+
+    def tell(self) -> None:
+        """Hand on all that ended and was not told of yet."""
+        while self._ended:
+            self._tell_next()
+
+    def _tell_some(self) -> None:
+        for _ in range(min(len(self._ended), NUM_TOLD_AT_ONCE)):
+            self._tell_next()
+        if self._ended:
+            asyncio.get_running_loop().call_soon(self._tell_some)
+
+    def _tell_next(self) -> None:
+        seen = self._ended.popleft()
         for observer in self.observers:
             try:
                 observer(seen)

@@ -1,5 +1,6 @@
 """One machine: its cards, where its services listen, lending, logs, and what a Kubernetes cluster needs to be told."""
 
+from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
@@ -11,6 +12,7 @@ from configs.schema.base import Name, Port, Settings
 RAY_WORKER_PORTS = range(10002, 20000)
 
 
+@lru_cache(maxsize=64)  # it is asked at each request
 def is_loopback(host: str) -> bool:
     """Whether an address is reached from this machine alone; a name other than localhost counts as open."""
     try:

@@ -36,7 +36,7 @@ async def application(scope, receive, send):
         await asyncio.sleep(0 if how in ("/short", "/much") else 0.01)
     await send({"type": "http.response.body", "body": b""})
 
-guard_streams()
+guard_streams(may_wait=bool)
 print("ready", flush=True)
 uvicorn.run(application, port=int(sys.argv[1]), loop=sys.argv[2], log_level="critical", lifespan="off")
 """

@@ -132,6 +132,9 @@ def test_the_engine_tells_of_each_request_that_ended_by_the_id_that_the_front_ga
     assert seen.engine == EngineTimes(queue_s=0.5, prefill_s=0.25, decode_s=1.0, num_prompt_tokens=7, num_answer_tokens=3)
 
 
+STARLETTES = ["ServerErrorMiddleware", "ExceptionMiddleware", "AsyncExitStackMiddleware"]
+
+
 def layers_of(app) -> list[str]:
     """The applications within an application, from the outside."""
     layers, layer = [], app.middleware_stack or app.build_middleware_stack()
@@ -141,10 +144,50 @@ def layers_of(app) -> list[str]:
     return layers
 
 
-def test_no_answer_passes_through_what_counts_for_a_closed_route(app):
-    from serve.engine import _leave_out_counts
+def test_no_answer_passes_through_layers_of_vllms_own(app):
+    from serve.engine import _leave_out_layers
 
-    counter, before = "PrometheusInstrumentatorMiddleware", layers_of(app)
-    _leave_out_counts(app)
-    assert counter in before
-    assert layers_of(app) == [name for name in before if name != counter]
+    before = layers_of(app)
+    assert {"PrometheusInstrumentatorMiddleware", "CORSMiddleware"} <= set(before)
+    _leave_out_layers(app)
+    assert [name for name in layers_of(app) if name.endswith("Middleware")] == STARLETTES
+
+
+def test_of_the_engines_numbers_those_of_the_table_are_told_and_a_gauge_when_it_changes(monkeypatch):
+    from types import SimpleNamespace
+
+    from vllm.v1.engine import FinishReason
+    from vllm.v1.metrics import ray_wrappers
+    from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
+    from vllm.v1.metrics.stats import IterationStats, PrefixCacheStats, RequestStateStats, SchedulerStats
+
+    from serve.engine_metrics import EngineStats
+
+    told: list[tuple[str, float]] = []
+
+    def make(name, description="", tag_keys=None, **_):
+        def tell(value, tags):
+            assert tags == {"model_name": "base", "engine": "0", "ReplicaId": ""}
+            told.append((name, value))
+
+        return SimpleNamespace(_tag_keys=tag_keys, set=tell, inc=tell, observe=tell)
+
+    monkeypatch.setattr(ray_wrappers, "ray_metrics", SimpleNamespace(Counter=make, Gauge=make, Histogram=make))
+    config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="base"))
+    manager = StatLoggerManager(config, custom_stat_loggers=[EngineStats], enable_default_loggers=False)
+    assert [type(logger) for logger in manager.stat_loggers] == [EngineStats], "vLLM adds none of its own"
+    assert issubclass(EngineStats, PrometheusStatLogger)
+    step = SchedulerStats(
+        num_running_reqs=2, num_waiting_reqs=1, kv_cache_usage=0.5, prefix_cache_stats=PrefixCacheStats(queries=7, hits=3)
+    )
+    ended = IterationStats()
+    ended.update_from_finished_request(FinishReason.STOP, "asked", 7, None, RequestStateStats(queued_ts=1.0, scheduled_ts=1.5))
+    manager.record(step, ended)
+    gauges = [("vllm_num_requests_running", 2), ("vllm_num_requests_waiting", 1), ("vllm_kv_cache_usage_perc", 0.5)]
+    counted = [("vllm_prefix_cache_queries", 7), ("vllm_prefix_cache_hits", 3)]
+    assert told == [*gauges, *counted, ("vllm_request_queue_time_seconds", 0.5)]
+    told.clear()
+    manager.record(step, None)
+    assert told == counted, "the gauges are as they were"
+    for quiet in (manager.log, manager.log_engine_initialized, manager.record_sleep_state):
+        quiet()

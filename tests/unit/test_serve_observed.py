@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from serve.keys import KeyFile
-from serve.observed import CLIENT_LEFT, EngineTimes, Observed
+from serve.observed import CLIENT_LEFT, NUM_TOLD_AT_ONCE, EngineTimes, Observed, Watch
 from tests.helpers.front import ASKED, Answer, make_front
 
 USAGE = b'{"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}}'
@@ -105,6 +105,45 @@ def test_a_client_that_leaves_before_the_answer_is_seen(shelf, tmp_path):
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(front({"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}, receive, Answer().send))
     assert [(seen.status, seen.is_whole) for seen in found] == [(CLIENT_LEFT, False)]
+
+
+def test_a_client_that_the_engines_application_sees_leave_is_seen_too(shelf, keys):
+    """vLLM then answers with nothing, which goes to nobody."""
+
+    async def engine(scope, receive, send):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"null"})
+
+    front = make_front(engine, shelf, keys)
+    found: list[Observed] = []
+    front.watch.observers.append(found.append)
+    coming = iter([{"type": "http.request", "body": json.dumps({**ASKED, "model": "smollm2-135m"}).encode()}, {"type": "http.disconnect"}])
+
+    async def receive():
+        return next(coming)
+
+    asyncio.run(front({"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}, receive, Answer().send))
+    assert [(seen.status, seen.is_whole) for seen in found] == [(CLIENT_LEFT, False)]
+
+
+def test_requests_are_told_of_later_in_their_order_and_none_is_lost_at_the_end():
+    async def run() -> None:
+        watch.later_s = 0.01
+        for seen in asked:
+            watch.end(seen)
+        assert told == []
+        while len(told) < len(asked):
+            await asyncio.sleep(0.005)
+        watch.end(asked[0])
+        watch.tell()
+
+    told: list[Observed] = []
+    watch = Watch([told.append])
+    asked = [Observed(str(number), "POST", "/v1/completions") for number in range(3 * NUM_TOLD_AT_ONCE + 1)]
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert told == [*asked, asked[0]]
 
 
 def test_an_observer_that_fails_fails_no_answer_and_no_other_observer(see, observers, caplog):
