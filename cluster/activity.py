@@ -40,7 +40,13 @@ class ActivityFile:
         self.num_in_flight, self.since_s = 0, time.time()
         self.state: EngineState = "unknown"
         self.bedtime = _bedtime(os.getpid())
+        self.bedtime.unlink(missing_ok=True)  # of an engine that had this number before
         self.descriptor = os.open(folder / str(os.getpid()), os.O_RDWR | os.O_CREAT, 0o600)
+        self._write()
+
+    def open(self) -> None:
+        """Note that requests can come from now on: until then nobody could be quiet."""
+        self.since_s = time.time()
         self._write()
 
     def begin(self) -> None:

@@ -34,9 +34,12 @@ def job_resources(on_gpu: bool) -> dict[str, float]:
     return {CARD: 1, "CPU": 1, **({"GPU": GPU_SHARE} if on_gpu else {})}
 
 
-def as_lent(labels: Mapping[str, str]) -> dict[str, str]:
-    """Return a card's labels as a job gets it: a serve card's GPU without what an engine keeps that sleeps there."""
-    if labels.get("pool") != "serve" or "gpu-share" not in labels:
+def as_lent(labels: Mapping[str, str], idle_engine: str) -> dict[str, str]:
+    """Return a card's labels as a job gets it: a serve card's GPU without what an engine keeps that sleeps there.
+
+    `idle_engine` is what engines do that leave their card: `lending.idle_engine`.
+    """
+    if labels.get("pool") != "serve" or "gpu-share" not in labels or idle_engine == "stop":
         return dict(labels)
     return {**labels, "memory-gib": f"{max(0.0, float(labels['memory-gib']) - SLEEPING_GIB):g}"}
 

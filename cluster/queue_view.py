@@ -14,7 +14,6 @@ from cluster.arbiter import failure_words
 from cluster.job_queue import FAILED, LEAVING, RUNNING, STANDING, NewJob, Queue, QueuedJob, clock
 from cluster.memory import Rows
 from cluster.models import check_model, read_model_config
-from cluster.placement import as_lent
 from cluster.plan import ROUND_TOKENS, choose, place_on, require_fit, require_precision
 from cluster.rule import RANKS, SERVE
 from cluster.session import Session, with_joined
@@ -40,7 +39,7 @@ def check_job(config: str, overrides: Sequence[str], is_sweep: bool, session: Se
     num_cards, memory_gib = 1 if is_sweep else settings.train.num_workers, 0.0
     if session:
         lends = LendingConfig.model_validate(session.machine.get("lending", {})).enabled
-        usable = [as_lent(card) for card in with_joined(session).cards if card["pool"] != SERVE or lends]
+        usable = [card for card in with_joined(session).job_cards if card["pool"] != SERVE or lends]
         if num_cards > len(usable):
             why = f"the cluster has {len(usable)} that training may use; it would wait for ever"
             raise ClusterError(f"train.num_workers={num_cards} wants as many cards", why, f"train.num_workers={max(1, len(usable))}")

@@ -82,7 +82,8 @@ class RayGround:
         used = {node_id for node_id, told in (nodes.get("nodeLogicalResources") or {}).items() if _is_used(told)}
         lost_chat = not application and read_wish() is not None
         chat = _chat(application, self.engines, bounds)
-        return Sight(_cards(cards, raylets, self.engines, used), chat, bounds, drivers, lost_chat)
+        lent = [as_lent(card, self.session.idle_engine) for card in cards]
+        return Sight(_cards(lent, raylets, self.engines, used), chat, bounds, drivers, lost_chat)
 
     def submit(self, job: QueuedJob) -> None:
         """Start a job's process; Ray takes a submission's name only once."""
@@ -142,7 +143,8 @@ class RayGround:
 
     def send_to_sleep(self, card: str) -> bool:
         """Tell the engine on a card to give it back while it has no request; return whether it was not told yet."""
-        engine = next((engine for engine in self.engines if engine.node_id == self.nodes.get(card)), None)
+        able = (engine for engine in self.engines if engine.runs and engine.can_sleep and engine.node_id == self.nodes.get(card))
+        engine = next(able, None)
         return engine is not None and tell_to_sleep(engine.pid)
 
     def restore_chat(self) -> None:
@@ -186,7 +188,7 @@ def _cards(known: Iterable[Mapping[str, str]], raylets: Raylets, engines: Iterab
         Card(
             name=card["card"],
             pool=card["pool"],
-            memory_gib=float(as_lent(card)["memory-gib"]),
+            memory_gib=float(card["memory-gib"]),
             is_alive=card["card"] in card_of.values(),
             engine_since_s=since_s.get(card["card"]),
             is_seated=card["card"] in placed and placed[card["card"]].can_sleep,
@@ -203,8 +205,8 @@ def _chat(application: dict[str, Any], engines: Iterable[Engine], bounds: Bounds
     wish = read_wish() or application["deployed_app_config"]
     fewest, most = _bounds(wish) or bounds
     target = max((entry.get("target_num_replicas", 0) for entry in application.get("deployments", {}).values()), default=1)
-    target -= sum(engine.activity.state == "asleep" for engine in engines)
     running = [engine for engine in engines if engine.runs]
+    target -= sum(engine.activity.state == "asleep" for engine in running)
     if running:
         quiet_s = min(engine.activity.quiet_s for engine in running)
     else:

@@ -165,7 +165,7 @@ class _Hand:
         for job in sorted((job for job in lent.values() if job.state == "running"), key=_least_first):
             names = [card.name for card in self.seen.cards if card.name in job.cards and card.pool == SERVE and card.is_alive]
             if num_missing > 0 or not called.isdisjoint(names):
-                self.actions.append(Leave(job.id, f"chat wants {' and '.join(names)} back: requests wait for an engine"))
+                self.actions.append(Leave(job.id, f"chat wants {' and '.join(names)} back: an engine waits for it"))
                 num_missing -= len(set(names) - called)
 
     def place(self, job: Job) -> None:
@@ -215,8 +215,12 @@ class _Hand:
         return (fewest, most), "" if most == chat.max_engines else f"{_count(room)} for engines"
 
     def bedtimes(self) -> tuple[str, ...]:
-        """Return the cards whose engines keep their process, and are to give the card back."""
-        return tuple(card.name for card in self.engines if card.is_seated and card.name in self.given_back)
+        """Return the cards whose engines keep their process, and are to give the card back.
+
+        Also one that a job was given and has not got yet, since the engine woke before the job's process had asked for it.
+        """
+        wanted = self.given_back | (self.holders.keys() if self.is_quiet else set())
+        return tuple(card.name for card in self.engines if card.is_seated and card.name in wanted)
 
     def _start(self, job: Job, cards: list[Card]) -> None:
         self.free = [card for card in self.free if card not in cards]
@@ -231,7 +235,8 @@ class _Hand:
 
     def _guests(self, job: Job) -> list[Card]:
         """Cards that an engine can leave for a job: of quiet chat any, else those in the train pool beyond chat's own number."""
-        engines = [card for card in sorted(self.engines, key=lambda card: card.pool == SERVE) if card.name not in self.given_back]
+        taken = self.given_back | self.holders.keys()
+        engines = [card for card in sorted(self.engines, key=lambda card: card.pool == SERVE) if card.name not in taken]
         found = [card for card in engines if self._suits(card, job) and (self.is_quiet or self._is_held_long_enough(card))]
         if self.is_quiet:
             return found

@@ -17,10 +17,10 @@ import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.home import home_folder, log_folder, write_text
-from cluster.placement import HEAD
+from cluster.placement import HEAD, as_lent
 from cluster.processes import Process
 from configs.errors import ClusterError
-from configs.schema import MachineConfig
+from configs.schema import LendingConfig, MachineConfig
 
 ARBITER, GATE, MLFLOW = "arbiter", "gate", "mlflow"
 LOGS_VARIABLE = "TANDEM_LOGS"  # how the settings of logs reach all that belongs to the cluster
@@ -60,6 +60,16 @@ class Session:
     def has_mlflow(self) -> bool:
         """Whether MLflow is one of its processes, and not another server that the user named."""
         return any(process.name == MLFLOW for process in self.processes)
+
+    @property
+    def idle_engine(self) -> str:
+        """What engines do that leave their card: `lending.idle_engine`."""
+        return LendingConfig.model_validate(self.machine.get("lending", {})).idle_engine
+
+    @property
+    def job_cards(self) -> tuple[dict[str, str], ...]:
+        """Labels of its cards, as jobs get them."""
+        return tuple(as_lent(card, self.idle_engine) for card in self.cards)
 
     def environment(self) -> dict[str, str]:
         """Return what a process needs in its environment to belong to this session."""

@@ -12,6 +12,7 @@ class Noted:
 
     def __init__(self, app: App, file: ActivityFile) -> None:
         self.app, self.file = app, file
+        file.open()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand on, and note what asks the engine for something."""

@@ -78,7 +78,7 @@ class Engine:
             await self.sleeper.take_card()
         self.engine, app = await start_engine(arguments, adapters, self.watch)
         await adapters.refresh()
-        self._watch(adapters.watch(), leave_with(self.engine_has_died, feedback.store.close))
+        self._watch(adapters.watch(), leave_with(self.engine_has_died, self.say_last))
         if self.sleeper:
             self.sleeper.engine = self.engine
             self._watch(self.sleeper.watch())
@@ -118,10 +118,14 @@ class Engine:
     def __del__(self) -> None:
         """End the engine's own process, which holds the card's memory; write what is still to be kept."""
         self.is_leaving = True
-        self.watch.later_s = 0.0
-        self.watch.tell()
         if self.engine is not None:
             self.engine.shutdown()
+        self.say_last()
+
+    def say_last(self) -> None:
+        """Write what is still to be told and kept."""
+        self.watch.later_s = 0.0
+        self.watch.tell()
         if self.feedback is not None:
             self.feedback.store.close()
 
@@ -133,6 +137,7 @@ def build(args: dict[str, Any]) -> Any:
     """
     serve = ServeConfig.model_validate(args["serve"])
     gpu_share: float | None = args["gpu_share"]
+    sleeps: bool = args.get("sleeps", False)  # what was deployed before there was sleep says nothing of it
     on_gpu, where = gpu_share is not None, {"machine": HEAD} if args.get("only_head") else {}
     num_requests = serve.max_num_seqs + serve.max_waiting_requests + NUM_ARRIVING
     # Streams of a replica are guarded without a word in between; see `serve.last_words`.
@@ -149,10 +154,10 @@ def build(args: dict[str, Any]) -> Any:
         ray_actor_options={
             "num_cpus": 0,  # who has a card has its cores; of one that sleeps, another has the card
             "num_gpus": GPU_SHARE if on_gpu else 0,
-            "resources": {SEAT if args["sleeps"] else CARD: 1},
+            "resources": {SEAT if sleeps else CARD: 1},
             "label_selector": {"pool": "serve", **where},
             "fallback_strategy": [{"label_selector": {"pool": "train", **where}}] if args["use_train_cards"] else [],
             "runtime_env": {"env_vars": environment},
         },
     )
-    return deployment.bind(args["model"], args["serve"], args["base_name"], gpu_share, args["sleeps"])
+    return deployment.bind(args["model"], args["serve"], args["base_name"], gpu_share, sleeps)

@@ -205,14 +205,16 @@ def _wanted(config: ChatbotConfig, session: Session, num_cards: int) -> dict[str
     cards = [card for card in session.cards if card["pool"] == "serve" or config.serve.scaling.use_train_cards]
     shares = [float(card["gpu-share"]) for card in cards if "gpu-share" in card]
     gpu_share, on_head = min(shares) if shares else None, only_head(config, session)
-    sleeps = _can_sleep(config, session, gpu_share is not None) and (on_head or all(card.get("machine", HEAD) == HEAD for card in cards))
+    sleeps = _can_sleep(config, session, gpu_share is not None) and min(config.serve.scaling.max_replicas, num_cards) == 1
+    sleeps = sleeps and (on_head or all(card.get("machine", HEAD) == HEAD for card in cards))
     return serve_application(config, gpu_share, num_cards, on_head or sleeps, sleeps)
 
 
 def _can_sleep(config: ChatbotConfig, session: Session, on_gpu: bool) -> bool:
     """Whether engines keep their process while their card is lent, as far as the configs say; the arbiter tells those of the head alone.
 
-    Not where they may be guests on train cards: Ray places those that can sleep by their seats, and there is one where a job runs too.
+    Not where they may be guests on train cards: Ray places those that can sleep by their seats, and there is one where a job runs too. Nor
+    where there may be several: a request would go to the one that sleeps as soon as to one that is awake.
     """
     lending = LendingConfig.model_validate(session.machine.get("lending", {}))
     is_wanted = lending.idle_engine == "sleep" or (lending.idle_engine == "auto" and on_gpu)

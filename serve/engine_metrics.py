@@ -46,7 +46,7 @@ class EngineStats(PrometheusStatLogger):  # type: ignore[misc]
             self.metrics["request_queue_time_seconds"].observe(ended.queued_time)
 
     def record_sleep_state(self, *_: Any, **__: Any) -> None:
-        """Do nothing: whether an engine sleeps is shown by whoever lends its card."""
+        """Do nothing: the arbiter tells in its log, and among the handovers, that an engine goes to sleep."""
 
     def log_engine_initialized(self) -> None:
         """Do nothing: vLLM's settings are no metrics."""

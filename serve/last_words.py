@@ -69,8 +69,13 @@ class GuardedProtocol(HttpToolsProtocol):
         """Begin a request."""
         super().on_message_begin()
         self.scope["extensions"] = {EXTENSION: {"hold": self.hold}}
+
+    def on_headers_complete(self) -> None:
+        """Hand the request on, with our word of whether Ray Serve watches its client, and not the client's own."""
+        self.headers[:] = [header for header in self.headers if header[0] != UNWATCHED[0]]
         if self.guardian and not self.guardian.may_wait():  # the engine's application itself looks whether its client is still there
             self.headers.append(UNWATCHED)
+        super().on_headers_complete()
 
     def hold(self, event: bytes) -> None:
         """Have the answer, whose head was sent, ended with an event if this process dies before it can end it."""

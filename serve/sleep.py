@@ -30,7 +30,7 @@ class CardHold(Protocol):
     async def take(self) -> None:
         """Wait for the card, and hold it."""
 
-    def release(self) -> None:
+    async def release(self) -> None:
         """Give it back."""
 
 
@@ -46,15 +46,15 @@ class RayCardHold:
         from ray.util.placement_group import placement_group
 
         card = ray.get_runtime_context().get_node_labels()[CARD]
-        self.group = placement_group([{CARD: 1}], bundle_label_selector=[{CARD: card}])
+        self.group = await asyncio.to_thread(placement_group, [{CARD: 1}], bundle_label_selector=[{CARD: card}])
         while not await asyncio.to_thread(self.group.wait, WAIT_S):
-            log.warning("the engine waits for %s since %.0f s", card, WAIT_S)
+            log.warning("the engine still waits for %s", card)
 
-    def release(self) -> None:
+    async def release(self) -> None:
         """Give it back."""
         from ray.util.placement_group import remove_placement_group
 
-        remove_placement_group(self.group)
+        await asyncio.to_thread(remove_placement_group, self.group)
 
 
 class Sleeper:
@@ -108,7 +108,7 @@ class Sleeper:
             try:
                 await self.engine.sleep(KEEP_WEIGHTS)
                 self.freed_bytes = gpu_free_bytes() - before_bytes
-                self.hold.release()
+                await self.hold.release()
                 self.file.tell("asleep")
             except Exception:
                 self._fail("fall asleep")
@@ -117,10 +117,10 @@ class Sleeper:
 
     async def _wake(self) -> None:
         async with self.turn:
+            if self.has_failed:  # it did not fall asleep
+                raise dead_engine()
             began_s = time.monotonic()
             try:
-                if self.has_failed:  # it did not fall asleep
-                    raise dead_engine()
                 self.file.tell("waiting")
                 await self.hold.take()
                 had_card_s = time.monotonic()

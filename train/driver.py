@@ -64,7 +64,7 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
     check_model(config.model)
     require_precision(config, filter(is_usable, session.cards))
     if kind == RUN:  # a sweep's trials may each change what decides it
-        require_room(config, session.cards)
+        require_room(config, session.job_cards)
     say(f"base model {config.model.name}")
     folder = ensure_model(config.model)
     data = prepare(config, folder)

@@ -62,7 +62,7 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
     """
     start = make_ready(config, say, resume=resume)
     config, data = start.config, start.data
-    sizing = size_prepared(config, start.folder, data, start.session.cards)
+    sizing = size_prepared(config, start.folder, data, start.session.job_cards)
     if sizing:
         config, step = sizing.settle(config)
         say(sizing.describe(step, data))

@@ -99,7 +99,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
             self.mlflow.log_batch(self.task.run_id, metrics=metrics)
             self.tally.show(found)
             self._tell(state, found)
-        if not math.isfinite(found.get("loss", 0.0)):
+        if not all(math.isfinite(found.get(name, 0.0)) for name in ("loss", "eval_loss")):
             why = "the loss is no number any more: steps were too large, or the data holds what the model cannot compute"
             raise RunError(f"training diverged by step {state.global_step}", why, "begin anew with a smaller train.learning_rate")
         if "eval_loss" not in found:  # else it is part of the evaluation

@@ -11,7 +11,7 @@ from typing import Any
 from cluster.home import BYTES_PER_GIB
 from cluster.memory import Rows, Step
 from cluster.models import read_config_file, read_model_config
-from cluster.placement import as_lent, is_usable
+from cluster.placement import is_usable
 from cluster.plan import ROUND_TOKENS, Place, choose, place_on, require_fit, settle
 from cluster.plan_table import show_size
 from cluster.rates import step_s
@@ -81,7 +81,7 @@ def make_sizing(config: ChatbotConfig, model: Mapping[str, Any], rows: Rows, car
         shape = read_shape(model, config.model.name)
     except ModelError:
         return None
-    smallest = min((as_lent(card) for card in cards if is_usable(card)), key=lambda card: float(card["memory-gib"]), default=None)
+    smallest = min((card for card in cards if is_usable(card)), key=lambda card: float(card["memory-gib"]), default=None)
     if smallest is None:
         return None  # who asks for a card tells that there is none
     return Sizing(shape, rows, place_on(smallest, config))

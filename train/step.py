@@ -23,7 +23,8 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer, taking rows in the given order, and keeping a GPU busy from one step to the next.
 
     A GPU runs behind the process that tells it what to do, and stands still where that one waits for it or is slow. So nothing of a step
-    asks the GPU for a number, and nothing walks over the frozen weights, of which a large base has thousands.
+    asks the GPU for a number, and nothing walks over the frozen weights, of which a large base has thousands. Several workers still do
+    both: they count their tokens together, and wrap the model in torch's own.
     """
 
     def __init__(self, order: RowOrder, data_collator: Callable[[Sequence[Row]], dict[str, torch.Tensor]], **settings: Any) -> None:

@@ -106,7 +106,7 @@ def _try_all(start: Start, record: Record, show: "Show") -> tuple[Row, ...]:
     num_cards = count_cards()
     on_gpu = any("gpu-share" in card for card in session.cards if is_usable(card))
     sharing = choose_sharing(config, data, folder, on_gpu)
-    num_beside, sizing = sharing.num_trials, size_prepared(config, folder, data, session.cards)
+    num_beside, sizing = sharing.num_trials, size_prepared(config, folder, data, session.job_cards)
     if sizing and num_beside > 1:
         config, sizing = sizing.settle_base(config, num_beside), None
         sharing = replace(sharing, recompute=sharing.recompute or config.train.gradient_checkpointing is True)

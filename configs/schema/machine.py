@@ -36,9 +36,9 @@ class LendingConfig(Settings):
     enabled: bool = False
     """Lend serve cards to queued jobs while chat is quiet; a request takes them back, and waits until its engine is back."""
     idle_engine: Literal["auto", "sleep", "stop"] = "auto"
-    """What an engine does that leaves its card. `sleep`: it moves its weights into the machine's memory, and is back within seconds;
+    """What an engine does that leaves its card. `sleep`: it moves its weights into the machine's memory, and need not start anew;
     `stop`: it ends, and starts anew; `auto` sleeps on a GPU, and stops elsewhere: without a GPU one that sleeps keeps its memory, and
-    gives back the cores alone. Engines that may be guests on train cards stop."""
+    gives back the cores alone. Where there may be more than one engine (`serve.scaling`), or one on a train card, they stop."""
     quiet_after_s: float = Field(300.0, ge=0.0)
     """How long chat must have had no request before an engine leaves its card to a job that waits, in seconds."""
     min_hold_s: float = Field(60.0, ge=0.0)

@@ -96,6 +96,8 @@ class Setting:
     max_engines: int = 1
     uses_train_cards: bool = False
     can_sleep: bool = False
+    engines_first: bool = False
+    """Whom Ray serves first where an engine and a job ask for one card: nobody knows."""
     lending: LendingConfig = field(default_factory=lambda: LendingConfig(enabled=True, quiet_after_s=10, min_hold_s=20))
 
 
@@ -342,13 +344,19 @@ class Simulation:
             self._remove(engine)
 
     def _place(self) -> None:
-        # Whom Ray would serve first nobody knows: here it is never chat.
+        order = [self._place_runs, self._place_engines]
+        for place in reversed(order) if self.setting.engines_first else order:
+            place()
+
+    def _place_runs(self) -> None:
         for run in self.runs.values():
             wanted = [spot for spot in self._free() if spot.card.name in run.job.cards]
             if not run.spots and len(wanted) == len(run.job.cards):
                 run.spots, run.placed_s = wanted, self.now_s
                 for spot in wanted:
                     spot.occupant = run
+
+    def _place_engines(self) -> None:
         for engine in self.engines:
             if engine.spot is None and not engine.is_asleep and (spot := self._spot_for(engine)):
                 engine.spot, engine.placed_s, spot.occupant = spot, self.now_s, engine

@@ -120,11 +120,11 @@ def test_engines_can_sleep_where_they_keep_to_the_heads_serve_cards(bot, up, das
     """The arbiter hears of those alone."""
     KeyFile().create("alice")
 
-    def told(idle_engine: str, gpu: bool = False, guests: bool = False) -> tuple[bool, bool]:
+    def told(idle_engine: str, gpu: bool = False, guests: bool = False, most: int = 1) -> tuple[bool, bool]:
         cards = ({"card": "card0", "pool": "serve", **({"gpu-share": "1"} if gpu else {})},)
         machine = {"lending": {"enabled": True, "idle_engine": idle_engine}}
         session = replace(up(dashboard.url), cards=cards, machine=machine)
-        scaling = bot.serve.scaling.model_copy(update={"use_train_cards": guests})
+        scaling = bot.serve.scaling.model_copy(update={"use_train_cards": guests, "max_replicas": most})
         deploy(bot.model_copy(update={"serve": bot.serve.model_copy(update={"scaling": scaling})}), session, print, wait=False)
         arguments = dashboard.put[-1]["applications"][0]["args"]
         return arguments["sleeps"], arguments["only_head"]
@@ -133,6 +133,8 @@ def test_engines_can_sleep_where_they_keep_to_the_heads_serve_cards(bot, up, das
     assert told("auto") == told("stop", gpu=True) == told("sleep", guests=True) == (False, False)
     dashboard.cards.append({"machine": "desk", "card": "desk-card0", "pool": "serve"})
     assert told("sleep") == (False, False)
+    dashboard.cards[-1]["machine"] = "head"
+    assert (told("sleep"), told("sleep", most=2)) == ((True, True), (False, False)), "of two, a request would wake the one that sleeps"
 
 
 def test_behind_haproxy_engines_of_joined_machines_answer_only_where_the_endpoint_is_open(bot, up, dashboard):

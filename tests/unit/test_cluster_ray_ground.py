@@ -175,10 +175,11 @@ def test_a_state_is_no_request(home):
 
 def test_a_serve_cards_gpu_is_lent_without_what_a_sleeping_engine_keeps():
     serve, train = {"pool": "serve", "memory-gib": "31", "gpu-share": "1"}, {"pool": "train", "memory-gib": "15", "gpu-share": "1"}
-    assert float(as_lent(serve)["memory-gib"]) == 31 - SLEEPING_GIB
-    assert as_lent(train) == train
+    assert float(as_lent(serve, "auto")["memory-gib"]) == 31 - SLEEPING_GIB
+    assert as_lent(serve, "stop") == serve
+    assert as_lent(train, "auto") == train
     on_cpu = {"pool": "serve", "memory-gib": "8"}
-    assert as_lent(on_cpu) == on_cpu
+    assert as_lent(on_cpu, "sleep") == on_cpu
 
 
 def test_a_process_trains_on_the_cards_that_it_was_given(monkeypatch):

@@ -61,16 +61,18 @@ def test_an_engine_that_can_sleep_is_told_to_and_none_is_ended():
     assert (found.actions, found.num_engines) == ((), (1, 1)), "it sleeps on"
     called = replace(asleep, is_called=True)
     found = decided(RUNNING, LENT, cards=(called, TRAIN_CARD), chat=BUSY_CHAT)
-    assert found.actions == (Leave(2, "chat wants card0 back: requests wait for an engine"),)
+    assert found.actions == (Leave(2, "chat wants card0 back: an engine waits for it"),)
     found = decided(LENT, WAITING, cards=(called, Card("card9", "serve")), chat=BUSY_CHAT)
     assert [action.job for action in found.actions] == [2, 3], "no other card would do; the other one is free for the next job"
     assert decided(RUNNING, WAITING, cards=(seated, TRAIN_CARD)).bedtimes == (), "chat is not quiet"
+    woken = decided(RUNNING, LENT, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT)
+    assert woken.bedtimes == ("card0",), "it woke before the job's process had the card, and would keep it from the job for ever"
 
 
 def test_a_request_calls_the_lent_card_back_at_once_and_nobody_else_gets_it():
     chat = replace(BUSY_CHAT, quiet_s=0)
     found = decided(RUNNING, LENT, WAITING, cards=(SERVE_CARD, TRAIN_CARD), chat=chat)
-    assert found.actions == (Leave(2, "chat wants card0 back: requests wait for an engine"),)
+    assert found.actions == (Leave(2, "chat wants card0 back: an engine waits for it"),)
     leaving = replace(LENT, state="leaving")
     found = decided(RUNNING, leaving, WAITING, cards=(SERVE_CARD, TRAIN_CARD), chat=chat)
     assert found.actions == ()
@@ -134,6 +136,7 @@ settings_of_a_cluster = st.builds(
     max_engines=st.integers(1, 3),
     uses_train_cards=st.booleans(),
     can_sleep=st.booleans(),
+    engines_first=st.booleans(),
     lending=st.builds(
         LendingConfig,
         enabled=st.sampled_from([True, True, True, False]),

@@ -24,7 +24,7 @@ class Told:
         await self.is_free.wait()
         self.said.append("take")
 
-    def release(self) -> None:
+    async def release(self) -> None:
         self.said.append("release")
 
     async def sleep(self, level: int) -> None:

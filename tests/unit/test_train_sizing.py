@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.models import read_config_file
-from cluster.placement import CARDS_VARIABLE, SLEEPING_GIB
+from cluster.placement import CARDS_VARIABLE
 from configs.errors import ClusterError, FitError
 from configs.loader import ROOT, load_chatbot, with_settings
 from configs.schema import ChatbotConfig
@@ -57,8 +57,8 @@ def test_a_job_of_the_queue_is_sized_for_the_cards_that_it_was_given(config, fol
     monkeypatch.setenv(CARDS_VARIABLE, "card0")
     nf4 = config.model_copy(update={"train": config.train.model_copy(update={"quantization": "nf4"})})
     sizing = size_prepared(nf4, folder, data(512, 512), MIXED)
-    assert sizing.place.memory_gib == 15 - SLEEPING_GIB, "chat's engine may sleep there"
-    assert sizing.settle(nf4)[1].need().gib <= 15 - SLEEPING_GIB
+    assert sizing.place.memory_gib == 15
+    assert sizing.settle(nf4)[1].need().gib <= 15
     with pytest.raises(FitError):
         size_prepared(config, folder, data(512, 512), MIXED).settle(config)
 
