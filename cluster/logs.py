@@ -69,7 +69,7 @@ class Streams:
         def write(_: Any, __: str, event: Event) -> str:
             return self._line(self._with_exception(event, stream))
 
-        processors: list[Any] = [structlog.processors.TimeStamper(fmt="iso", utc=True), structlog.processors.add_log_level, write]
+        processors: list[Any] = [structlog.processors.MaybeTimeStamper(fmt="iso", utc=True), structlog.processors.add_log_level, write]
         level = structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[self.config.level.upper()])
         pen = _Pen(self, self._files[stream])
         return structlog.wrap_logger(pen, processors=processors, wrapper_class=level, stream=stream, pid=os.getpid()).bind()

@@ -13,7 +13,8 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from time import perf_counter
+from datetime import UTC, datetime
+from time import perf_counter, time
 from typing import Any
 
 from serve.completion_ids import nonce_of
@@ -105,6 +106,11 @@ class Observed:
         """Take note of the end."""
         self.ended_s = perf_counter()
         self.status = self.status or CLIENT_LEFT
+
+    @property
+    def ended(self) -> datetime:
+        """When it ended, which may be told a little later."""
+        return datetime.fromtimestamp(time() - (perf_counter() - self.ended_s), UTC)
 
     @property
     def is_streaming(self) -> bool:

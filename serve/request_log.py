@@ -17,8 +17,10 @@ def request_log(streams: Streams) -> Observer:
 
     def write(seen: Observed) -> None:
         tell = api.debug if seen.route in QUIET else api.info
+        ended = f"{seen.ended.replace(tzinfo=None).isoformat()}Z"
         tell(
             "request",
+            timestamp=ended,
             request_id=seen.request_id,
             key_name=seen.key_name,
             method=seen.method,
@@ -31,6 +33,7 @@ def request_log(streams: Streams) -> Observer:
         num_tokens, engine = seen.num_answer_tokens, seen.engine
         inference.info(
             "answer",
+            timestamp=ended,
             request_id=seen.request_id,
             completion_id=seen.completion_id,
             version=seen.version,
