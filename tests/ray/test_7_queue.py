@@ -132,8 +132,7 @@ def test_quiet_chat_lends_its_card_and_a_request_gets_it_back_and_its_answer(sta
         assert "the engine on card0 goes to sleep" in [what for _, _, what, _ in queue.handovers(20)]
     assert chat() == 200
     assert [found.pid for found in stack.parts("", "EngineCore")] == [core.pid], "it was woken, and not begun anew"
-    left = job(stack, guest)
-    assert left.state == WAITING
+    left = wait_for(lambda: (now := job(stack, guest)).state == WAITING and now)
     assert list((stack.home / "runs" / left.run_id).glob("checkpoint_*/")), "it goes on from where it was"
     for number in (guest, long):
         assert stack.run("cluster", "cancel", str(number)).returncode == 0
