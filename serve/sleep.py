@@ -85,11 +85,28 @@ class Sleeper:
         self.num_users += 1  # before any wait: it goes to sleep for nobody who is here
         try:
             if self.sleeps:
-                self.waking = self.waking or asyncio.create_task(self._wake())
-                await asyncio.shield(self.waking)  # it wakes for the others too, if this one goes away
+                await self._wait_awake()
             yield
         finally:
             self.num_users -= 1
+
+    async def _wait_awake(self) -> None:
+        """Wait until the engine is awake: one wakes it for all, and goes on if it goes away. One that died would let them wait for ever."""
+        if self.waking is None:
+            self.waking = asyncio.create_task(self._wake())
+            self.waking.add_done_callback(self._woken)
+        waking = self.waking
+        while not waking.done():
+            await asyncio.wait({waking}, timeout=LOOK_EVERY_S)
+            if self.engine.errored:
+                raise dead_engine()
+        waking.result()
+
+    def _woken(self, waking: "asyncio.Task[None]") -> None:
+        """Let the next sleep have a waking of its own; an error is told to all who waited, if there are any."""
+        self.waking = None
+        if not waking.cancelled():
+            waking.exception()
 
     async def watch(self) -> None:
         """Go to sleep when told to, for ever."""
@@ -129,7 +146,7 @@ class Sleeper:
             except Exception:
                 self._fail("wake")
                 raise dead_engine() from None
-            self.sleeps, self.waking = False, None
+            self.sleeps = False
             self.file.tell("awake")
             log.info("the engine is awake: %.1f s for its card, %.1f s to wake", had_card_s - began_s, time.monotonic() - had_card_s)
 

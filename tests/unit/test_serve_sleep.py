@@ -18,7 +18,7 @@ class Told:
         self.said: list[str] = []
         self.is_free = asyncio.Event()
         self.is_free.set()
-        self.is_broken = False
+        self.is_broken = self.errored = False
 
     async def take(self) -> None:
         await self.is_free.wait()
@@ -128,6 +128,28 @@ def test_one_that_does_not_wake_has_failed_and_refuses_all_who_wait(told):
                     pass
             assert refused.value.status == 503
         assert sleeper.has_failed
+
+    asyncio.run(story())
+
+
+def test_who_waits_for_an_engine_that_died_in_its_sleep_is_told(told):
+    """A dead engine is called in vain, and its process ends soon after."""
+
+    async def story() -> None:
+        sleeper = await begun(told)
+        await fall_asleep(sleeper)
+        told.wake_up = asyncio.Event().wait
+
+        async def ask() -> int:
+            with pytest.raises(RefusedError) as refused:
+                async with sleeper.awake():
+                    pass
+            return refused.value.status
+
+        asking = [asyncio.create_task(ask()) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        told.errored = True
+        assert await asyncio.wait_for(asyncio.gather(*asking), 5) == [503, 503]
 
     asyncio.run(story())
 
