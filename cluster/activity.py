@@ -27,6 +27,11 @@ class Activity:
     """For how long it has had no request; 0 while it has some, and where nothing is known of it."""
     state: EngineState = "unknown"
 
+    @property
+    def has_card(self) -> bool:
+        """Whether the engine's card is its own; one that has told nothing yet may have it."""
+        return self.state in ("awake", "unknown")
+
 
 class ActivityFile:
     """What one engine's process tells of itself."""

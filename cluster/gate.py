@@ -97,7 +97,7 @@ def introduction() -> dict[str, Any]:
         "dashboard_url": session.dashboard_url,
         "mlflow_url": session.mlflow_url if session.has_mlflow() else None,
         "storage": session.storage,
-        "lends": bool(session.machine.get("lending", {}).get("enabled")),
+        "lends": session.lending.enabled,
         "has_haproxy": session.has_haproxy,
     }
 

@@ -20,7 +20,7 @@ from cluster.session import Session, with_joined
 from cluster.shape import read_shape
 from configs.errors import ClusterError, ModelError
 from configs.loader import chatbot_source, load_chatbot
-from configs.schema import ChatbotConfig, LendingConfig
+from configs.schema import ChatbotConfig
 from configs.space import load_sweep
 
 NUM_ENDED = 8
@@ -38,7 +38,7 @@ def check_job(config: str, overrides: Sequence[str], is_sweep: bool, session: Se
     check_model(settings.model)
     num_cards, memory_gib = 1 if is_sweep else settings.train.num_workers, 0.0
     if session:
-        lends = LendingConfig.model_validate(session.machine.get("lending", {})).enabled
+        lends = session.lending.enabled
         usable = [card for card in with_joined(session).job_cards if card["pool"] != SERVE or lends]
         if num_cards > len(usable):
             why = f"the cluster has {len(usable)} that training may use; it would wait for ever"

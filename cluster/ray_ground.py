@@ -48,18 +48,13 @@ class Engine:
     can_sleep: bool
     activity: Activity
 
-    @property
-    def has_card(self) -> bool:
-        """Whether its card is its own; one that has told nothing yet may have it."""
-        return self.activity.state in ("awake", "unknown")
-
 
 class RayGround:
     """A cluster that `up` started."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.client = session.dashboard()
+        self.client, self.idle_engine = session.dashboard(), session.lending.idle_engine
         self.stopped_s: dict[str, float] = {}
         self.engines: tuple[Engine, ...] = ()
         self.nodes: dict[str, str] = {}
@@ -82,7 +77,7 @@ class RayGround:
         used = {node_id for node_id, told in (nodes.get("nodeLogicalResources") or {}).items() if _is_used(told)}
         lost_chat = not application and read_wish() is not None
         chat = _chat(application, self.engines, bounds)
-        lent = [as_lent(card, self.session.idle_engine) for card in cards]
+        lent = [as_lent(card, self.idle_engine) for card in cards]
         return Sight(_cards(lent, raylets, self.engines, used), chat, bounds, drivers, lost_chat)
 
     def submit(self, job: QueuedJob) -> None:
@@ -183,7 +178,7 @@ def _cards(known: Iterable[Mapping[str, str]], raylets: Raylets, engines: Iterab
     card_of = {raylet["nodeId"]: raylet["labels"]["card"] for raylet in raylets if "card" in raylet.get("labels", {})}
     taken = {name for node_id, name in card_of.items() if node_id in used}
     placed = {card_of[engine.node_id]: engine for engine in engines if engine.node_id in card_of}
-    since_s = {name: engine.since_s for name, engine in placed.items() if engine.has_card}
+    since_s = {name: engine.since_s for name, engine in placed.items() if engine.activity.has_card}
     return tuple(
         Card(
             name=card["card"],

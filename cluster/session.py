@@ -62,14 +62,15 @@ class Session:
         return any(process.name == MLFLOW for process in self.processes)
 
     @property
-    def idle_engine(self) -> str:
-        """What engines do that leave their card: `lending.idle_engine`."""
-        return LendingConfig.model_validate(self.machine.get("lending", {})).idle_engine
+    def lending(self) -> LendingConfig:
+        """Who may use a card, as its machine's config says."""
+        return LendingConfig.model_validate(self.machine.get("lending", {}))
 
     @property
     def job_cards(self) -> tuple[dict[str, str], ...]:
         """Labels of its cards, as jobs get them."""
-        return tuple(as_lent(card, self.idle_engine) for card in self.cards)
+        idle_engine = self.lending.idle_engine
+        return tuple(as_lent(card, idle_engine) for card in self.cards)
 
     def environment(self) -> dict[str, str]:
         """Return what a process needs in its environment to belong to this session."""

@@ -89,7 +89,7 @@ def _engine_holders(raylets: Raylets, served: Mapping[str, Any]) -> dict[str, tu
         card_of[engine["node_id"]]: ("chat", float(engine["start_time_s"]), f"an engine, {engine['state'].lower()}")
         for deployment in deployments
         for engine in deployment.get("replicas", [])
-        if engine.get("node_id") in card_of and read_activity(engine.get("pid") or 0).state not in ("asleep", "waiting")
+        if engine.get("node_id") in card_of and read_activity(engine.get("pid") or 0).has_card
     }
 
 

@@ -18,7 +18,7 @@ from cluster.placement import HEAD
 from cluster.processes import port_owner
 from cluster.session import Session, is_alive, joined_cards, read_raylets
 from configs.errors import AccessError, ClusterError, last_lines
-from configs.schema import ChatbotConfig, LendingConfig, ServeConfig, is_loopback
+from configs.schema import ChatbotConfig, ServeConfig, is_loopback
 from data.feedback_store import check_store
 from serve.keys import KeyFile
 
@@ -216,7 +216,7 @@ def _can_sleep(config: ChatbotConfig, session: Session, on_gpu: bool) -> bool:
     Not where they may be guests on train cards: Ray places those that can sleep by their seats, and there is one where a job runs too. Nor
     where there may be several: a request would go to the one that sleeps as soon as to one that is awake.
     """
-    lending = LendingConfig.model_validate(session.machine.get("lending", {}))
+    lending = session.lending
     is_wanted = lending.idle_engine == "sleep" or (lending.idle_engine == "auto" and on_gpu)
     return lending.enabled and is_wanted and not config.serve.scaling.use_train_cards
 
