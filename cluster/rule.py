@@ -219,7 +219,8 @@ class _Hand:
 
         Also one that a job was given and has not got yet, since the engine woke before the job's process had asked for it.
         """
-        wanted = self.given_back | (self.holders.keys() if self.is_quiet else set())
+        given = {name for name, job in self.holders.items() if job.state == "running"} if self.is_quiet else set()
+        wanted = self.given_back | given
         return tuple(card.name for card in self.engines if card.is_seated and card.name in wanted)
 
     def _start(self, job: Job, cards: list[Card]) -> None:

@@ -2,7 +2,8 @@
 
 Ray's own ASHA never pauses a trial: whatever comes first on a card runs to its end, and on one card that costs about twice the tokens.
 Here a trial that reached a rung waits, without a card, until it is among the best of that rung; then it goes on from its checkpoint.
-What is known is what the trials' last results say, so a resumed sweep needs nothing else.
+Halving costs less than the sweep may, and trials that are as good as each other at a rung may end far apart: what it leaves takes the best
+that wait to the end. What is known is what the trials' last results say, so a resumed sweep needs nothing else.
 """
 
 import math
@@ -24,14 +25,18 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
         metric: What trials are compared by.
         mode: `min` or `max`.
         reduction: Of so many trials at a rung one goes on, to the next rung, so many times as far.
+        share: Of what every trial to its end would cost, so much may be spent; one gets there in any case.
         endless: Whether there are always new trials, because tokens or hours are what is limited.
     """
 
-    def __init__(self, metric: str, mode: str, reduction: int, endless: bool) -> None:
+    def __init__(self, metric: str, mode: str, reduction: int, share: float, endless: bool) -> None:
         super().__init__()
         self.compared_by, self.sign, self.reduction, self.endless = metric, 1.0 if mode == "max" else -1.0, reduction, endless
+        self.share = share
         self.rungs = (reduction**-2, 1 / reduction, 1.0)  # shares of a run
+        self.end = len(self.rungs) - 1
         self.scores: dict[str, list[float]] = {}  # of each trial, at the rungs that it reached; higher is better
+        self.shares: dict[str, float] = {}  # how far each trial is
         self.goals: dict[str, int] = {}  # the rung that each trial may train to
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -65,15 +70,19 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
             return pending
         waiting = {trial.trial_id: trial for trial in trials if trial.status == Trial.PAUSED}
         best = self._best_waiting(waiting.keys())
-        busy = any(trial.status == Trial.RUNNING for trial in trials) or not tune_controller.search_alg.is_finished()
-        if best is None and waiting and not pending and not busy:
-            best = self._one_to_the_end(waiting.keys())
-            for trial in () if best else waiting.values():
-                tune_controller.stop_trial(trial)
-        if best is None:
+        if best:
+            self.goals[best] = len(self.scores[best])
+            return waiting[best]
+        running = {trial.trial_id for trial in trials if trial.status == Trial.RUNNING}
+        is_halved = not pending and tune_controller.search_alg.is_finished() and all(self.goals[at] == self.end for at in running)
+        if not waiting or not is_halved:
             return pending
-        self.goals[best] = len(self.scores[best])
-        return waiting[best]
+        if best := self._one_to_the_end(waiting.keys(), running):
+            self.goals[best] = self.end
+            return waiting[best]
+        for trial in waiting.values():
+            tune_controller.stop_trial(trial)
+        return None
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         """Keep its scores: the others are measured by them."""
@@ -82,6 +91,7 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
         """Note a trial's score at each rung that it reached; return their number."""
         reached = [next((look for look in looks if look["share"] >= rung - ROUNDING), None) for rung in self.rungs]
         scores = [self.sign * look[self.compared_by] for look in reached if look]
+        self.shares[trial_id] = looks[-1]["share"] if looks else 0.0
         self.scores[trial_id] = [-math.inf if math.isnan(score) else score for score in scores]
         return len(self.scores[trial_id])
 
@@ -99,8 +109,11 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
                     return trial_id
         return None
 
-    def _one_to_the_end(self, waiting: Set[str]) -> str | None:
-        """Return the best that wait at the highest rung, where there were too few trials for any to reach the end."""
-        if any(len(scores) == len(self.rungs) for scores in self.scores.values()):
-            return None
-        return max(waiting, key=lambda trial_id: (len(self.scores[trial_id]), self.scores[trial_id][-1]))
+    def _one_to_the_end(self, waiting: Set[str], running: Set[str]) -> str | None:
+        """Return the best that waits at the highest rung, if enough is left for it; the first one gets there whatever it costs."""
+        best = max(waiting, key=lambda trial_id: (len(self.scores[trial_id]), self.scores[trial_id][-1]))
+        if not running and not any(len(scores) == len(self.rungs) for scores in self.scores.values()):
+            return best
+        spent = sum(1.0 if trial_id in running else share for trial_id, share in self.shares.items())
+        is_affordable = spent + 1.0 - self.shares[best] <= self.share * len(self.shares)
+        return best if is_affordable and self.scores[best][-1] > -math.inf else None

@@ -65,7 +65,7 @@ def _domain(dimension: Dimension) -> Any:
 
 def _scheduler(sweep: SweepConfig, endless: bool) -> Any:
     if sweep.scheduler == "asha":
-        return Asha(sweep.metric, sweep.mode, sweep.reduction, endless)
+        return Asha(sweep.metric, sweep.mode, sweep.reduction, sweep.budget.share, endless)
     if sweep.scheduler == "optuna":
         # A searcher learns from trials that ended, so these are stopped, not paused.
         return ASHAScheduler(time_attr="share", max_t=1, grace_period=BELOW * sweep.reduction**-2, reduction_factor=sweep.reduction)

@@ -197,6 +197,9 @@ class BudgetConfig(Settings):
     """Tokens trained by all trials together; looked at when a trial is measured."""
     hours: float | None = Field(None, gt=0.0)
     """Hours of training, added up over all cards."""
+    share: float = Field(0.33, gt=0.0, le=1.0)
+    """Of what every trial to its end would cost, what `asha` may spend where its trials can be counted: halving costs less, and what it
+    leaves takes the best that wait to the end. One gets there in any case."""
 
 
 class SweepConfig(Settings):

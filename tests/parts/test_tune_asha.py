@@ -66,8 +66,8 @@ class FakeTrial:
         self.status = status
 
 
-def asha(endless: bool = False, mode: str = "min") -> Asha:
-    return Asha("eval_loss", mode, reduction=3, endless=endless)
+def asha(endless: bool = False, mode: str = "min", share: float = 0.33) -> Asha:
+    return Asha("eval_loss", mode, reduction=3, share=share, endless=endless)
 
 
 def test_nine_trials_cost_a_quarter_of_the_grid_and_the_best_gets_to_the_end():
@@ -77,6 +77,36 @@ def test_nine_trials_cost_a_quarter_of_the_grid_and_the_best_gets_to_the_end():
     assert card.reached() == [1, 3, 1, 9, 1, 1, 3, 1, 1]
     assert card.num_looks == 21
     assert {trial.status for trial in card.trials} == {Trial.TERMINATED}
+
+
+def test_what_halving_leaves_of_its_share_takes_the_best_that_wait_to_the_end():
+    losses = [5, 3, 9, 1, 7, 8, 2, 6, 4, 10, 11, 12, 13, 14, 15]
+    card = OneCard(asha(), losses)
+    card.add()
+    card.run()
+    assert sorted(zip(losses, card.reached(), strict=True))[:6] == [(1, 9), (2, 9), (3, 9), (4, 3), (5, 3), (6, 1)]
+    assert card.num_looks / (len(losses) * NUM_LOOKS) <= 0.33
+    frugal, all_of_it = OneCard(asha(share=0.01), losses), OneCard(asha(share=1.0), losses)
+    for card in (frugal, all_of_it):
+        card.add()
+        card.run()
+    assert (frugal.reached().count(NUM_LOOKS), all_of_it.reached().count(NUM_LOOKS)) == (1, len(losses))
+
+
+def test_one_that_runs_to_the_end_counts_as_if_it_were_there():
+    card = OneCard(asha(), [5, 3, 9, 1, 7, 8, 2, 6, 4, 10, 11, 12, 13, 14, 15])
+    card.add()
+    card.run()
+    scheduler = card.scheduler
+    waiting = [trial for trial in card.trials if len(trial.last_result["looks"]) == 3]
+    for trial in card.trials:
+        trial.status = Trial.TERMINATED
+    waiting[0].status = Trial.PAUSED
+    runs = card.trials[3]
+    scheduler.on_trial_result(card, runs, {"looks": runs.last_result["looks"][:4]})
+    runs.status = Trial.RUNNING
+    assert scheduler.choose_trial_to_run(card) is None, "another would not fit beside it"
+    assert waiting[0].status == Trial.TERMINATED
 
 
 def test_few_trials_still_bring_one_to_the_end():

@@ -1,12 +1,10 @@
 """What is killed comes back by itself: MLflow, a card's raylet and the head, under a job that goes on and a chat that answers again."""
 
-from contextlib import closing
-
 import httpx
 
-from cluster.job_queue import CANCELLED, Queue
+from cluster.job_queue import CANCELLED
 from tests.ray.stack import Stack, wait_for
-from tests.ray.test_7_queue import job, submit
+from tests.ray.test_7_queue import handovers, job, submit
 
 SAVE_EVERY = 50
 
@@ -44,8 +42,7 @@ def test_a_job_and_chat_outlive_mlflow_a_card_and_the_head(stack: Stack, config,
     assert after_head.first_step >= (killed_at // SAVE_EVERY - 1) * SAVE_EVERY > 0, "it goes on from its last checkpoint"
     assert stack.run("cluster", "cancel", str(number)).returncode == 0
     wait_for(lambda: job(stack, number).state == CANCELLED, timeout_s=120)
-    with closing(Queue(stack.home / "queue.db")) as queue:
-        assert any(what == "chat is deployed again" for _, _, what, _ in queue.handovers(100))
+    assert "chat is deployed again" in handovers(stack)
 
 
 def ask(stack: Stack, model: str, secret: str) -> int:

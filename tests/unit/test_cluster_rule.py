@@ -67,6 +67,8 @@ def test_an_engine_that_can_sleep_is_told_to_and_none_is_ended():
     assert decided(RUNNING, WAITING, cards=(seated, TRAIN_CARD)).bedtimes == (), "chat is not quiet"
     woken = decided(RUNNING, LENT, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT)
     assert woken.bedtimes == ("card0",), "it woke before the job's process had the card, and would keep it from the job for ever"
+    leaving = replace(LENT, state="leaving")
+    assert decided(RUNNING, leaving, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT).bedtimes == (), "a job that leaves needs no card"
 
 
 def test_a_request_calls_the_lent_card_back_at_once_and_nobody_else_gets_it():
