@@ -1,104 +1,37 @@
 """A cluster in which time is a number: cards, chat with its autoscaler, jobs, and all that may die, under the real arbiter and queue.
 
 It behaves as Ray does where that matters: who asks for a card waits for it and holds it alone, an engine takes seconds to start, a run
-that is asked to leave takes its time or hangs until it is killed, Serve decides which engine leaves. It raises `AssertionError` where
-what must always be true is not.
+that is asked to leave takes its time or hangs until it is killed, Serve decides which engine leaves. `tests.helpers.laws` says what must
+always be true in it.
 """
 
 import math
 from collections import deque
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from cluster.arbiter import LOST, Arbiter, Driver, Sight
-from cluster.job_queue import LEAVING, RUNNING, STANDING, WAITING, NewJob, Queue, QueuedJob
-from cluster.rule import RANKS, SERVE, TRAIN, Card, Chat
-from configs.schema import LendingConfig
-
-REQUESTS_PER_S = 5000.0
-"""What one engine answers."""
-START_S = 8.0
-"""From the moment an engine has its card."""
-WAKE_S = 2.0
-"""The same of one that slept."""
-RELEASE_S = 2.0
-"""Until the memory of an engine that ended is free."""
-SETUP_S = 4.0
-LEAVE_WITHIN_S = 12.0
-SAVE_EVERY_S = 5.0
-DOWN_AFTER_S = 6.0
-SLACK_S = 4.0
-
-
-class CrashError(Exception):
-    """The arbiter was killed."""
-
-
-class HeadIsDownError(Exception):
-    """Nothing answers."""
-
-
-class QuickQueue(Queue):
-    """The real one, which does not read again what nobody changed."""
-
-    def jobs(self, *states: str) -> list[QueuedJob]:
-        if self.__dict__.setdefault("seen", {}).get("at") != self.connection.total_changes:
-            self.seen: dict[Any, Any] = {"at": self.connection.total_changes}
-        if states not in self.seen:
-            self.seen[states] = super().jobs(*states)
-        return list(self.seen[states])
-
-
-@dataclass
-class Spot:
-    """A card, and who really has it."""
-
-    card: Card
-    occupant: Any = None
-    back_s: float = 0.0
-    """When its raylet is there again."""
-
-
-@dataclass(eq=False)
-class Engine:
-    """A replica of Serve."""
-
-    spot: Spot | None = None
-    """The card that it has."""
-    placed_s: float = math.inf
-    gone_s: float = math.inf
-    seat: Spot | None = None
-    """Of one that can sleep: the card that it may have."""
-    starts_s: float = START_S
-    is_asleep: bool = False
-
-    def runs(self, now_s: float) -> bool:
-        return now_s >= self.placed_s + self.starts_s and self.gone_s == math.inf
-
-
-@dataclass(eq=False)
-class Run:
-    """A job's process."""
-
-    job: QueuedJob
-    spots: list[Spot] = field(default_factory=list)
-    placed_s: float = math.inf
-    leaves_s: float = math.inf
-
-
-@dataclass
-class Setting:
-    """What a simulation is made of."""
-
-    num_serve: int = 1
-    num_train: int = 1
-    min_engines: int = 1
-    max_engines: int = 1
-    uses_train_cards: bool = False
-    can_sleep: bool = False
-    engines_first: bool = False
-    """Whom Ray serves first where an engine and a job ask for one card: nobody knows."""
-    lending: LendingConfig = field(default_factory=lambda: LendingConfig(enabled=True, quiet_after_s=10, min_hold_s=20))
+from cluster.job_queue import STANDING, NewJob, QueuedJob
+from cluster.rule import SERVE, TRAIN, Card, Chat
+from tests.helpers.laws import Laws
+from tests.helpers.simulated import (
+    DOWN_AFTER_S,
+    LEAVE_WITHIN_S,
+    RELEASE_S,
+    REQUESTS_PER_S,
+    SAVE_EVERY_S,
+    SETUP_S,
+    START_S,
+    WAKE_S,
+    Breakable,
+    CrashError,
+    Engine,
+    Fragile,
+    HeadIsDownError,
+    QuickQueue,
+    Run,
+    Setting,
+    Spot,
+)
 
 
 class Simulation:
@@ -124,13 +57,11 @@ class Simulation:
         self.leave_s = 2.0
         self.head_back_s = 0.0
         self.queue = QuickQueue(":memory:")
-        self.fragile = Fragile(self)
+        self.fragile = Fragile()
         self.arbiter_back_s = 0.0
         self._new_arbiter()
         self.undisturbed_since_s = 0.0
-        self.outranked_since_s: dict[int, float] = {}
-        self.wanted_since_s: dict[str, float] = {}
-        self.lacking_since_s = 0.0
+        self.laws = Laws(self)
         self.sleeps_s: list[float] = []
         self.longest_wait_s = 0.0
         self.num_answered = 0.0
@@ -180,7 +111,7 @@ class Simulation:
         spot = self.spots[at % len(self.spots)]
         self._clear(spot)
         spot.back_s = self.now_s + for_s
-        if spot.card.pool == SERVE or self._uses_train_cards:
+        if spot.card.pool == SERVE or self.uses_train_cards:
             self.disturb(for_s + START_S)
 
     def kill_head(self, for_s: float) -> None:
@@ -280,10 +211,10 @@ class Simulation:
     def _chat(self) -> Chat:
         setting = self.setting
         num_wanted = max(0, self.target - sum(engine.is_asleep for engine in self.engines))
-        return Chat(setting.min_engines, setting.max_engines, self._uses_train_cards, num_wanted, self._quiet_s())
+        return Chat(setting.min_engines, setting.max_engines, self.uses_train_cards, num_wanted, self._quiet_s())
 
     @property
-    def _uses_train_cards(self) -> bool:
+    def uses_train_cards(self) -> bool:
         return self.setting.uses_train_cards and not self.setting.can_sleep
 
     def _quiet_s(self) -> float:
@@ -304,7 +235,7 @@ class Simulation:
                 self._place()
                 self._train()
             self._arbitrate()
-            self._check()
+            self.laws.check()
 
     def is_alive(self, spot: Spot) -> bool:
         return self.now_s >= spot.back_s and self.now_s >= self.head_back_s
@@ -364,7 +295,7 @@ class Simulation:
     def _spot_for(self, engine: Engine) -> Spot | None:
         """Return the free card that an engine gets; one that can sleep takes a seat first, and then waits for that card alone."""
         if not self.setting.can_sleep:
-            pools = (SERVE, TRAIN) if self._uses_train_cards else (SERVE,)
+            pools = (SERVE, TRAIN) if self.uses_train_cards else (SERVE,)
             return next((spot for pool in pools for spot in self._free() if spot.card.pool == pool), None)
         if engine.seat is None:
             taken = [other.seat for other in self.engines]
@@ -398,7 +329,7 @@ class Simulation:
             self.disturb(self.fragile.for_s + 1)
             self._new_arbiter()
             return
-        self._check_step(before)
+        self.laws.check_step(before)
 
     def _free(self) -> list[Spot]:
         return [spot for spot in self.spots if spot.occupant is None and self.is_alive(spot)]
@@ -428,120 +359,3 @@ class Simulation:
         self.work[run.job.id] = self.saved[run.job.id]
         for spot in run.spots:
             spot.occupant = None
-
-    # What must always be true.
-
-    def _check(self) -> None:
-        held = [name for job in self.queue.jobs(RUNNING, LEAVING) for name in job.cards]
-        assert len(held) == len(set(held)), f"a card is held twice: {held}"
-        if not self.setting.lending.enabled:
-            assert not [name for name in held if name.startswith(SERVE)], "a serve card is lent where none is to be"
-        for spot in self.spots:
-            if isinstance(spot.occupant, Run):
-                assert spot.card.name in spot.occupant.job.cards, "a job is on a card that it was not given"
-        self._check_chat()
-
-    def _check_chat(self) -> None:
-        """No request waits longer than it takes to call a card back and to start an engine there, and for those before it."""
-        if not any(spot.card.pool == SERVE and self.is_alive(spot) for spot in self.spots):
-            self.disturb(START_S)
-        if self.waiting:
-            arrived_s, _, backlog_s = self.waiting[0]
-            wait_s = self.now_s - max(arrived_s, self.undisturbed_since_s)
-            limit_s = LEAVE_WITHIN_S + RELEASE_S + START_S + SLACK_S + backlog_s
-            assert wait_s <= limit_s, f"a request waits for {wait_s} s, and {limit_s} s would do"
-        lent = [spot for spot in self.spots if spot.card.pool == SERVE and isinstance(spot.occupant, Run) and self.is_alive(spot)]
-        if not (lent and any(engine.spot is None and not engine.is_asleep for engine in self.engines)):
-            self.lacking_since_s = self.now_s
-        wait_s = self.now_s - max(self.lacking_since_s, self.undisturbed_since_s)
-        assert wait_s <= LEAVE_WITHIN_S + SLACK_S, f"an engine waits for {wait_s} s for a card that is lent"
-
-    def _check_step(self, before: dict[int, QueuedJob]) -> None:
-        """Priorities are kept, and nobody is disturbed too soon."""
-        now = {job.id: job for job in self.queue.jobs(*STANDING)}
-        started = [job for job in now.values() if job.state == RUNNING and before[job.id].state != RUNNING]
-        waiting = [job for job in now.values() if job.state == WAITING]
-        for job in started:
-            taken = [spot.card.name for spot in self.spots if spot.card.name in job.cards and spot.occupant is not None]
-            assert not taken, f"job {job.id} is given {taken}, where somebody is"
-            for other in waiting:
-                assert not (_line(other) < _line(job) and self._could_use(other, job.cards)), f"job {job.id} passed job {other.id}"
-        for job in now.values():
-            if job.state == LEAVING and before[job.id].state == RUNNING and "goes before it" in job.reason:
-                held_s = self.now_s - before[job.id].since_s
-                assert held_s >= self.setting.lending.min_hold_s, f"job {job.id} was disturbed after {held_s} s"
-                assert any(_line(other)[:2] < _line(job)[:2] for other in waiting), f"job {job.id} made room for nobody"
-        self._check_outranked(now, waiting)
-        self._check_guests(waiting)
-
-    def _check_outranked(self, now: dict[int, QueuedJob], waiting: list[QueuedJob]) -> None:
-        """Nobody waits for ever for a card of one who ranks below."""
-        for other in waiting:
-            below = [
-                job
-                for job in now.values()
-                if job.state == RUNNING and _line(other)[:2] < _line(job)[:2] and self._could_use(other, job.cards)
-            ]
-            if not below or other.num_cards > 1:
-                self.outranked_since_s.pop(other.id, None)
-                continue
-            since_s = max(
-                self.outranked_since_s.setdefault(other.id, self.now_s), self.undisturbed_since_s, *(job.since_s for job in below)
-            )
-            limit_s = self.setting.lending.min_hold_s + LEAVE_WITHIN_S + RELEASE_S + START_S + SLACK_S
-            assert self.now_s - since_s <= limit_s, f"job {other.id} waits behind {[job.id for job in below]}, which rank below"
-
-    def _check_guests(self, waiting: list[QueuedJob]) -> None:
-        """An engine that is a guest on a train card leaves it to a job that waits, where chat has more than its own number."""
-        placed = [engine.spot.card.pool for engine in self.engines if engine.spot]
-        num_own = sum(spot.card.pool == SERVE and self.is_alive(spot) for spot in self.spots) if self.setting.lending.enabled else 1
-        hosts = [spot for spot in self.spots if spot.card.pool == TRAIN and isinstance(spot.occupant, Engine)]
-        wanted = [spot for spot in hosts if any(job.num_cards == 1 and self._could_use(job, (spot.card.name,)) for job in waiting)]
-        self.wanted_since_s = {
-            spot.card.name: self.wanted_since_s.get(spot.card.name, self.now_s) for spot in wanted if len(placed) > max(1, num_own)
-        }
-        for spot in wanted:
-            since_s = max(self.wanted_since_s.get(spot.card.name, self.now_s), spot.occupant.placed_s, self.undisturbed_since_s)
-            limit_s = self.setting.lending.min_hold_s + RELEASE_S + SLACK_S
-            assert self.now_s - since_s <= limit_s, f"an engine stays on {spot.card.name}, which a job waits for"
-
-    def _could_use(self, job: QueuedJob, names: tuple[str, ...]) -> bool:
-        suit = [spot.card for spot in self.spots if spot.card.memory_gib >= job.memory_gib and self.is_alive(spot)]
-        suit = [card for card in suit if card.pool == TRAIN or self.setting.lending.enabled]
-        return len(suit) >= job.num_cards and any(card.name in names for card in suit)
-
-
-def _line(job: QueuedJob) -> tuple[int, int, float, int]:
-    return RANKS[job.kind], -job.priority, job.place, job.id
-
-
-@dataclass
-class Fragile:
-    """When the arbiter dies."""
-
-    world: Simulation
-    num_left: int = -1
-    for_s: float = 0.0
-
-    def touch(self) -> None:
-        """Count a word or deed."""
-        self.num_left -= self.num_left >= 0
-        if self.num_left == 0:
-            self.num_left = -1
-            raise CrashError
-
-
-class Breakable:
-    """The queue or the ground as an arbiter has them that may be killed before and after each call."""
-
-    def __init__(self, real: Any, fragile: Fragile) -> None:
-        self.real, self.fragile = real, fragile
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any) -> Any:
-            self.fragile.touch()
-            found = getattr(self.real, name)(*arguments)
-            self.fragile.touch()
-            return found
-
-        return call

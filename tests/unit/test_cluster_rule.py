@@ -12,7 +12,8 @@ from cluster.job_queue import RUNNING as RUNNING_STATE
 from cluster.queue_view import told
 from cluster.rule import Card, Chat, Decision, Job, Leave, Snapshot, Start, decide
 from configs.schema import LendingConfig
-from tests.helpers.simulator import LEAVE_WITHIN_S, RELEASE_S, START_S, Setting, Simulation
+from tests.helpers.simulated import LEAVE_WITHIN_S, RELEASE_S, START_S, Setting
+from tests.helpers.simulator import Simulation
 
 HOURS_S = 3600
 NUM_STORIES = int(os.environ.get("NUM_STORIES", "40"))  # a thousand take a minute
@@ -185,7 +186,7 @@ def standing(simulation: Simulation) -> list[int]:
 @settings(max_examples=NUM_STORIES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(settings_of_a_cluster, stories)
 def test_whatever_happens_chat_is_answered_no_card_is_held_twice_and_all_jobs_come_to_their_end(setting, story):
-    """The simulator itself looks at each second; here at the end."""
+    """The laws are looked at each second; here at the end."""
     simulation = Simulation(setting)
     live_through(simulation, story)
     simulation.leave_foreign()
