@@ -54,6 +54,7 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Pause a trial at the rung that it may train to; the last one is the end of its run."""
         if failed(result):
+            self.shares.pop(trial.trial_id, None)  # it is no part of the grid
             return str(TrialScheduler.CONTINUE)
         num_reached = self._take(trial.trial_id, result["looks"])
         pause = self.goals[trial.trial_id] < num_reached < len(self.rungs)
@@ -80,7 +81,7 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
         if best := self._one_to_the_end(waiting.keys(), running):
             self.goals[best] = self.end
             return waiting[best]
-        for trial in waiting.values():
+        for trial in () if running else waiting.values():  # one that runs may still fail
             tune_controller.stop_trial(trial)
         return None
 
@@ -100,20 +101,27 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
 
     def _best_waiting(self, waiting: Set[str]) -> str | None:
         """Return who is to go on: of the highest rung that has somebody among its best."""
-        for rung in reversed(range(len(self.rungs) - 1)):
+        for rung in reversed(range(self.end)):
             there = sorted(
                 (trial_id for trial_id, scores in self.scores.items() if len(scores) > rung), key=lambda at: -self.scores[at][rung]
             )
             for trial_id in there[: len(there) // self.reduction]:
-                if trial_id in waiting and self.goals[trial_id] == rung:
+                if trial_id in waiting and self.goals[trial_id] == rung and self._is_sound(trial_id):
                     return trial_id
         return None
 
     def _one_to_the_end(self, waiting: Set[str], running: Set[str]) -> str | None:
         """Return the best that waits at the highest rung, if enough is left for it; the first one gets there whatever it costs."""
-        best = max(waiting, key=lambda trial_id: (len(self.scores[trial_id]), self.scores[trial_id][-1]))
-        if not running and not any(len(scores) == len(self.rungs) for scores in self.scores.values()):
+        sound = [trial_id for trial_id in waiting if self._is_sound(trial_id)]
+        if not sound:
+            return None
+        best = max(sound, key=lambda trial_id: (len(self.scores[trial_id]), self.scores[trial_id][-1]))
+        is_first = not any(len(scores) > self.end and scores[-1] > -math.inf for scores in self.scores.values())
+        if is_first and not running:
             return best
         spent = sum(1.0 if trial_id in running else share for trial_id, share in self.shares.items())
-        is_affordable = spent + 1.0 - self.shares[best] <= self.share * len(self.shares)
-        return best if is_affordable and self.scores[best][-1] > -math.inf else None
+        return best if spent + 1.0 - self.shares[best] <= self.share * len(self.shares) else None
+
+    def _is_sound(self, trial_id: str) -> bool:
+        """Whether its last score is a number: a loss that is none does not become one."""
+        return self.scores[trial_id][-1] > -math.inf

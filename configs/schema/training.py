@@ -198,8 +198,8 @@ class BudgetConfig(Settings):
     hours: float | None = Field(None, gt=0.0)
     """Hours of training, added up over all cards."""
     share: float = Field(0.33, gt=0.0, le=1.0)
-    """Of what every trial to its end would cost, what `asha` may spend where its trials can be counted: halving costs less, and what it
-    leaves takes the best that wait to the end. One gets there in any case."""
+    """Of what every trial to its end would cost, where `asha` can count them: when halving is done, the best that wait go on to the end as
+    long as it stays within this. Halving itself (0.26 of nine trials, more with `reduction: 2`) and one to the end are done in any case."""
 
 
 class SweepConfig(Settings):

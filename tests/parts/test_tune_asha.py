@@ -93,20 +93,29 @@ def test_what_halving_leaves_of_its_share_takes_the_best_that_wait_to_the_end():
     assert (frugal.reached().count(NUM_LOOKS), all_of_it.reached().count(NUM_LOOKS)) == (1, len(losses))
 
 
-def test_one_that_runs_to_the_end_counts_as_if_it_were_there():
+def test_who_runs_to_the_end_counts_as_if_there_already_and_the_others_wait_for_it():
     card = OneCard(asha(), [5, 3, 9, 1, 7, 8, 2, 6, 4, 10, 11, 12, 13, 14, 15])
     card.add()
     card.run()
-    scheduler = card.scheduler
-    waiting = [trial for trial in card.trials if len(trial.last_result["looks"]) == 3]
-    for trial in card.trials:
-        trial.status = Trial.TERMINATED
-    waiting[0].status = Trial.PAUSED
+    waits = next(trial for trial in card.trials if len(trial.last_result["looks"]) == 3)
     runs = card.trials[3]
-    scheduler.on_trial_result(card, runs, {"looks": runs.last_result["looks"][:4]})
-    runs.status = Trial.RUNNING
-    assert scheduler.choose_trial_to_run(card) is None, "another would not fit beside it"
-    assert waiting[0].status == Trial.TERMINATED
+    card.scheduler.on_trial_result(card, runs, {"looks": runs.last_result["looks"][:4]})
+    runs.status, waits.status = Trial.RUNNING, Trial.PAUSED
+    assert card.scheduler.choose_trial_to_run(card) is None, "another would not fit beside it"
+    assert waits.status == Trial.PAUSED, "it may be wanted, if the other fails"
+    runs.status = Trial.TERMINATED
+    card.scheduler.on_trial_result(card, runs, {"reason": "out of memory"})
+    assert card.scheduler.choose_trial_to_run(card) is waits
+
+
+def test_a_trial_that_failed_is_no_part_of_the_grid_that_the_share_is_of():
+    card = OneCard(asha(), [*range(15)])
+    card.add()
+    for trial in card.trials[9:]:
+        card.scheduler.on_trial_result(card, trial, {"reason": "out of memory"})
+        trial.status = Trial.ERROR
+    card.run()
+    assert card.reached()[:9] == [9, 3, 3, 1, 1, 1, 1, 1, 1]
 
 
 def test_few_trials_still_bring_one_to_the_end():
@@ -144,6 +153,17 @@ def test_a_trial_without_a_number_for_its_loss_never_goes_on():
     card.add()
     card.run()
     assert card.reached() == [1, 1, 9, 1]
+
+
+def test_a_trial_that_loses_its_number_midway_leaves_its_place_to_others():
+    card = OneCard(asha(share=1.0), [1, 2, 3, 4, 5, 6])
+    card.add()
+    card.run(6)
+    for trial in card.trials[:2]:
+        card.losses[trial.trial_id] = float("nan")
+    card.run()
+    assert card.reached() == [3, 3, 9, 9, 9, 9]
+    assert {trial.status for trial in card.trials} == {Trial.TERMINATED}
 
 
 def test_where_new_trials_never_end_the_best_that_wait_come_first():
