@@ -86,6 +86,17 @@ def get(storage: str, name: str, target: Path) -> None:
     copy_files(f"{root}/{name}", str(target), source_filesystem=files, destination_filesystem=LocalFileSystem())
 
 
+def remove(storage: str, name: str) -> None:
+    """Take a folder out of the storage.
+
+    Raises:
+        ClusterError: The storage does not answer.
+    """
+    files, root = _open(storage)
+    with _answering(storage):
+        files.delete_dir(f"{root}/{name}")
+
+
 def is_folder(storage: str) -> bool:
     """Whether the storage is a folder, and no URL."""
     return "://" not in storage

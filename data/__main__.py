@@ -141,12 +141,13 @@ def forget(
     if (key is None) == (text is None):
         raise DataError("whose rows?", "", "python -m data forget KEY, or --text TEXT")
     is_theirs = by_key(key) if key is not None else by_text(text or "")
-    registry = Registry(require_session().mlflow_url)
+    session = require_session()
+    registry = Registry(session.mlflow_url)
     with review_lock():  # else a row that is accepted meanwhile would stay
-        found = find(is_theirs, registry)
+        found = find(is_theirs, registry, session.storage)
         show_found(found)
         if yes:
-            forget(found, is_theirs, registry)
+            forget(found, is_theirs, registry, session.storage)
     if yes:
         console.print(f"[green]forgotten[/]  {found.num_rows} rows, {len(found.pages)} pages")
     elif found.num_rows or found.pages:

@@ -18,6 +18,7 @@ from cluster.registry import Registry, Version, evaluation_page
 from configs.cli import console
 from configs.errors import DataError
 from data.conversations import to_jsonl
+from data.copies import drop_copy, has_copy
 from data.feedback import read_rows
 from data.feedback_store import delete_rows, stored_rows
 from data.prepare import FORGOTTEN_FILE
@@ -40,6 +41,7 @@ class Found:
     stored: set[str] = field(default_factory=set)  # completion ids in the database
     files: dict[Path, int] = field(default_factory=dict)  # files of ours, with the number of rows to take out
     pages: list[Path | Version] = field(default_factory=list)  # evaluations on this machine, and of versions in MLflow
+    copies: list[str] = field(default_factory=list)  # prepared data in the cluster's storage, by name
     own_places: list[str] = field(default_factory=list)  # file:line in files of the user's, which are not touched
     versions: list[Version] = field(default_factory=list)  # trained on such rows, or measured on them
     earlier: list[Version] = field(default_factory=list)  # of whose rows somebody's were forgotten before
@@ -81,8 +83,14 @@ def is_wanted(row: Fields, stored: set[str], is_theirs: IsTheirs) -> bool:
     return bool(ids & stored) or is_theirs(_unwrapped(row))
 
 
-def find(is_theirs: IsTheirs, registry: Registry) -> Found:
-    """Look through the database, the rows in review, all prepared data and the evaluations; change nothing."""
+def find(is_theirs: IsTheirs, registry: Registry, storage: str = "") -> Found:
+    """Look through the database, the rows in review, all prepared data and the evaluations; change nothing.
+
+    Args:
+        is_theirs: Recognises their rows.
+        registry: Where the versions are.
+        storage: The cluster's, which has copies of prepared data; empty without one.
+    """
     found = Found({row["completion_id"] for row in stored_rows() if is_theirs(row)})
     home = home_folder()
     places: set[str] = set()
@@ -91,6 +99,8 @@ def find(is_theirs: IsTheirs, registry: Registry) -> Found:
         if theirs:
             found.files[file] = len(theirs)
             places |= {row.get("origin") or row.get("place") or "" for row in theirs if not _unwrapped(row).get("completion_id")}
+    prepared = {file.parent.name for file in found.files if file.name in (TRAIN, HELDOUT)}
+    found.copies = sorted(name for name in prepared if has_copy(storage, name))
     found.own_places = sorted(place for place in places if place and not place.startswith(str(home)))
     versions = registry.versions()
     for version in versions:
@@ -105,7 +115,7 @@ def find(is_theirs: IsTheirs, registry: Registry) -> Found:
     return found
 
 
-def forget(found: Found, is_theirs: IsTheirs, registry: Registry) -> None:
+def forget(found: Found, is_theirs: IsTheirs, registry: Registry, storage: str = "") -> None:
     """Take out what `find` found, each file whole or not at all; the database comes last, so that a broken run can be repeated.
 
     Pages come first: which of them show a row is known only while the row is there.
@@ -115,6 +125,8 @@ def forget(found: Found, is_theirs: IsTheirs, registry: Registry) -> None:
             page.unlink(missing_ok=True)
         else:
             registry.write_evaluation(page, GONE_PAGE.format(page.name))
+    for name in found.copies:
+        drop_copy(storage, name)
     for file in found.files:
         rows = read_rows(file)
         kept = [row for row in rows if not is_wanted(row, found.stored, is_theirs)]
@@ -132,6 +144,9 @@ def show_found(found: Found) -> None:
     console.print(f"database   {len(found.stored)} answers, with what was said of them")
     for file, count in found.files.items():
         console.print(f"rows       {count} in {file}", markup=False)
+    for name in found.copies:
+        console.print(f"copy       {name} in the cluster's storage", markup=False)
+        console.print(f"joined     their machines may have it: delete data/{name} in each one's TANDEM_HOME", markup=False)
     for page in found.pages:
         shown = page if isinstance(page, Path) else f"evaluation of {page.name} in MLflow"
         console.print(f"page       {shown}", markup=False)

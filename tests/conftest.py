@@ -180,11 +180,11 @@ def register(registry, make_run) -> Callable[..., Version]:
 def up(home) -> Callable[..., Session]:
     """Leave a session as `up` does, at addresses of the test's own; this process stands for those that it started."""
 
-    def leave(dashboard_url: str = "http://127.0.0.1:9", mlflow_url: str = "http://127.0.0.1:9") -> Session:
+    def leave(dashboard_url: str = "http://127.0.0.1:9", mlflow_url: str = "http://127.0.0.1:9", **machine: Any) -> Session:
         me = Process("card0", os.getpid(), psutil.Process().create_time())
         pools = ("serve", "train")
         cards = tuple({"card": f"card{at}", "pool": pool, "accelerator": "cpu", "memory-gib": "8"} for at, pool in enumerate(pools))
-        session = Session((me,), cards, "127.0.0.1:9", dashboard_url, mlflow_url, versions={"commit": "abc"})
+        session = Session((me,), cards, "127.0.0.1:9", dashboard_url, mlflow_url, machine, versions={"commit": "abc"})
         write_text(home / "cluster.json", json.dumps(asdict(session)))
         write_text(token_file(), "token", mode=0o600)
         return session

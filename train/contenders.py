@@ -130,4 +130,4 @@ def with_sample(measured: Measured, sample: Sample) -> Measured:
 def with_forgotten(measured: Measured, base: Measured) -> Measured:
     """Add the share of the general questions that the base answers right and this version does not."""
     lost = [before.right and not now.right for before, now in zip(base.general, measured.general, strict=True)]
-    return with_sample(measured, Sample.of_shares(FORGOTTEN, lost))
+    return with_sample(measured, Sample.of_shares(FORGOTTEN, lost, groups_of(measured.general)))

@@ -20,9 +20,9 @@ from data.formats import read_conversations
 from data.prepare import bad_rows_error, check_source, prepare
 from data.template import load_tokenizer
 from train.contenders import Contender, Desk, Measured, Say, spread, with_forgotten, with_sample
-from train.judge import Verdict, read_rubric
+from train.judge import Verdict, read_rubric, sample_of
 from train.lm_tasks import require_lm_eval, run_tasks
-from train.scores import ACCURACY, JUDGE, Interval, Sample, compare_all
+from train.scores import ACCURACY, Interval, compare_all
 
 SERVED_AS = {"none": "the base in full", "fp8": "the base in 8 bit (fp8)", "bitsandbytes": "the base in 4 bit (nf4)"}
 FP8_BY_ROWS = "fp8 by rows"  # training's: the engine's fp8 has one scale for a whole weight, and so other numbers
@@ -82,12 +82,9 @@ def evaluate(config: ChatbotConfig, registry: Registry, version: Version, agains
             measured[name] = with_forgotten(measured[name], measured[base.name])
     verdicts = desk.judge(measured[own.name], measured[other.name])
     if verdicts:
-        clear = [verdict.points for verdict in verdicts if not verdict.unclear]
-        measured[own.name] = with_sample(measured[own.name], Sample.of_shares(JUDGE, clear))
-        if len(clear) < len(verdicts):
-            notes.append(
-                f"the judge gave no clear verdict on {len(verdicts) - len(clear)} of {len(verdicts)} questions, which are left out"
-            )
+        measured[own.name] = with_sample(measured[own.name], sample_of(verdicts))
+        if num_unclear := sum(verdict.unclear for verdict in verdicts):
+            notes.append(f"the judge gave no clear verdict on {num_unclear} of {len(verdicts)} questions, which are left out")
     for name in (own.name, other.name):
         tasks = run_tasks(config.evaluation.lm_eval_tasks, endpoint, name, ensure_model(config.model), say)
         measured[name] = replace(measured[name], scores={**measured[name].scores, **tasks})

@@ -20,8 +20,9 @@ from cluster.session import Session
 from cluster.versions import git_commit
 from configs.errors import ClusterError, RunError, TandemError, last_lines
 from configs.schema import ChatbotConfig, TrainConfig
+from data.copies import send_data
 from train.driver import ASKED, Say, Start, make_ready, on_record, on_signals
-from train.places import has_checkpoint, on_disk, runs_place, send_data
+from train.places import has_checkpoint, on_disk, runs_place
 from train.record import FINISHED, STOPPED, config_fingerprint
 from train.sizing import size_prepared
 

@@ -13,6 +13,7 @@ from configs.loader import find_file
 from configs.schema import Environment, JudgeConfig
 from data.ask import Answer, Endpoint, complete_all
 from data.conversations import question
+from train.scores import JUDGE, Sample
 
 MAX_VERDICT_TOKENS = 512
 VERDICT = re.compile(r"verdict\W*\b((?:an?[ \t]+)?tie|[AB])\b", re.IGNORECASE)
@@ -49,6 +50,8 @@ class Verdict:
 
     points: float
     unclear: bool
+    group: str | None = None
+    """What the question is a wording of, if of anything."""
 
 
 def judge(
@@ -70,9 +73,16 @@ def judge(
     back = [_task(rubric, one, other.text, one.text) for one, other in pairs]
     said = complete_all(endpoint, config.model, [*forth, *back], MAX_VERDICT_TOKENS, advance)
     points = [read_verdict(text) for text in said]
-    verdicts = [_join(first, second) for first, second in zip(points[: len(pairs)], points[len(pairs) :], strict=True)]
+    groups = [one.conversation.group for one, _ in pairs]
+    verdicts = [_join(*found) for found in zip(points[: len(pairs)], points[len(pairs) :], groups, strict=True)]
     _require_clear(config, verdicts, unclear=[text for text, found in zip(said, points, strict=True) if found is None])
     return verdicts
+
+
+def sample_of(verdicts: Sequence[Verdict]) -> Sample:
+    """Return the share that was won, over the questions with a clear verdict."""
+    clear = [verdict for verdict in verdicts if not verdict.unclear]
+    return Sample.of_shares(JUDGE, [verdict.points for verdict in clear], [verdict.group for verdict in clear])
 
 
 def _require_clear(config: JudgeConfig, verdicts: list[Verdict], unclear: list[str]) -> None:
@@ -91,9 +101,9 @@ def read_verdict(text: str) -> float | None:
     return {"a": WIN, "b": LOSS, "tie": TIE}[found[-1].lower().split()[-1]] if found else None
 
 
-def _join(forth: float | None, back: float | None) -> Verdict:
+def _join(forth: float | None, back: float | None, group: str | None) -> Verdict:
     unclear = forth is None or back is None
-    return Verdict(TIE if forth is None or back is None else (forth + WIN - back) / 2, unclear)
+    return Verdict(TIE if forth is None or back is None else (forth + WIN - back) / 2, unclear, group)
 
 
 def _task(rubric: str, answer: Answer, first: str, second: str) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Where runs keep what workers on any machine must reach: data and checkpoints, in the cluster's storage or else in the home folder.
+"""Where runs keep the checkpoints that workers on any machine must reach: in the cluster's storage, or else in the home folder.
 
 Knows the storage and Ray's checkpoints. Does not know what is in them.
 """
@@ -10,9 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.home import home_folder, new_folder
-from cluster.storage import exists, get, has_any, put
-from configs.errors import DataError
+from cluster.home import home_folder
+from cluster.storage import has_any
 
 FETCHED_KEPT_S = 24 * 3600.0  # whoever fetches a checkpoint has registered it, or failed, within minutes
 
@@ -28,27 +27,6 @@ def has_checkpoint(storage: str, run_id: str) -> bool:
         return has_any(runs_place(storage), run_id, "checkpoint_")
     except OSError:
         return True
-
-
-def send_data(storage: str, folder: Path) -> None:
-    """Lay prepared conversations where workers on other machines find them; their folder's name tells them from any others."""
-    if storage:
-        put(storage, folder, f"data/{folder.name}")
-
-
-def fetch_data(storage: str, name: str) -> Path:
-    """Return this machine's copy of prepared conversations.
-
-    Raises:
-        DataError: They are not in the storage.
-    """
-    target = home_folder() / "data" / name
-    if not target.is_dir():
-        if not storage or not exists(storage, f"data/{name}"):
-            raise DataError(f"the data {name} is not on this machine", "and not in the cluster's storage", "storage=... at `up`")
-        with new_folder(target) as draft:
-            get(storage, f"data/{name}", draft)
-    return target
 
 
 def on_disk(checkpoint: Any) -> Path:

@@ -1,7 +1,8 @@
 """A look at a version after it was let in, beside the one that was live before; says as soon as it is worse.
 
 Errors and latency are those of its own small probe: held-out questions, asked of both versions in turn, over the same endpoint as
-everybody's. Thumbs are those that people gave to either version meanwhile. Knows how to compare. Does not know what becomes of the version.
+everybody's. Thumbs are those that people gave to the new version meanwhile, and to the old one ever: once another is promoted over it, it
+gets no more. Knows how to compare. Does not know what becomes of the version.
 """
 
 import random
@@ -87,7 +88,7 @@ def watch(config: WatchConfig, pair: Watched, say: Say) -> Outcome:
         asked = draw.sample(list(pair.conversations), min(config.num_questions, len(pair.conversations)))
         for name in draw.sample([pair.new, pair.old], 2):  # neither is always the first, which finds a cold cache
             probes[name] += probe_all(pair.endpoint, name, asked, ANSWER_TOKENS)
-        new, old = (Health(tuple(probes[name]), _thumbs(name, began_s, say)) for name in (pair.new, pair.old))
+        new, old = (Health(tuple(probes[name]), _thumbs(name, since_s, say)) for name, since_s in ((pair.new, began_s), (pair.old, 0.0)))
         is_over = time.monotonic() + config.every_s > ends
         reasons = worse(config, new, old)
         if reasons or is_over:

@@ -16,9 +16,9 @@ from cluster.logs import set_up
 from cluster.models import ensure_model
 from configs.errors import ModelError, TandemError
 from configs.schema import ChatbotConfig
+from data.copies import fetch_data
 from train.control import find_control
 from train.host import Host, TrainHost
-from train.places import fetch_data
 from train.sizing import Sizing
 
 

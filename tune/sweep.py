@@ -15,9 +15,10 @@ from cluster.placement import CARD, card_selector, is_usable, job_resources
 from cluster.registry import Version
 from configs.errors import RunError
 from configs.schema import ChatbotConfig, SweepConfig
+from data.copies import send_data
 from train.driver import ASKED, Say, Start, count_cards, make_ready, on_record
 from train.job import make_manifest
-from train.places import on_disk, runs_place, send_data
+from train.places import on_disk, runs_place
 from train.record import CONFIG_FILE, FINISHED, SWEEP, Record
 from train.sizing import size_prepared
 from tune.outcome import Row, best_row, read_rows, summary

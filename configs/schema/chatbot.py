@@ -161,7 +161,7 @@ class WatchConfig(Settings):
     latency_times: float = Field(2.0, gt=1.0)
     """How many times as long its median answer may take."""
     min_thumbs: int = Field(10, ge=1)
-    """Thumbs of each version, given during the watch, before they are judged."""
+    """Thumbs of each version before they are judged: of the new one those of the watch, of the old one all that it ever got."""
     thumbs_down_more: Share = 0.2
     """How much larger its share of thumbs down may be."""
 

@@ -11,8 +11,9 @@ from ray.train import Checkpoint
 from cluster.processes import free_port
 from cluster.storage import exists, get, has_any, mark, put, reaches
 from configs.errors import ClusterError, DataError
+from data.copies import drop_copy, fetch_data, has_copy, send_data
 from tests.helpers.bucket import BUCKET, WHY_NONE, bucket_environment, has_bucket, own_bucket
-from train.places import FETCHED_KEPT_S, fetch_data, has_checkpoint, on_disk, runs_place, send_data
+from train.places import FETCHED_KEPT_S, has_checkpoint, on_disk, runs_place
 
 
 @pytest.fixture(params=["folder", "url"])
@@ -87,6 +88,9 @@ def test_a_bucket_is_a_place_as_well(home, tmp_path, monkeypatch):
         assert reaches(BUCKET)
         send_data(BUCKET, source)
         assert (fetch_data(BUCKET, "bot-1") / "train.jsonl").read_text() == "{}\n"
+        assert has_copy(BUCKET, "bot-1")
+        drop_copy(BUCKET, "bot-1")
+        assert not has_copy(BUCKET, "bot-1")
         assert not has_checkpoint(BUCKET, "run")
         put(BUCKET, source, "runs/run/checkpoint_1")
         assert has_checkpoint(BUCKET, "run")

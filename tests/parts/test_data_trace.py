@@ -11,6 +11,7 @@ import pytest
 from cluster.home import write_text
 from cluster.registry import evaluation_page
 from configs.loader import load_chatbot
+from data.copies import has_copy, send_data
 from data.feedback import ACCEPTED, PENDING, Review
 from data.feedback_store import stored_rows
 from data.prepare import Prepared, prepare
@@ -106,6 +107,18 @@ def test_a_person_is_forgotten_everywhere_and_the_versions_are_named(trained, co
     again = command("data", "forget", "ada")
     assert "earlier bot:2 (live): saw rows that were forgotten before" in " ".join(again.out.split()), "until it is trained again"
     assert "1 rows that it was trained on were taken out since" in command("data", "trace", "bot:2").out
+
+
+def test_a_copy_in_the_clusters_storage_goes_too_and_joined_machines_are_named(trained, command, up, registry, tmp_path):
+    storage = str(tmp_path / "storage")
+    up(mlflow_url=registry.url, storage=storage)
+    send_data(storage, trained.folder)
+    assert f"delete data/{trained.folder.name} in each one's TANDEM_HOME" in " ".join(command("data", "forget", "ada", "--yes").out.split())
+    assert not has_copy(storage, trained.folder.name)
+    send_data(storage, trained.folder)
+    assert [
+        row["feedback"]["completion_id"] for row in rows_of(tmp_path / "storage" / "data" / trained.folder.name) if row["feedback"]
+    ] == ["b1"]
 
 
 def test_deleted_words_do_not_stay_in_the_databases_file(trained, command, home):

@@ -16,13 +16,13 @@ from data.template import NO_LOSS, TokenRow
 from tests.helpers.json_door import JsonDoor, listening
 from train.contenders import Contender, Measured, as_asked, spread, surprise
 from train.evaluate import Evaluation
-from train.judge import judge, read_verdict
+from train.judge import judge, read_verdict, sample_of
 from train.report_page import page
 from train.scores import Sample, measure_all
 
 
-def answer(text: str, asked: str = "Where?", wanted: str = "Here.") -> Answer:
-    return Answer(Conversation((Message("user", asked), Message("assistant", wanted)), keys=("here",)), text, "here" in text)
+def answer(text: str, asked: str = "Where?", wanted: str = "Here.", group: str | None = None) -> Answer:
+    return Answer(Conversation((Message("user", asked), Message("assistant", wanted)), keys=("here",), group=group), text, "here" in text)
 
 
 @pytest.fixture
@@ -66,6 +66,13 @@ def test_a_judge_that_mostly_gives_no_verdict_is_no_judge(asked_of_judge):
     config = JudgeConfig(address=asked_of_judge[0], model="m")
     with pytest.raises(RunError, match=r"gave no verdict on 1 of 2 questions(.|\n)*I cannot say"):
         judge(config, [answer("mumble"), answer("a long answer")], [answer("x"), answer("short")])
+
+
+def test_wordings_of_one_question_count_as_one_for_the_judge(asked_of_judge):
+    config = JudgeConfig(address=asked_of_judge[0], model="m")
+    ours = [answer("a long answer", group="where"), answer("a longer answer", group="where"), answer("no"), answer("mumble"), answer("yes")]
+    sample = sample_of(judge(config, ours, [answer("short"), answer("short"), answer("a long answer"), answer("x"), answer("no")]))
+    assert (sample.tops, sample.drawn()) == ((1, 1, 0, 1), ((2, 0, 1), (2, 1, 1)))
 
 
 def test_a_judge_that_is_away_or_has_no_rubric_is_one_clear_error(asked_of_judge):

@@ -120,8 +120,9 @@ def test_a_canary_that_people_dislike_is_taken_back_by_itself(stack: Stack, good
     assert "canary" in stack.registry.find(candidate.name).aliases
 
     store = FeedbackStore(f"sqlite:///{stack.home / 'feedback.db'}")
-    for number, (version, rating) in enumerate([(candidate.name, "down"), (good.name, "up")] * 2):
-        row = {"completion_id": f"thumb-{number}", "version": version, "key_name": None, "created_s": time.time() + 600, "rating": rating}
+    in_an_hour, long_ago = time.time() + 3600, time.time() - 3600
+    for number, (version, rating, at_s) in enumerate([(candidate.name, "down", in_an_hour), (good.name, "up", long_ago)] * 2):
+        row = {"completion_id": f"thumb-{number}", "version": version, "key_name": None, "created_s": at_s, "rating": rating}
         asyncio.run(store.save({**row, "comment": None, "better_answer": None}))
     store.close()
     done = stack.run("train", "evaluate", candidate.name, "--promote", *settings)
