@@ -78,7 +78,8 @@ class RayGround:
         lost_chat = not application and read_wish() is not None
         chat = _chat(application, self.engines, bounds)
         lent = [as_lent(card, self.idle_engine) for card in cards]
-        return Sight(_cards(lent, raylets, self.engines, used), chat, bounds, drivers, lost_chat)
+        num_answering = sum(engine.runs and engine.activity.has_card for engine in self.engines)
+        return Sight(_cards(lent, raylets, self.engines, used), chat, bounds, drivers, lost_chat, num_answering)
 
     def submit(self, job: QueuedJob) -> None:
         """Start a job's process; Ray takes a submission's name only once."""

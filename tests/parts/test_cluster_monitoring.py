@@ -31,7 +31,7 @@ def check(*command: str) -> str:
 
 
 def test_prometheus_takes_its_configuration():
-    assert "2 rule files found" in check("promtool", "check", "config", "prometheus.yml")
+    assert "2 rule files found" in check("promtool", "check", "config", "--lint-fatal", "prometheus.yml")
 
 
 def test_every_alert_fires_when_it_should():
