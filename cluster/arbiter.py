@@ -41,7 +41,7 @@ class Sight:
     lost_chat: bool = False
     """Whether there is no chat although it was asked for: the head was started anew."""
     num_answering: int = 0
-    """Engines that run and have their card."""
+    """Engines that run, have their card, and are reached."""
 
 
 class Ground(Protocol):

@@ -121,7 +121,9 @@ ENGINES_WANTED = Metric(
     "tandem_engines_wanted", "gauge", "engines", (),
     "Engines that chat is to have now, by its bounds, its requests and what it lends; one where all of chat was lost.", ARBITER,
 )  # fmt: skip
-ENGINES_ANSWERING = Metric("tandem_engines_answering", "gauge", "engines", (), "Engines that run and have their card.", ARBITER)
+ENGINES_ANSWERING = Metric(
+    "tandem_engines_answering", "gauge", "engines", (), "Engines that run, have their card, and are reached.", ARBITER
+)
 CARD_UP = Metric("tandem_card_up", "gauge", "0 or 1", ("card", "pool"), "Whether a card's raylet is alive.", ARBITER)
 CARD_BUSY = Metric(
     "tandem_card_busy_seconds_total", "counter", "seconds", ("card", "pool", "holder"),
