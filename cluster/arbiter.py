@@ -40,6 +40,8 @@ class Sight:
     """By the name of their submission."""
     lost_chat: bool = False
     """Whether there is no chat although it was asked for: the head was started anew."""
+    num_answering: int = 0
+    """Engines that run, have their card, and are reached."""
 
 
 class Ground(Protocol):
@@ -80,6 +82,11 @@ class Arbiter:
     def step(self, now_s: float) -> Sight:
         """Look once, and do what is to be done now; return what was seen."""
         seen = self.ground.look()
+        self.respond(seen, now_s)
+        return seen
+
+    def respond(self, seen: Sight, now_s: float) -> None:
+        """Do what is to be done now."""
         for job in self.queue.jobs(RUNNING, LEAVING):
             try:
                 self._follow(job, seen, now_s)
@@ -89,7 +96,7 @@ class Arbiter:
             log.info("chat is deployed again, which the cluster forgot")
             self.ground.restore_chat()
             self.queue.note_handover("chat", "chat is deployed again", "the cluster was started anew", now_s)
-            return seen
+            return
         jobs = tuple(_in_line(job) for job in self.queue.jobs(*STANDING))
         decision = decide(Snapshot(now_s, seen.cards, seen.chat, jobs), self.lending)
         for action in decision.actions:
@@ -106,7 +113,6 @@ class Arbiter:
             log.info("%s: %s", what, why)
             self.ground.bound(fewest, most)
             self.queue.note_handover("chat", what, why, now_s)
-        return seen
 
     def _act(self, action: Start | Leave, now_s: float) -> None:
         if isinstance(action, Leave):

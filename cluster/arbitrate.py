@@ -50,14 +50,23 @@ def main() -> None:
                 if time.monotonic() - looked_s < LOOK_IDLY_S and not queue.jobs(*STANDING):
                     continue
                 looked_s = time.monotonic()
-                now_s = time.time()
-                exporter.note(arbiter.step(now_s).cards, now_s)
+                look(arbiter, exporter, time.time())
                 now_trouble = ""
             except (TandemError, httpx.HTTPError, KeyError, OSError, ValueError) as error:
+                exporter.miss(time.time())
                 now_trouble = f"{type(error).__name__}: {error}"
             if now_trouble != trouble:
                 log.warning("%s", now_trouble or "all answers again")
                 trouble = now_trouble
+
+
+def look(arbiter: Arbiter, exporter: Exporter, now_s: float) -> None:
+    """Look once, and do what is to be done now; what was seen is shown all the same where that cannot be done."""
+    seen = arbiter.ground.look()
+    try:
+        arbiter.respond(seen, now_s)
+    finally:
+        exporter.note(seen, now_s)
 
 
 def _sampled_cards(machine: MachineConfig) -> list[Card]:

@@ -58,6 +58,7 @@ BOARDS: dict[str, tuple[Panel, ...]] = {
             "short",
             {"computed": "sum(ray_vllm_num_requests_running) or vector(0)", "waiting": "sum(ray_vllm_num_requests_waiting) or vector(0)"},
         ),
+        Panel("Engines", "short", {"wanted": "sum(tandem_engines_wanted)", "answering": "sum(tandem_engines_answering)"}),
         Panel("Wait for a place in a batch (p95)", "s", {"wait": _quantile(0.95, "ray_vllm_request_queue_time_seconds")}),
         Panel(
             "Refused and failed, by key", "reqps", {"{{key}} {{status}}": _rate("tandem_requests_total", "key, status", 'status=~"[45].."')}
@@ -82,7 +83,11 @@ BOARDS: dict[str, tuple[Panel, ...]] = {
         Panel("Cards that are up", "short", {"{{card}} ({{pool}})": "max by (card, pool) (tandem_card_up)"}),
         Panel("Memory of hosts", "percentunit", {"{{ip}}": "max by (ip) (ray_node_mem_used / ray_node_mem_total)"}),
         Panel("Cores of hosts", "percent", {"{{ip}}": "max by (ip) (ray_node_cpu_utilization)"}),
-        Panel("Free room on disks", "bytes", {"{{ip}}": "min by (ip) (ray_node_disk_free)"}),
+        Panel(
+            "Free room on disks",
+            "bytes",
+            {"{{ip}}": "min by (ip) (ray_node_disk_free)", "{{folder}}": "min by (folder) (tandem_disk_free_bytes)"},
+        ),
         Panel("Use of GPUs", "percent", {"{{ip}} {{GpuIndex}}": "max by (ip, GpuIndex) (ray_node_gpus_utilization)"}, needs_gpu=True),
         Panel(
             "Memory of GPUs",

@@ -1,11 +1,13 @@
-"""What the arbiter sees, for Prometheus: cards and who has them, the line of jobs, what gates decided; and where all metrics are found.
+"""What the arbiter sees, for Prometheus: chat, cards and who has them, jobs, gates, disks; and where all metrics are found.
 
 Knows Prometheus's text and its files of targets. Does not know how the arbiter decides.
 """
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,25 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from cluster.arbiter import Sight
 from cluster.decisions import read_decisions
-from cluster.home import home_folder, write_text
+from cluster.home import home_folder, log_folder, write_text
 from cluster.job_queue import LEAVING, RUNNING, STANDING, WAITING, Queue, QueuedJob
 from cluster.metrics import (
     CARD_BUSY,
     CARD_LENT,
     CARD_UP,
+    DISK_FREE,
+    DISK_SIZE,
+    ENGINES_ANSWERING,
+    ENGINES_WANTED,
     GATE_DECIDED,
     GATE_DECISIONS,
     HANDOVERS,
     JOB_LOSSES,
     JOB_WAITS,
     JOBS,
+    LOOKED,
     Metric,
 )
 from cluster.rule import SERVE, SWEEP, TRAIN, Card
@@ -34,6 +42,7 @@ CHAT, OTHER = "chat", "other"
 HOLDERS = (CHAT, TRAIN, SWEEP, OTHER)
 RAYS = {"ray.json": "prom_metrics_service_discovery.json", "ray_boards": "session_latest/metrics/grafana/dashboards"}
 LONGEST_LOOK_S = 30.0  # between two looks; what was longer was an outage, and nobody knows who had the cards in it
+STALE_S = 60.0  # what was seen longer ago is shown no more: a card of which nobody knows is not up
 Family = CounterMetricFamily | GaugeMetricFamily
 Values = dict[tuple[str, ...], float]  # by labels, in the table's order
 
@@ -43,36 +52,64 @@ class Exporter(Collector):
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue
+        self.folders = {"home": home_folder(), "logs": log_folder()}
         self.looked_s: float | None = None
-        self.busy_s: Values = defaultdict(float)
-        self.lent_s: Values = defaultdict(float)
+        self.busy_s: Values = {}
+        self.lent_s: Values = {}
         self.families: tuple[Family, ...] = ()
 
     def collect(self) -> Iterator[Family]:
-        """Give the newest families, in whatever thread Prometheus asks."""
+        """Give the newest families, in whatever thread Prometheus asks; disks are looked at now, since a full one may end all else."""
+        yield _family(LOOKED, {(): self.looked_s or 0.0})
+        yield from _of_disks(self.folders)
         yield from self.families
 
-    def note(self, cards: Iterable[Card], now_s: float) -> None:
-        """Take a look's cards and the line of jobs."""
-        cards = tuple(cards)
+    def note(self, seen: Sight, now_s: float) -> None:
+        """Take what a look saw, and the line of jobs."""
+        jobs, gates = self.queue.jobs(), tuple(_of_gates())
         elapsed_s = min(max(0.0, now_s - self.looked_s), LONGEST_LOOK_S) if self.looked_s is not None else 0.0
+        self._add_up(seen.cards, jobs, elapsed_s)
+        self.families = (*_of_chat(seen), *self._of_cards(seen.cards), *_of_jobs(jobs, now_s), *gates)
         self.looked_s = now_s
-        jobs = self.queue.jobs()
+
+    def miss(self, now_s: float) -> None:
+        """Forget what was seen, if that was long ago, since a look failed."""
+        if self.looked_s is not None and now_s - self.looked_s > STALE_S:
+            self.families = ()
+
+    def _add_up(self, cards: Sequence[Card], jobs: Sequence[QueuedJob], elapsed_s: float) -> None:
+        """Give the time since the last look to who has each card; a card that is no more, such as a pod's, is forgotten."""
+        busy_s, lent_s = self.busy_s, self.lent_s
+        self.busy_s, self.lent_s = {}, {}
         kind_of = {name: job.kind for job in jobs if job.state in (RUNNING, LEAVING) for name in job.cards}
         for card in cards:
+            labels = card.name, card.pool
             holder = kind_of.get(card.name) or (CHAT if card.engine_since_s is not None else OTHER if card.is_foreign else "")
             for name in HOLDERS:
-                self.busy_s[card.name, card.pool, name] += elapsed_s if name == holder else 0.0
+                self.busy_s[*labels, name] = busy_s.get((*labels, name), 0.0) + (elapsed_s if name == holder else 0.0)
             is_lent = bool(holder) and (holder == CHAT) != (card.pool == SERVE)
-            self.lent_s[card.name, card.pool] += elapsed_s if is_lent else 0.0
-        self.families = (*self._of_cards(cards), *_of_jobs(jobs, now_s), *_of_gates())
+            self.lent_s[labels] = lent_s.get(labels, 0.0) + (elapsed_s if is_lent else 0.0)
 
-    def _of_cards(self, cards: tuple[Card, ...]) -> Iterator[Family]:
+    def _of_cards(self, cards: Sequence[Card]) -> Iterator[Family]:
         yield _family(CARD_UP, {(card.name, card.pool): float(card.is_alive) for card in cards})
         yield _family(CARD_BUSY, self.busy_s)
         yield _family(CARD_LENT, self.lent_s)
-        handovers = dict.fromkeys([card.name for card in cards], 0) | self.queue.count_handovers()
-        yield _family(HANDOVERS, {(card,): number for card, number in handovers.items()})
+        counted = self.queue.count_handovers()  # of all that ever were
+        yield _family(HANDOVERS, {(name,): counted.get(name, 0) for name in (*(card.name for card in cards), CHAT)})
+
+
+def _of_chat(seen: Sight) -> Iterator[Family]:
+    yield _family(ENGINES_WANTED, {(): 1 if seen.lost_chat else seen.chat.num_wanted})
+    yield _family(ENGINES_ANSWERING, {(): seen.num_answering})
+
+
+def _of_disks(folders: Mapping[str, Path]) -> Iterator[Family]:
+    found = {}
+    for name, folder in folders.items():
+        with suppress(OSError):
+            found[name,] = shutil.disk_usage(folder)
+    yield _family(DISK_FREE, {labels: usage.free for labels, usage in found.items()})
+    yield _family(DISK_SIZE, {labels: usage.total for labels, usage in found.items()})
 
 
 def _of_jobs(jobs: Sequence[QueuedJob], now_s: float) -> Iterator[Family]:

@@ -113,6 +113,17 @@ STEPS_LOST = Metric(
 TRAIN_LOSS = Metric("tandem_train_loss", "gauge", "nats a token", ("chatbot",), "Loss in training, at the last report.")
 EVAL_LOSS = Metric("tandem_train_eval_loss", "gauge", "nats a token", ("chatbot",), "Held-out loss, at the last evaluation.")
 
+LOOKED = Metric(
+    "tandem_arbiter_looked_timestamp_seconds", "gauge", "seconds since 1970", (),
+    "When the arbiter last saw the cluster, 0 before it did; what it saw is shown for a minute.", ARBITER,
+)  # fmt: skip
+ENGINES_WANTED = Metric(
+    "tandem_engines_wanted", "gauge", "engines", (),
+    "Engines that chat is to have now, by its bounds, its requests and what it lends; one where all of chat was lost.", ARBITER,
+)  # fmt: skip
+ENGINES_ANSWERING = Metric(
+    "tandem_engines_answering", "gauge", "engines", (), "Engines that run, have their card, and are reached.", ARBITER
+)
 CARD_UP = Metric("tandem_card_up", "gauge", "0 or 1", ("card", "pool"), "Whether a card's raylet is alive.", ARBITER)
 CARD_BUSY = Metric(
     "tandem_card_busy_seconds_total", "counter", "seconds", ("card", "pool", "holder"),
@@ -138,13 +149,19 @@ GATE_DECISIONS = Metric(
 GATE_DECIDED = Metric(
     "tandem_gate_decided_timestamp_seconds", "gauge", "seconds since 1970", ("chatbot", "decision"), "When a gate last decided so.", ARBITER
 )
+DISK_FREE = Metric(
+    "tandem_disk_free_bytes", "gauge", "bytes", ("folder",),
+    "Free room on the head's disk that has home (TANDEM_HOME) or logs (LOG_DIR).", ARBITER,
+)  # fmt: skip
+DISK_SIZE = Metric("tandem_disk_size_bytes", "gauge", "bytes", ("folder",), "Size of that disk.", ARBITER)
 
 ENGINE = ("model_name",)
 NODE_LABELS = ("ip",)
 TABLE = (
     REQUESTS, TOKENS, FIRST_TOKEN, PER_TOKEN, QUOTA_USED, ADAPTERS_LOADED, ADAPTER_LOAD,
     TRAIN_TOKENS, TRAIN_STEPS, STEPS_LOST, TRAIN_LOSS, EVAL_LOSS,
-    CARD_UP, CARD_BUSY, CARD_LENT, HANDOVERS, JOBS, JOB_WAITS, JOB_LOSSES, GATE_DECISIONS, GATE_DECIDED,
+    LOOKED, ENGINES_WANTED, ENGINES_ANSWERING,
+    CARD_UP, CARD_BUSY, CARD_LENT, HANDOVERS, JOBS, JOB_WAITS, JOB_LOSSES, GATE_DECISIONS, GATE_DECIDED, DISK_FREE, DISK_SIZE,
     Metric("ray_vllm_request_queue_time_seconds", "histogram", "seconds", ENGINE, "Waits for a place in a batch.", VLLM, FIRST_TOKEN_S),
     Metric("ray_vllm_num_requests_running", "gauge", "requests", ENGINE, "Requests that the engine computes.", VLLM),
     Metric("ray_vllm_num_requests_waiting", "gauge", "requests", ENGINE, "Requests that wait for the engine.", VLLM),

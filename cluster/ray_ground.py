@@ -31,6 +31,7 @@ SERVE_API, JOBS_API = "/api/serve/applications/", "/api/jobs/"
 APPLICATION = "chat"
 MODULES = {"train": "train", "sweep": "tune"}
 ALIVE = ("PENDING", "RUNNING")
+OPEN = ("HEALTHY", "DRAINING")
 ENTRYPOINT = "Running entrypoint for job"  # Ray's own first line of a job's log
 USED_CARD = re.compile(r"^([0-9.]+)/[0-9.]+ card", re.MULTILINE)
 STOP_AGAIN_S = 5.0
@@ -68,7 +69,8 @@ class RayGround:
         remember(raylets)
         self.nodes = {raylet["labels"]["card"]: raylet["nodeId"] for raylet in raylets if "card" in raylet.get("labels", {})}
         cards = (*self.session.cards, *known_cards(raylet for raylet in with_lost(known) if is_joined(raylet)))
-        application = self._get(SERVE_API).get("applications", {}).get(APPLICATION, {})
+        served = self._get(SERVE_API)
+        application = served.get("applications", {}).get(APPLICATION, {})
         joined = {raylet["nodeId"] for raylet in raylets if is_joined(raylet)}
         self.engines = _engines(application, joined)
         jobs = self._get(JOBS_API)
@@ -78,7 +80,8 @@ class RayGround:
         lost_chat = not application and read_wish() is not None
         chat = _chat(application, self.engines, bounds)
         lent = [as_lent(card, self.idle_engine) for card in cards]
-        return Sight(_cards(lent, raylets, self.engines, used), chat, bounds, drivers, lost_chat)
+        num_answering = _num_answering(self.engines, served.get("proxies") or {})
+        return Sight(_cards(lent, raylets, self.engines, used), chat, bounds, drivers, lost_chat, num_answering)
 
     def submit(self, job: QueuedJob) -> None:
         """Start a job's process; Ray takes a submission's name only once."""
@@ -171,6 +174,12 @@ def _engines(application: dict[str, Any], joined: Set[str]) -> tuple[Engine, ...
         for replica in replicas
         if replica.get("node_id")
     )
+
+
+def _num_answering(engines: Iterable[Engine], proxies: Mapping[str, Mapping[str, Any]]) -> int:
+    """Count the engines that can answer now: a request reaches them by HAProxy or Serve's own proxy, and they have their card."""
+    is_shut = bool(proxies) and not any(proxy.get("status") in OPEN for proxy in proxies.values())
+    return 0 if is_shut else sum(engine.runs and engine.activity.has_card for engine in engines)
 
 
 def _cards(known: Iterable[Mapping[str, str]], raylets: Raylets, engines: Iterable[Engine], used: Set[str]) -> tuple[Card, ...]:

@@ -95,6 +95,15 @@ def test_what_monitoring_mounts_is_there(services):
         assert (DOCKER / place).exists(), place
 
 
+def test_grafana_is_told_all_that_it_is_asked_to_look_up_and_alertmanager_is_where_it_says(services):
+    folder = DOCKER.parent / "monitoring" / "grafana" / "provisioning"
+    asked = {name for file in folder.rglob("*.yml") for name in re.findall(r": \$(\w+)", file.read_text())}
+    told = services["grafana"]["environment"]
+    assert {"ALERTMANAGER_URL", "LOKI_URL", "PROMETHEUS_URL"} <= asked <= told.keys()
+    for name, option in (("prometheus", "PROMETHEUS_URL"), ("alertmanager", "ALERTMANAGER_URL")):
+        assert f"--web.listen-address={told[option].removeprefix('http://')}" in services[name]["command"]
+
+
 def test_ray_keeps_its_files_where_monitoring_looks(services, monkeypatch):
     """What the head leaves for Prometheus are links to Ray's own folder, which must have the same path there."""
     monkeypatch.delenv("TMPDIR", raising=False)

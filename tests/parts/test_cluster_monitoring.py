@@ -31,7 +31,7 @@ def check(*command: str) -> str:
 
 
 def test_prometheus_takes_its_configuration():
-    assert "2 rule files found" in check("promtool", "check", "config", "prometheus.yml")
+    assert "2 rule files found" in check("promtool", "check", "config", "--lint-fatal", "prometheus.yml")
 
 
 def test_every_alert_fires_when_it_should():
@@ -49,6 +49,11 @@ def test_alertmanager_takes_its_configuration_and_wakes_the_right_one():
         severity = alert["labels"]["severity"]
         receiver = check("amtool", "config", "routes", "test", "--config.file=alertmanager.yml", f"severity={severity}").strip()
         assert receiver == ("on-call" if severity == "page" else "team")
+
+
+def test_no_alert_is_sent_where_nobody_listens():
+    receivers = yaml.safe_load((FOLDER / "alertmanager.yml").read_text())["receivers"]
+    assert receivers == [{"name": "team"}, {"name": "on-call"}], "who is told, only the user knows"
 
 
 def test_queries_ask_for_metrics_of_the_table_and_rules_that_are_there():
@@ -107,7 +112,7 @@ def test_grafana_is_given_sources_and_boards_that_are_there():
     sources = yaml.safe_load((folder / "datasources" / "tandem.yml").read_text())
     providers = yaml.safe_load((folder / "dashboards" / "tandem.yml").read_text())
     assert sources["apiVersion"] == providers["apiVersion"] == 1
-    assert {source["uid"] for source in sources["datasources"]} >= {"prometheus", "loki"}
+    assert {source["uid"] for source in sources["datasources"]} == {"prometheus", "loki", "alertmanager"}
     assert {"name", "type", "access", "url"} <= set.intersection(*(set(source) for source in sources["datasources"]))
     assert [provider["options"]["path"] for provider in providers["providers"]] == ["$TANDEM_BOARDS", "$RAY_BOARDS"]
     used = {panel["datasource"]["uid"] for file in (FOLDER / "boards").glob("*.json") for panel in json.loads(file.read_text())["panels"]}
@@ -130,6 +135,7 @@ def test_alloy_reads_the_four_streams_and_its_parts_lead_to_each_other():
     text = re.sub(r"//.*(?=\n)", "", (FOLDER / "config.alloy").read_text().replace("http://", ""))
     assert text.count("{") == text.count("}")
     assert text.count("[") == text.count("]")
+    assert 'external_labels = {"host" = constants.hostname}' in text, "or machines could not be told from each other"
     parts = {f"{kind}.{label}" for kind, label in COMPONENT.findall(text)}
     assert set(REFERENCE.findall(text)) <= parts
     assert {part.rpartition(".")[0] for part in parts} == {"local.file_match", "loki.source.file", "loki.process", "loki.write"}

@@ -143,6 +143,10 @@ def test_first_tokens_are_split_into_framework_and_engine(prometheus: Prometheus
         assert counted["whole"] >= counted["engine"] == counted["framework"] > 0
 
 
+def test_an_engine_that_is_asked_is_wanted_and_answers(prometheus: Prometheus):
+    assert prometheus.seen("tandem_engines_wanted > 0 and tandem_engines_answering > 0")
+
+
 @pytest.mark.parametrize(("place", "query", "needs_gpu"), list(board_queries()))
 def test_every_panel_has_data(request, prometheus: Prometheus, place, query, needs_gpu):
     needs(request, query)
@@ -165,7 +169,7 @@ def test_rules_are_evaluated_without_an_error_and_no_card_is_gone(prometheus: Pr
     assert len(rules) == len(list(rule_expressions()))
     assert [rule["lastError"] for rule in rules if rule["health"] == "err"] == []
     firing = {alert["labels"]["alertname"] for alert in prometheus.get("alerts")["alerts"]}
-    assert not firing & {"CardGone", "MetricsGone"}
+    assert not firing & {"CardGone", "ChatGone", "ClusterUnseen", "MetricsGone"}
 
 
 def test_ray_has_made_its_boards(stack: Stack):

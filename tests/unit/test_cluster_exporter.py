@@ -1,13 +1,21 @@
-"""What the arbiter shows: who had cards and for how long, the line of jobs, and what gates decided; on a real line on disk."""
+"""What the arbiter shows: chat, who had cards and for how long, the line of jobs, what gates decided, disks; on a real line on disk."""
+
+import shutil
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from cluster.arbiter import Arbiter, Sight
+from cluster.arbitrate import look
 from cluster.decisions import note_decision, read_decisions
-from cluster.exporter import LONGEST_LOOK_S, Exporter
+from cluster.exporter import LONGEST_LOOK_S, STALE_S, Exporter
+from cluster.home import home_folder
 from cluster.job_queue import NewJob, Queue
-from cluster.rule import SERVE, TRAIN, Card
+from cluster.rule import SERVE, TRAIN, Card, Chat
+from configs.errors import ClusterError
+from configs.schema import LendingConfig
 
+LOOKED = "tandem_arbiter_looked_timestamp_seconds"
 CARDS = (Card("card0", SERVE, engine_since_s=5.0), Card("card1", TRAIN), Card("card2", TRAIN, is_alive=False))
 
 
@@ -24,20 +32,95 @@ def shown(exporter: Exporter) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
 
 
+def sight(*cards: Card, num_wanted: int = 0, num_answering: int = 0, lost_chat: bool = False) -> Sight:
+    return Sight(cards, Chat(num_wanted=num_wanted), None, {}, lost_chat, num_answering)
+
+
 def job(chatbot: str = "helpdesk") -> NewJob:
     return NewJob("train", chatbot, "name: helpdesk", "/", priority=0, num_cards=1, memory_gib=0.0)
 
 
-def test_nothing_is_shown_before_the_first_look(queue):
-    assert shown(Exporter(queue)) == {}
+def test_before_the_first_look_nothing_is_shown_but_that_there_was_none_and_the_disks(queue):
+    found = shown(Exporter(queue))
+    assert found.pop(LOOKED) == 0
+    assert found.keys() == {f'tandem_disk_{what}_bytes{{folder="{folder}"}}' for what in ("free", "size") for folder in ("home", "logs")}
+
+
+def test_disks_are_those_that_tandem_writes_to_and_a_folder_that_is_gone_hides_no_other(queue, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOG_DIR", str(tmp_path / "elsewhere"))
+    exporter = Exporter(queue)
+    assert exporter.folders == {"home": home_folder(), "logs": tmp_path / "elsewhere"}
+    found = shown(exporter)
+    assert found['tandem_disk_size_bytes{folder="logs"}'] == shutil.disk_usage(tmp_path).total
+    (tmp_path / "elsewhere").rmdir()
+    found = shown(exporter)
+    assert 'tandem_disk_free_bytes{folder="home"}' in found
+    assert 'tandem_disk_free_bytes{folder="logs"}' not in found
+
+
+def test_chat_is_wanted_by_its_requests_and_bounds_and_where_all_of_it_was_lost(queue):
+    exporter = Exporter(queue)
+    for seen, wanted, answering in (
+        (sight(num_wanted=2, num_answering=1), 2, 1),
+        (sight(), 0, 0),
+        (sight(lost_chat=True), 1, 0),
+    ):
+        exporter.note(seen, 100.0)
+        found = shown(exporter)
+        assert (found["tandem_engines_wanted"], found["tandem_engines_answering"]) == (wanted, answering)
+
+
+def test_what_was_seen_is_forgotten_when_nothing_is_seen_for_long_and_seconds_go_on_afterwards(queue):
+    exporter = Exporter(queue)
+    exporter.note(sight(*CARDS), 100.0)
+    exporter.note(sight(*CARDS), 110.0)
+    exporter.miss(110.0 + STALE_S)
+    assert 'tandem_card_up{card="card0",pool="serve"}' in shown(exporter), "one look in vain says nothing"
+    exporter.miss(111.0 + STALE_S)
+    found = shown(exporter)
+    assert found[LOOKED] == 110
+    assert not any(name.startswith("tandem_card") for name in found)
+    exporter.note(sight(*CARDS), 500.0)
+    busy_s = shown(exporter)['tandem_card_busy_seconds_total{card="card0",holder="chat",pool="serve"}']
+    assert busy_s == 10 + LONGEST_LOOK_S
+
+
+def test_what_was_seen_is_shown_also_where_nothing_can_be_done_about_it(queue):
+    class Ground:
+        """Stands where the cluster stands: chat is lost, and cannot be deployed again."""
+
+        def look(self) -> Sight:
+            return sight(*CARDS, lost_chat=True)
+
+        def restore_chat(self) -> None:
+            raise ClusterError("Ray Serve refused it", "a test", "none")
+
+    exporter = Exporter(queue)
+    with pytest.raises(ClusterError):
+        look(Arbiter(queue, Ground(), LendingConfig()), exporter, 100.0)
+    found = shown(exporter)
+    assert (found[LOOKED], found["tandem_engines_wanted"], found["tandem_engines_answering"]) == (100, 1, 0)
+
+
+def test_a_card_that_is_no_more_is_shown_no_more(queue):
+    """On Kubernetes each pod's card has a name of its own: what is shown would grow with each pod that ever was."""
+    exporter = Exporter(queue)
+    for number in range(3):
+        begun = queue.submit(job(), 100.0)
+        queue.begin(begun.id, (f"pod{number}",), "its turn", 100.0)
+        exporter.note(sight(Card(f"pod{number}", TRAIN)), 100.0 + 10 * number)
+    found = shown(exporter)
+    assert {name for name in found if "pod0" in name or "pod1" in name} == set()
+    assert found['tandem_handovers_total{card="pod2"}'] == 1
+    assert exporter.busy_s.keys() == {("pod2", "train", holder) for holder in ("chat", "train", "sweep", "other")}
 
 
 def test_seconds_go_to_who_has_the_card(queue):
     exporter = Exporter(queue)
     first, second = queue.submit(job(), 100.0), queue.submit(job(), 100.0)
-    exporter.note(CARDS, 100.0)
+    exporter.note(sight(*CARDS), 100.0)
     queue.begin(first.id, ("card1",), "its turn", 100.0)
-    exporter.note(CARDS, 110.0)
+    exporter.note(sight(*CARDS), 110.0)
     found = shown(exporter)
     assert found['tandem_card_busy_seconds_total{card="card0",holder="chat",pool="serve"}'] == 10
     assert found['tandem_card_busy_seconds_total{card="card1",holder="train",pool="train"}'] == 10
@@ -51,7 +134,7 @@ def test_seconds_go_to_who_has_the_card(queue):
 
     queue.lose(first.id, "killed", 3, 120.0)
     queue.begin(second.id, ("card0",), "lent by chat", 120.0)
-    exporter.note((Card("card0", SERVE), Card("card1", TRAIN, engine_since_s=111.0)), 130.0)
+    exporter.note(sight(Card("card0", SERVE), Card("card1", TRAIN, engine_since_s=111.0)), 130.0)
     found = shown(exporter)
     assert found['tandem_card_lent_seconds_total{card="card0",pool="serve"}'] == 20
     assert found['tandem_card_lent_seconds_total{card="card1",pool="train"}'] == 20
@@ -60,20 +143,20 @@ def test_seconds_go_to_who_has_the_card(queue):
 
 def test_a_run_in_no_line_is_somebody_too_and_an_outage_is_nobodys(queue):
     exporter = Exporter(queue)
-    exporter.note((Card("card1", TRAIN, is_foreign=True),), 0.0)
-    exporter.note((Card("card1", TRAIN, is_foreign=True),), 10_000.0)
-    exporter.note((Card("card1", TRAIN, is_foreign=True),), 9_000.0)  # the clock was put back
+    exporter.note(sight(Card("card1", TRAIN, is_foreign=True)), 0.0)
+    exporter.note(sight(Card("card1", TRAIN, is_foreign=True)), 10_000.0)
+    exporter.note(sight(Card("card1", TRAIN, is_foreign=True)), 9_000.0)  # the clock was put back
     found = shown(exporter)
     assert found['tandem_card_busy_seconds_total{card="card1",holder="other",pool="train"}'] == LONGEST_LOOK_S
 
 
 def test_decisions_are_counted_and_dated(queue):
     exporter = Exporter(queue)
-    exporter.note(CARDS, 100.0)
+    exporter.note(sight(*CARDS), 100.0)
     assert not any(name.startswith("tandem_gate") for name in shown(exporter))
     for decision in ("passed", "failed", "failed"):
         note_decision("helpdesk", "helpdesk:2", decision)
-    exporter.note(CARDS, 101.0)
+    exporter.note(sight(*CARDS), 101.0)
     found = shown(exporter)
     assert found['tandem_gate_decisions_total{chatbot="helpdesk",decision="failed"}'] == 2
     assert found['tandem_gate_decisions_total{chatbot="helpdesk",decision="passed"}'] == 1
@@ -89,5 +172,5 @@ def test_a_decision_that_cannot_be_read_ends_no_arbiter(queue, home):
     note_decision("helpdesk", "helpdesk:2", "failed")
     assert [entry.decision for entry in read_decisions()] == ["passed", "failed"]
     exporter = Exporter(queue)
-    exporter.note(CARDS, 1.0)
+    exporter.note(sight(*CARDS), 1.0)
     assert 'tandem_gate_decisions_total{chatbot="helpdesk",decision="failed"}' in shown(exporter)

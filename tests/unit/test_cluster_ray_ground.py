@@ -164,6 +164,44 @@ def test_an_engine_that_sleeps_leaves_its_card_is_wanted_when_it_is_called_and_i
     assert (file.is_told_to_sleep(), file.is_told_to_sleep()) == (True, False)
 
 
+def test_an_engine_answers_when_it_runs_and_has_its_card(home, up):
+    """What answers is a dashboard of the test's own; by `num_answering` somebody is woken when chat is gone."""
+    found: dict = {}
+    proxies = {"node0": {"status": "HEALTHY"}}
+
+    class Dashboard(JsonDoor):
+        def do_GET(self) -> None:
+            served = {"applications": {"chat": found} if found else {}, "proxies": proxies}
+            told = {"/api/jobs/": [], "/api/serve/applications/": served}
+            self.send_json(200, told.get(self.path, {"data": {"summary": [], "nodeLogicalResources": {}}}))
+
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)) as address:
+        ground = RayGround(up(dashboard_url=address))
+
+        def stands() -> tuple[int, int]:
+            seen = ground.look()
+            return seen.chat.num_wanted, seen.num_answering
+
+        assert stands() == (0, 0), "there is no chat"
+        for told, expected in (
+            (application(0), (0, 0)),
+            (application(1, "STARTING"), (1, 0)),
+            (application(2, "RUNNING", "STOPPING"), (2, 1)),
+            ({**application(1), "deployments": {}}, (1, 0)),  # it could not be begun
+        ):
+            found.update(told)
+            assert stands() == expected
+        found.update(application(1, "RUNNING"))
+        file = ActivityFile()
+        for state, expected in (("unknown", (1, 1)), ("awake", (1, 1)), ("asleep", (0, 0)), ("waiting", (1, 0))):
+            file.tell(state)
+            assert stands() == expected, state
+        file.tell("awake")
+        for status, num_answering in (("UNHEALTHY", 0), ("STARTING", 0), ("HEALTHY", 1)):
+            proxies["node0"]["status"] = status
+            assert stands() == (1, num_answering), "no engine is reached without a proxy"
+
+
 def test_a_state_is_no_request(home):
     file = ActivityFile()
     file.begin()
