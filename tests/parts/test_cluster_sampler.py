@@ -1,17 +1,23 @@
 """The machine in the log: the host, and each card by the processes that are its own."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
 
-from cluster.cards import Card, Gpu
+from cluster.cards import Card, Gpu, find_cards
 from cluster.home import log_folder
 from cluster.logs import SYSTEM, stream_file, streams
 from cluster.processes import Process
-from cluster.sampler import Sampler
+from cluster.sampler import Sampler, sampler_of
+from cluster.session import SAMPLER, Session, keep_session, read_session
+from cluster.stack import restart_beside
+from configs.errors import ClusterError
+from configs.schema import CardConfig, MachineConfig
 
 BUSY = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytearray(2**26)\\nwhile True: pass'])"
 
@@ -28,7 +34,14 @@ def card0(home):
 
 
 def lines() -> list[dict]:
-    return [json.loads(line) for line in stream_file(log_folder(), SYSTEM).read_text().splitlines()]
+    file = stream_file(log_folder(), SYSTEM)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def session_of(machine: MachineConfig, *processes: Process, head: str = "") -> Session:
+    """A session as `up` would leave it, or `join` where there is a head."""
+    addresses = ("127.0.0.1:9", "http://127.0.0.1:9", "http://127.0.0.1:9")
+    return Session(processes, (), *addresses, machine=machine.model_dump(mode="json"), head=head)
 
 
 def test_host_and_cards_have_a_line_each_and_a_card_what_its_processes_take(card0):
@@ -64,3 +77,37 @@ def test_a_gpu_of_which_nothing_can_be_learnt_has_a_line_all_the_same(home):
     sampler = Sampler(streams().logger(SYSTEM), [Card("card0", "serve", 1, 24, gpu)], (), every_s=0.0)
     sampler.sample()
     assert (lines()[-1]["card"], lines()[-1]["accelerator"]) == ("card0", "NVIDIA-None")
+
+
+def test_a_card_that_is_gone_ends_no_look_at_the_rest(home):
+    gone = MachineConfig(cards=[CardConfig(pool="serve", gpu="97"), CardConfig(pool="train")])
+    with pytest.raises(ClusterError):
+        find_cards(gone)
+    sampler_of(session_of(gone)).sample()
+    assert [(line["event"], line["machine"]) for line in lines()] == [("host", "head")]
+
+
+def test_a_machine_that_joined_has_a_part_that_looks_at_its_cards_and_is_begun_again_when_it_ended(card0):
+    """Nothing else depends on it; and it waits until all of the machine's parts are there."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    sampler = Process(SAMPLER, ended.pid, psutil.Process(ended.pid).create_time())
+    ended.wait()
+    raylet = Process("desk-card0", card0.pid, card0.started_s)
+    session = session_of(MachineConfig(name="desk"), raylet, sampler, head="10.0.0.1:5000")
+    keep_session(session)
+    assert (session.missing(), session.missing_parts()) == ([SAMPLER], [])
+    again = restart_beside(session)
+    try:
+        assert read_session() == again
+        assert [process.name for process in again.processes] == ["desk-card0", SAMPLER]
+        while len(lines()) < 3:
+            assert not again.missing(), (log_folder() / "sampler.log").read_text()
+            time.sleep(0.05)
+    finally:
+        for member in again.processes[1].family():
+            member.kill()
+    host, first, second = lines()[:3]
+    assert (host["event"], first["card"], second["card"]) == ("host", "desk-card0", "desk-card1")
+    assert {line["machine"] for line in lines()} == {"desk"}
+    assert first["memory_used_gib"] > 0
+    assert host["pid"] != os.getpid()
