@@ -1,23 +1,27 @@
 """The machine in the log: the host, and each card by the processes that are its own."""
 
 import json
-import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from http.server import ThreadingHTTPServer
 
 import psutil
 import pytest
 
 from cluster.cards import Card, Gpu, find_cards
-from cluster.home import log_folder
+from cluster.gate import INTRODUCTION
+from cluster.home import log_folder, write_text
+from cluster.join import join
 from cluster.logs import SYSTEM, stream_file, streams
 from cluster.processes import Process
 from cluster.sampler import Sampler, sampler_of
-from cluster.session import SAMPLER, Session, keep_session, read_session
-from cluster.stack import restart_beside
+from cluster.session import SAMPLER, Session, keep_session, read_session, token_file
+from cluster.versions import read_versions
 from configs.errors import ClusterError
 from configs.schema import CardConfig, MachineConfig
+from tests.helpers.json_door import JsonDoor, listening
 
 BUSY = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytearray(2**26)\\nwhile True: pass'])"
 
@@ -87,27 +91,38 @@ def test_a_card_that_is_gone_ends_no_look_at_the_rest(home):
     assert [(line["event"], line["machine"]) for line in lines()] == [("host", "head")]
 
 
-def test_a_machine_that_joined_has_a_part_that_looks_at_its_cards_and_is_begun_again_when_it_ended(card0):
-    """Nothing else depends on it; and it waits until all of the machine's parts are there."""
+class Head(JsonDoor):
+    """A head, and its dashboard, that knows the one card."""
+
+    def do_GET(self) -> None:
+        raylet = {"state": "ALIVE", "labels": {"card": "desk-card0", "machine": "desk"}}
+        told = {"ready": True, "versions": read_versions()}
+        self.send_json(200, told if self.path == INTRODUCTION else {"data": {"summary": [{"raylet": raylet}]}})
+
+
+def test_a_joined_machines_cards_are_looked_at_by_a_part_that_the_next_join_begins_again_and_nothing_else(card0):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     sampler = Process(SAMPLER, ended.pid, psutil.Process(ended.pid).create_time())
     ended.wait()
-    raylet = Process("desk-card0", card0.pid, card0.started_s)
-    session = session_of(MachineConfig(name="desk"), raylet, sampler, head="10.0.0.1:5000")
-    keep_session(session)
-    assert (session.missing(), session.missing_parts()) == ([SAMPLER], [])
-    again = restart_beside(session)
+    raylet = replace(card0, name="desk-card0")
+    machine = MachineConfig(listen_host="10.0.0.2", name="desk", cards=[CardConfig(pool="train")])
+    write_text(token_file(), "t" * 40)
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Head)) as address:
+        head = address.removeprefix("http://")
+        session = replace(session_of(machine, raylet, sampler, head=head), cards=({"card": "desk-card0"},), dashboard_url=address)
+        keep_session(session)
+        assert (session.missing(), session.missing_parts()) == ([SAMPLER], [])
+        again = join(head, machine, print)
     try:
         assert read_session() == again
-        assert [process.name for process in again.processes] == ["desk-card0", SAMPLER]
-        while len(lines()) < 3:
+        assert again.processes[0] == raylet, "it goes on"
+        while len(lines()) < 2:
             assert not again.missing(), (log_folder() / "sampler.log").read_text()
             time.sleep(0.05)
     finally:
         for member in again.processes[1].family():
             member.kill()
-    host, first, second = lines()[:3]
-    assert (host["event"], first["card"], second["card"]) == ("host", "desk-card0", "desk-card1")
-    assert {line["machine"] for line in lines()} == {"desk"}
-    assert first["memory_used_gib"] > 0
-    assert host["pid"] != os.getpid()
+    host, card = lines()[:2]
+    assert (host["event"], card["event"], card["card"]) == ("host", "card", "desk-card0")
+    assert host["machine"] == card["machine"] == "desk"
+    assert card["memory_used_gib"] > 0, "what its raylet takes"
