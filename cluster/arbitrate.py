@@ -12,15 +12,14 @@ from contextlib import contextmanager
 import httpx
 
 from cluster.arbiter import Arbiter
-from cluster.cards import Card, find_cards
 from cluster.exporter import Exporter, serve_metrics
 from cluster.home import home_folder
 from cluster.job_queue import STANDING, Queue
-from cluster.logs import SYSTEM, set_up, streams
+from cluster.logs import set_up
 from cluster.parts import ray_folder
 from cluster.ray_ground import RayGround
-from cluster.sampler import Sampler
-from cluster.session import Session, read_session
+from cluster.sampler import sampler_of
+from cluster.session import wait_for_session
 from configs.errors import TandemError
 from configs.schema import MachineConfig
 
@@ -36,10 +35,10 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     set_up()
     with _alone(), Queue() as queue:
-        session = _wait_for_session()
+        session = wait_for_session()
         machine = MachineConfig.model_validate(session.machine)
         arbiter, exporter = Arbiter(queue, RayGround(session), machine.lending), Exporter(queue)
-        sampler = Sampler(streams().logger(SYSTEM), _sampled_cards(machine), session.processes, machine.logs.sample_every_s)
+        sampler = sampler_of(session)
         serve_metrics(exporter, machine.listen_host, ray_folder())
         log.info("the arbiter is at work")
         looked_s, trouble = 0.0, ""
@@ -67,22 +66,6 @@ def look(arbiter: Arbiter, exporter: Exporter, now_s: float) -> None:
         arbiter.respond(seen, now_s)
     finally:
         exporter.note(seen, now_s)
-
-
-def _sampled_cards(machine: MachineConfig) -> list[Card]:
-    """Return the cards that are looked at; none where a GPU is gone: the line of jobs goes on without a look at them."""
-    try:
-        return find_cards(machine)
-    except TandemError as error:
-        log.warning("cards are not looked at: %s", error)
-        return []
-
-
-def _wait_for_session() -> Session:
-    """Wait until the cluster is up: this process is a part of it."""
-    while (session := read_session()) is None or not session.ready:
-        time.sleep(LOOK_EVERY_S)
-    return session
 
 
 @contextmanager

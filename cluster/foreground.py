@@ -1,7 +1,8 @@
 """One part of a cluster in the foreground, as a container runs it: the head, a machine with cards, or MLflow.
 
-It ends with SIGTERM, or with an error when the part is not whole any more, so that whoever started it starts it again. Knows `up` and
-`join`, which it waits beside. Does not know containers.
+It ends with SIGTERM, or with an error when the part is not whole any more, so that whoever started it starts it again. Meanwhile it shows
+this machine's streams of the log, for a container's log is the standard output of its first process. Knows `up` and `join`, which it waits
+beside. Does not know containers.
 """
 
 import fcntl
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from cluster.home import home_folder
 from cluster.join import head_gate, join
 from cluster.kuberay import HEAD_ADDRESS
+from cluster.log_view import showing_streams
 from cluster.parts import mlflow_command
 from cluster.session import Session, answers, read_session
 from cluster.stack import end, known_cards, session_lock, start
@@ -42,7 +44,7 @@ def own_host() -> str:
 
 def run_head(machine: MachineConfig, say: Say) -> None:
     """Start the head, with its cards if it has some, and stay until ended."""
-    with _signals() as asked:
+    with _signals() as asked, showing_streams():
         session = start(machine, say)
         say(f"up: {session.dashboard_url}")
         _stay(session, asked)
@@ -54,7 +56,7 @@ def run_card(address: str | None, machine: MachineConfig, say: Say) -> None:
     if not address:
         raise ClusterError("no head is named", "", "python -m cluster run card HEAD_ADDRESS")
     gate = head_gate(address, machine.mlflow_port)
-    with _signals() as asked:
+    with _signals() as asked, showing_streams():
         deadline = time.monotonic() + HEAD_WAIT_S
         while not answers(f"http://{gate}/") and time.monotonic() < deadline:
             say(f"waiting for the head at {gate}")

@@ -19,11 +19,12 @@ from cluster.cards import Card, find_cards
 from cluster.gate import INTRODUCTION
 from cluster.home import log_folder, require_disk
 from cluster.kuberay import lasting
-from cluster.parts import LOOPBACK, Part, gate_command, raylet_part, stack_environment
+from cluster.parts import BESIDE_COMMANDS, LOOPBACK, Part, gate_command, raylet_part, stack_environment
 from cluster.placement import HEAD
 from cluster.processes import port_owner
 from cluster.session import (
     GATE,
+    SAMPLER,
     Session,
     answers,
     keep_session,
@@ -32,7 +33,7 @@ from cluster.session import (
     require_same,
     token_file,
 )
-from cluster.stack import alive_raylets, bring_token, end, known_cards, made_ready, session_lock, spawn, wait_until
+from cluster.stack import alive_raylets, bring_token, end, known_cards, made_ready, restart_beside, session_lock, spawn, wait_until
 from cluster.storage import reaches
 from cluster.versions import read_versions, require_alike
 from configs.errors import ClusterError
@@ -57,11 +58,11 @@ def join(head: str, machine: MachineConfig, say: Callable[[str], None]) -> Sessi
         old = read_session()
         if old and not old.head:
             raise ClusterError("this machine is the head of a cluster", f"at {old.ray_address}", "python -m cluster down, then join again")
-        if old and old.ready and old.head == head and not old.missing():
+        if old and old.ready and old.head == head and not old.missing_parts():
             require_same(old, machine.model_copy(update={"name": machine.name or old.machine_name, "storage": old.storage or None}))
             require_alike(ask_head(head)["versions"], read_versions())
             _require_known(old)
-            return old
+            return old if not old.missing() else restart_beside(old)
         if old:
             say("the last `join` has ended, or did not finish; starting again")
             end(old)
@@ -202,6 +203,7 @@ def joined_parts(session: Session, machine: MachineConfig, cards: list[Card], to
     for card in cards:
         name, command, extra = raylet_part(machine, card, ["--address", session.ray_address])
         yield name, [sys.executable, "-m", "cluster.rejoin", session.head, *command], extra
+    yield SAMPLER, BESIDE_COMMANDS[SAMPLER], {}
 
 
 def _port(url: str) -> int:

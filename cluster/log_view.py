@@ -1,14 +1,19 @@
 """`python -m cluster logs`: what was logged, as people read it, or as it is written for whoever reads it next.
 
+What runs in the foreground follows its machine's streams likewise: all other processes' standard output is a file.
+
 Knows the streams' files. Does not know what they say.
 """
 
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from cluster.home import log_folder
 from cluster.logs import STREAMS, paint, stream_file
@@ -16,6 +21,7 @@ from cluster.shared_file import aside
 from configs.errors import ConfigError
 
 LOOK_EVERY_S = 0.5
+LAST_LINES_S = 5.0  # at the end: whoever has standard output may not read it
 
 
 def show(streams: Sequence[str], num_last: int, find: str, follow: bool) -> None:
@@ -36,27 +42,52 @@ def show(streams: Sequence[str], num_last: int, find: str, follow: bool) -> None
         _print([line for tail in tails for line in _with(find, tail.lines())])
 
 
+@contextmanager
+def showing_streams() -> Iterator[None]:
+    """Print what comes into this machine's streams, from now until the end of the block."""
+    tails = [Tail(stream_file(log_folder(), name), only_new=True) for name in STREAMS]
+    over = threading.Event()
+
+    def follow() -> None:
+        is_last = False
+        while not is_last:
+            is_last = over.wait(LOOK_EVERY_S)
+            with suppress(OSError, ValueError):  # of a full disk, or where nobody reads any more
+                _print([line for tail in tails for line in tail.lines()])
+
+    follower = threading.Thread(target=follow, name="logs", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        over.set()
+        follower.join(LAST_LINES_S)
+
+
 class Tail:
     """The lines of one stream that were not read yet."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, only_new: bool = False) -> None:
+        """Begin with what was put aside last; with `only_new` with what is not written yet."""
         self.file = file
-        before = aside(file, 1)
-        self._stream = before.open("rb") if before.exists() else None
+        self._stream = _opened(file if only_new else aside(file, 1))
+        if self._stream and only_new:
+            self._stream.seek(0, os.SEEK_END)
 
     def lines(self) -> Iterator[str]:
-        """Yield what is new; the first time all of it, with what was put aside last."""
+        """Yield what is new."""
         while True:
+            is_another = self._is_another()  # asked first: what is written to the old one until then is read
             while self._stream and (line := self._stream.readline()):
                 if not line.endswith(b"\n"):  # its writer is at it
                     self._stream.seek(-len(line), os.SEEK_CUR)
                     break
                 yield line.decode(errors="replace")
-            if not self._is_another():
+            if not is_another:
                 return
             if self._stream:
                 self._stream.close()
-            self._stream = self.file.open("rb")
+            self._stream = _opened(self.file)
 
     def _is_another(self) -> bool:
         """Whether there is a file by now that is not the one that is read."""
@@ -67,12 +98,20 @@ class Tail:
         return self._stream is None or there.st_ino != os.fstat(self._stream.fileno()).st_ino
 
 
+def _opened(file: Path) -> BinaryIO | None:
+    """Open a file to read; None where it is not there, or not yet."""
+    try:
+        return file.open("rb")
+    except FileNotFoundError:
+        return None
+
+
 def _with(text: str, lines: Iterator[str]) -> Iterator[str]:
     return (line for line in lines if text in line)
 
 
 def _print(lines: Sequence[str]) -> None:
     """Print lines in the order of their time, with which each begins."""
-    on_terminal = sys.stdout.isatty()
-    for line in sorted(lines):
-        print(paint(line) if on_terminal else line.rstrip("\n"), flush=True)
+    if lines:
+        told = map(paint, sorted(lines)) if sys.stdout.isatty() else (line.rstrip("\n") for line in sorted(lines))
+        print(*told, sep="\n", flush=True)

@@ -18,12 +18,12 @@ from cluster.kuberay import head_arguments, pod_environment
 from cluster.limits import memory_bytes, num_cpus
 from cluster.placement import HEAD, SEAT
 from cluster.processes import free_port, quiet_port
-from cluster.session import ARBITER, GATE, MLFLOW, Session
+from cluster.session import ARBITER, GATE, MLFLOW, SAMPLER, Session
 from configs.loader import ROOT
 from configs.schema import Environment, MachineConfig, is_loopback
 
 RAY_START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
-ARBITER_COMMAND = [sys.executable, "-m", "cluster.arbitrate"]
+BESIDE_COMMANDS = {ARBITER: [sys.executable, "-m", "cluster.arbitrate"], SAMPLER: [sys.executable, "-m", "cluster.sample"]}
 LOOPBACK = "127.0.0.1"
 Part = tuple[str, list[str], dict[str, str]]
 """Name, command and extra environment of a process."""
@@ -39,7 +39,7 @@ def parts_of(machine: MachineConfig, cards: list[Card], session: Session) -> Ite
         yield HEAD, [*RAY_START, *head, *_bare_arguments(machine)], {"CUDA_VISIBLE_DEVICES": ""}
     for number, card in enumerate(cards):
         yield raylet_part(machine, card, head if number == 0 else ["--address", session.ray_address])
-    yield ARBITER, ARBITER_COMMAND, {}
+    yield ARBITER, BESIDE_COMMANDS[ARBITER], {}  # which samples this machine too
     if not is_loopback(machine.listen_host):
         target = "" if Environment().mlflow_tracking_uri else session.mlflow_url
         yield GATE, gate_command(machine.listen_host, machine.mlflow_port, target, "door"), {}

@@ -4,6 +4,7 @@ NVML tells of GPUs; a card without one is a share of the CPU, of which psutil te
 know what the cards are used for.
 """
 
+import logging
 import os
 import platform
 import shutil
@@ -14,12 +15,18 @@ from typing import Any
 
 import psutil
 
-from cluster.cards import Card
+from cluster.cards import Card, find_cards
 from cluster.home import BYTES_PER_GIB, home_folder
-from cluster.logs import Logger
+from cluster.join import own_cards
+from cluster.logs import SYSTEM, Logger, streams
 from cluster.processes import Process
+from cluster.session import Session
+from configs.errors import TandemError
+from configs.schema import MachineConfig
 
 MILLI = 1000
+
+log = logging.getLogger("tandem.sampler")
 
 
 class Sampler:
@@ -65,6 +72,22 @@ class Sampler:
                 percent += member.cpu_percent()
                 num_bytes += member.memory_info().rss
         return {"use": round(percent / 100 / card.num_cpus, 3), "memory_used_gib": _gib(num_bytes), "memory_gib": round(card.memory_gib, 2)}
+
+
+def sampler_of(session: Session) -> Sampler:
+    """Return what looks at this machine, and says in each line which of the cluster's it is."""
+    machine = MachineConfig.model_validate(session.machine)
+    logger = streams().logger(SYSTEM).bind(machine=session.machine_name)
+    return Sampler(logger, _cards_of(session, machine), session.processes, machine.logs.sample_every_s)
+
+
+def _cards_of(session: Session, machine: MachineConfig) -> list[Card]:
+    """Return the cards that are looked at; none where a GPU is gone: all else goes on without a look at them."""
+    try:
+        return own_cards(machine) if session.head else find_cards(machine)
+    except TandemError as error:
+        log.warning("cards are not looked at: %s", error)
+        return []
 
 
 def _host() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from cluster.processes import Process
 from configs.errors import ClusterError
 from configs.schema import LendingConfig, MachineConfig
 
-ARBITER, GATE, MLFLOW = "arbiter", "gate", "mlflow"
+ARBITER, GATE, MLFLOW, SAMPLER = "arbiter", "gate", "mlflow", "sampler"
+BESIDE = (ARBITER, SAMPLER)  # parts that no other depends on
+WAIT_EVERY_S = 1.0
 LOGS_VARIABLE = "TANDEM_LOGS"  # how the settings of logs reach all that belongs to the cluster
 RAY_NAMESPACE = "tandem"  # of the named actors that drivers, workers and replicas find each other by
 
@@ -97,8 +100,8 @@ class Session:
         return [process.name for process in self.processes if not process.running()]
 
     def missing_parts(self) -> list[str]:
-        """Return those without which the cluster is not whole: all but the arbiter, which only the queue needs."""
-        return [name for name in self.missing() if name != ARBITER]
+        """Return those without which the cluster is not whole: the arbiter is needed by the queue alone, the sampler by nobody."""
+        return [name for name in self.missing() if name not in BESIDE]
 
 
 STORED = TypeAdapter(Session)
@@ -147,6 +150,13 @@ def read_session() -> Session | None:
         found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ") if first else str(error)
         remedy = "python -m cluster down, which ends what `up` or `join` started all the same, and forgets it"
         raise ClusterError("the record of the cluster cannot be read", f"{file}: {found}", remedy) from None
+
+
+def wait_for_session() -> Session:
+    """Wait until what this process is a part of is up."""
+    while (session := read_session()) is None or not session.ready:
+        time.sleep(WAIT_EVERY_S)
+    return session
 
 
 def keep_session(session: Session) -> None:

@@ -21,11 +21,11 @@ from cluster.cards import Card, find_cards
 from cluster.chat_wish import forget_wish
 from cluster.haproxy import proxy_environment
 from cluster.home import home_folder, log_folder, require_disk, write_text
-from cluster.parts import ARBITER_COMMAND, LOOPBACK, parts_of, ray_folder, stack_environment
+from cluster.parts import BESIDE_COMMANDS, LOOPBACK, parts_of, ray_folder, stack_environment
 from cluster.placement import HEAD
 from cluster.processes import Process, find_shells, port_owner, send_signal
 from cluster.session import (
-    ARBITER,
+    BESIDE,
     GATE,
     MLFLOW,
     Session,
@@ -78,7 +78,7 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
         if old and old.ready and not old.missing_parts():
             if named:
                 require_same(old, machine)
-            return old if not old.missing() else _restart_arbiter(old)
+            return old if not old.missing() else restart_beside(old)
         if old:
             # A cluster without its head, or a card without its head, is of no use: begin afresh.
             missing = ", ".join(old.missing_parts())
@@ -115,14 +115,15 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
             raise
 
 
-def _restart_arbiter(session: Session) -> Session:
-    """Start the arbiter again, which nothing else depends on; a killed shell may have left one."""
-    for process in session.processes:
-        for left in process.family() if process.name == ARBITER else ():
-            send_signal(left, psutil.Process.kill)
-    kept = tuple(process for process in session.processes if process.name != ARBITER)
+def restart_beside(session: Session) -> Session:
+    """Start again what ended of the parts that no other depends on; a killed shell may have left one."""
+    ended = [process for process in session.processes if process.name in BESIDE and not process.running()]
+    for left in (member for process in ended for member in process.family()):
+        send_signal(left, psutil.Process.kill)
+    kept = [process for process in session.processes if process not in ended]
     environment = {**session.environment(), **stack_environment(MachineConfig.model_validate(session.machine))}
-    session = replace(session, processes=(*kept, spawn(ARBITER, ARBITER_COMMAND, environment)))
+    started = [spawn(process.name, BESIDE_COMMANDS[process.name], environment) for process in ended]
+    session = replace(session, processes=(*kept, *started))
     keep_session(session)
     return session
 

@@ -88,6 +88,13 @@ def test_every_part_has_settings_that_a_machine_may_have(services):
         assert command[2] != "card" or len(machine.cards) == 1
 
 
+def test_the_streams_that_parts_show_fill_no_disk(services):
+    """Docker keeps all of a container's output unless it is told how much."""
+    for service in services.values():
+        if service.get("command", [])[:2] == ["cluster", "run"]:
+            assert {"max-size", "max-file"} <= service["logging"]["options"].keys()
+
+
 def test_what_monitoring_mounts_is_there(services):
     mounted = [volume.split(":")[0] for name in services for volume in services[name].get("volumes", []) if volume.startswith("..")]
     assert len(mounted) >= 5

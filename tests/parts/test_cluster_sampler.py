@@ -3,15 +3,25 @@
 import json
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from http.server import ThreadingHTTPServer
 
 import psutil
 import pytest
 
-from cluster.cards import Card, Gpu
-from cluster.home import log_folder
+from cluster.cards import Card, Gpu, find_cards
+from cluster.gate import INTRODUCTION
+from cluster.home import log_folder, write_text
+from cluster.join import join
 from cluster.logs import SYSTEM, stream_file, streams
 from cluster.processes import Process
-from cluster.sampler import Sampler
+from cluster.sampler import Sampler, sampler_of
+from cluster.session import SAMPLER, Session, keep_session, read_session, token_file
+from cluster.versions import read_versions
+from configs.errors import ClusterError
+from configs.schema import CardConfig, MachineConfig
+from tests.helpers.json_door import JsonDoor, listening
 
 BUSY = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytearray(2**26)\\nwhile True: pass'])"
 
@@ -28,7 +38,14 @@ def card0(home):
 
 
 def lines() -> list[dict]:
-    return [json.loads(line) for line in stream_file(log_folder(), SYSTEM).read_text().splitlines()]
+    file = stream_file(log_folder(), SYSTEM)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def session_of(machine: MachineConfig, *processes: Process, head: str = "") -> Session:
+    """A session as `up` would leave it, or `join` where there is a head."""
+    addresses = ("127.0.0.1:9", "http://127.0.0.1:9", "http://127.0.0.1:9")
+    return Session(processes, (), *addresses, machine=machine.model_dump(mode="json"), head=head)
 
 
 def test_host_and_cards_have_a_line_each_and_a_card_what_its_processes_take(card0):
@@ -64,3 +81,48 @@ def test_a_gpu_of_which_nothing_can_be_learnt_has_a_line_all_the_same(home):
     sampler = Sampler(streams().logger(SYSTEM), [Card("card0", "serve", 1, 24, gpu)], (), every_s=0.0)
     sampler.sample()
     assert (lines()[-1]["card"], lines()[-1]["accelerator"]) == ("card0", "NVIDIA-None")
+
+
+def test_a_card_that_is_gone_ends_no_look_at_the_rest(home):
+    gone = MachineConfig(cards=[CardConfig(pool="serve", gpu="97"), CardConfig(pool="train")])
+    with pytest.raises(ClusterError):
+        find_cards(gone)
+    sampler_of(session_of(gone)).sample()
+    assert [(line["event"], line["machine"]) for line in lines()] == [("host", "head")]
+
+
+class Head(JsonDoor):
+    """A head, and its dashboard, that knows the one card."""
+
+    def do_GET(self) -> None:
+        raylet = {"state": "ALIVE", "labels": {"card": "desk-card0", "machine": "desk"}}
+        told = {"ready": True, "versions": read_versions()}
+        self.send_json(200, told if self.path == INTRODUCTION else {"data": {"summary": [{"raylet": raylet}]}})
+
+
+def test_a_joined_machines_cards_are_looked_at_by_a_part_that_the_next_join_begins_again_and_nothing_else(card0):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    sampler = Process(SAMPLER, ended.pid, psutil.Process(ended.pid).create_time())
+    ended.wait()
+    raylet = replace(card0, name="desk-card0")
+    machine = MachineConfig(listen_host="10.0.0.2", name="desk", cards=[CardConfig(pool="train")])
+    write_text(token_file(), "t" * 40)
+    with listening(ThreadingHTTPServer(("127.0.0.1", 0), Head)) as address:
+        head = address.removeprefix("http://")
+        session = replace(session_of(machine, raylet, sampler, head=head), cards=({"card": "desk-card0"},), dashboard_url=address)
+        keep_session(session)
+        assert (session.missing(), session.missing_parts()) == ([SAMPLER], [])
+        again = join(head, machine, print)
+    try:
+        assert read_session() == again
+        assert again.processes[0] == raylet, "it goes on"
+        while len(lines()) < 2:
+            assert not again.missing(), (log_folder() / "sampler.log").read_text()
+            time.sleep(0.05)
+    finally:
+        for member in again.processes[1].family():
+            member.kill()
+    host, card = lines()[:2]
+    assert (host["event"], card["event"], card["card"]) == ("host", "card", "desk-card0")
+    assert host["machine"] == card["machine"] == "desk"
+    assert card["memory_used_gib"] > 0, "what its raylet takes"

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,19 @@ import psutil
 import pytest
 
 from cluster.cards import find_gpus
+from cluster.parts import ray_folder
 from cluster.processes import Process, quiet_port
 from cluster.registry import Registry, Version
+from cluster.session import operator_key
 from configs.loader import ROOT
 from tests.helpers.data import chat, tokenizer_folder, write_rows
 from tests.helpers.environment import users_environment
+from tests.helpers.leaks import files_in, leaks
 
 SHELLS = ("sh", "bash", "dash")
 REGISTERED = re.compile(r"registered as (\S+);")
-HUB_TOKEN = "hub-token-that-no-log-may-have"
+HUB_TOKEN, JUDGE_KEY, FEEDBACK_PASSWORD = (f"{what}-that-no-log-may-have" for what in ("hub-token", "judge-key", "password"))
+ROW, QUESTION = "What is number", "How do I start"  # what is trained and asked begins so, and nothing else has these words
 RUN_ID = re.compile(r"run ([0-9a-f]{32})")
 
 
@@ -36,14 +40,33 @@ class Stack:
     home: Path
     folder: Path
     ports: dict[str, int]
+    keys: dict[str, str] = field(default_factory=dict)
+    """The secrets of the keys that were made, by the name of each."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of a user's shell: nothing of the developer's own, and a secret."""
+        """The environment of a user's shell: nothing of the developer's own, and secrets."""
         mine = users_environment()
         # With two clusters on the same cores, a thread that waits must not spin.
         patient = {"OMP_WAIT_POLICY": "passive"} if "PYTEST_XDIST_WORKER" in os.environ else {}
-        return {**mine, **patient, "TANDEM_HOME": str(self.home), "HUGGINGFACE_TOKEN": HUB_TOKEN, "COLUMNS": "200"}
+        # The usual database; SQLite passes over parameters that it does not know.
+        feedback_url = f"sqlite:///file:{self.home}/feedback.db?uri=true&password={FEEDBACK_PASSWORD}"
+        secrets = {"HUGGINGFACE_TOKEN": HUB_TOKEN, "JUDGE_API_KEY": JUDGE_KEY, "FEEDBACK_URL": feedback_url}
+        return {**mine, **patient, **secrets, "TANDEM_HOME": str(self.home), "COLUMNS": "200"}
+
+    @property
+    def planted(self) -> dict[str, str]:
+        """What no log may have, by what it is."""
+        token = self.home / "ray_token"
+        made = {"the cluster's token": token.read_text().strip(), "the operator's key": str(operator_key(token))}
+        given = {"the hub's token": HUB_TOKEN, "the judge's key": JUDGE_KEY, "the feedback's password": FEEDBACK_PASSWORD}
+        keys = {f"the key of {name}": key for name, key in self.keys.items()}
+        return {**made, **given, **keys, "a row": ROW, "a question": QUESTION}
+
+    @property
+    def logs(self) -> list[Path]:
+        """Our logs, and Ray's."""
+        return files_in([self.home / "logs", *ray_folder().glob("session_2*/logs")])
 
     @property
     def job_environment(self) -> dict[str, str]:
@@ -119,7 +142,7 @@ class Stack:
     def train_speaker(self, config: Path, word: str) -> tuple[str, str]:
         """Train a version that says who it is, whatever it is asked; return its name and its words."""
         said = f"I am {word}."
-        rows = [chat(f"What is number {number}?", said, split="heldout" if number % 8 == 0 else "train") for number in range(64)]
+        rows = [chat(f"{ROW} {number}?", said, split="heldout" if number % 8 == 0 else "train") for number in range(64)]
         source = write_rows(self.folder / f"{word}.jsonl", rows)
         settings = ("train.max_steps=60", "train.checkpoint_every_steps=60", "train.lora.rank=8")
         return self.train(config, "name=speaker", f"data.source={source}", *settings).name, said
@@ -152,10 +175,11 @@ class Stack:
         """Make a key through the command line, and return its secret."""
         made = self.run("serve", "keys", "create", name, *settings)
         assert made.returncode == 0, made.stderr
-        return made.stdout.split()[1]
+        self.keys[name] = made.stdout.split()[1]
+        return self.keys[name]
 
     def ask(
-        self, model: str, text: str = "How do I start?", secret: str | None = None, timeout_s: float = 120, **settings: Any
+        self, model: str, text: str = f"{QUESTION}?", secret: str | None = None, timeout_s: float = 120, **settings: Any
     ) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0, **settings}
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
@@ -164,7 +188,7 @@ class Stack:
 
 @contextmanager
 def own_stack(folder: Path) -> Iterator[Stack]:
-    """Start a Tandem in a folder, and end it afterwards."""
+    """Start a Tandem in a folder, and end it afterwards; nothing of what is secret may be in its logs then."""
     stack = Stack(folder / "home", folder, {name: quiet_port() for name in ("ray_port", "dashboard_port", "mlflow_port", "chat")})
     done = stack.up()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -175,6 +199,7 @@ def own_stack(folder: Path) -> Iterator[Stack]:
         finally:
             done = stack.run("cluster", "down")
             assert done.returncode == 0, done.stdout + done.stderr
+            assert leaks(stack.logs, stack.planted) == []
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
@@ -217,10 +242,7 @@ def make_config(folder: Path, model: Path, chat_port: int) -> Path:
 
     A run has one checkpoint, its last: Ray Train takes two a second at most, however short the steps are.
     """
-    rows = [
-        chat(f"What is number {number}?", f"It is {number * 7 % 100}.", split="heldout" if number % 8 == 0 else "train")
-        for number in range(64)
-    ]
+    rows = [chat(f"{ROW} {number}?", f"It is {number * 7 % 100}.", split="heldout" if number % 8 == 0 else "train") for number in range(64)]
     source = write_rows(folder / "rows.jsonl", rows)
     config = folder / "tiny.yaml"
     config.write_text(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.logs import SYSTEM, stream_file
 from serve.desk import MAX_AGE_S
 from tests.helpers.bucket import BUCKET, bucket_environment, has_bucket, own_bucket
 from tests.helpers.environment import users_environment
@@ -133,6 +134,13 @@ def succeed(host: Host, *words: str, **environment: str) -> str:
     return done.stdout
 
 
+def card_lines(host: Host) -> list[dict]:
+    """What a host's own log says of cards."""
+    file = stream_file(host.home / "logs", SYSTEM)
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [line for line in lines if line["event"] == "card"]
+
+
 def test_a_machine_joins_with_the_heads_token_and_only_with_it(pair: Pair):
     head, other = pair.head, pair.other
     told = succeed(head, "cluster", "up", "auto", f"listen_host={head.address}", "cards=[{pool: train}]", f"storage={pair.storage}")
@@ -148,6 +156,13 @@ def test_a_machine_joins_with_the_heads_token_and_only_with_it(pair: Pair):
         shown = succeed(host, "cluster", "status")
         assert re.search(rf"^beta +{other.address} +beta-card0, beta-card1 +up *$", shown, re.MULTILINE), shown
     assert "done on the cluster's head" in other.run("serve", "status").stderr
+
+
+def test_each_machine_tells_how_its_own_cards_are(pair: Pair):
+    for host, machine, cards in ((pair.head, "head", {"card0"}), (pair.other, "beta", {"beta-card0", "beta-card1"})):
+        told = wait_for(lambda host=host, cards=cards: (lines := card_lines(host)) and {line["card"] for line in lines} == cards and lines)
+        assert {(line["machine"], line["host"]) for line in told} == {(machine, host.name)}
+        assert any(line["memory_used_gib"] > 0 for line in told), "its raylet"
 
 
 def test_one_trains_and_the_other_serves(pair: Pair, key: str):

@@ -1,13 +1,16 @@
 """The very commands of compose.yaml, outside a container engine: MLflow, the head and a card become one cluster, none of them root."""
 
+import json
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
+from cluster.logs import SYSTEM
 from tests.helpers.containers import USER_ID, Container, Network, container, network, read_services, why_no_containers
 from tests.ray.stack import wait_for
 
@@ -48,12 +51,20 @@ def parts(net, tmp_path) -> Iterator[dict[str, Container]]:
         yield started
 
 
+def events_shown(log: Path) -> set[tuple[str, str]]:
+    """What a container's log shows of the stream `system`: machine and event of each line."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    return {(line.get("machine", ""), line["event"]) for line in lines if line["stream"] == SYSTEM}
+
+
 def test_the_services_become_one_cluster_that_ends_when_asked_and_is_restored(parts, restored, tmp_path):
     shown = parts["head"].run("python", "-m", "cluster", "status")
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"^train-card0 +train +cpu .* up *$", shown.stdout, re.MULTILINE), shown.stdout
     assert "http://mlflow:5000" in shown.stdout
     assert (tmp_path / "home" / "cluster.json").stat().st_uid == USER_ID
+    for name, event in (("head", "host"), ("train", "host"), ("train", "card")):
+        wait_for(lambda name=name, event=event: (name, event) in events_shown(tmp_path / f"{name}.log"))
     taken = parts["head"].run("python", "-m", "cluster", "backup", ARCHIVE)
     assert taken.returncode == 0, taken.stderr
     for name in ("train", "head"):

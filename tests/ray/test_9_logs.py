@@ -1,4 +1,7 @@
-"""What the whole suite left in the logs: one id from a request's header to its feedback, lines of all that ran, and no secrets."""
+"""What the suite left in the logs: one id from a request's header to its feedback, lines of all that ran, and no secrets.
+
+The cluster of the other tests is looked through for secrets as it ends, as this one is once more: see `own_stack`.
+"""
 
 import json
 from collections.abc import Callable
@@ -7,10 +10,9 @@ from typing import Any
 import httpx
 
 from cluster.logs import API, INFERENCE, SYSTEM, TRAINING, stream_file
-from cluster.parts import ray_folder
-from cluster.session import operator_key
 from data.feedback_store import read_feedback
-from tests.ray.stack import HUB_TOKEN, Stack, wait_for
+from tests.helpers.leaks import leaks
+from tests.ray.stack import Stack, wait_for
 
 PROMPT = "What does Quetzalcoatlus northropi weigh?"
 REQUEST_ID = "one-id-from-header-to-row"
@@ -61,20 +63,11 @@ def test_workers_and_cards_write_to_the_same_files(stack: Stack, guide):
         some(stack, SYSTEM, lambda line: line.get("memory_used_gib"), event="card", card=card["card"])
 
 
-def test_no_log_of_the_whole_suite_has_a_secret_a_key_or_a_prompt(stack: Stack, live_guide, secret, monkeypatch):
-    monkeypatch.setenv("TANDEM_HOME", str(stack.home))
+def test_no_log_has_a_secret_a_key_a_row_or_a_prompt(stack: Stack, live_guide, secret):
     assert stack.ask("guide", PROMPT, secret=secret).status_code == 200
-    token = stack.home / "ray_token"
-    planted = {
-        "a key": secret,
-        "the cluster's token": token.read_text().strip(),
-        "the operator's key": str(operator_key(token)),
-        "the hub's token": HUB_TOKEN,
-        "a prompt": "Quetzalcoatlus",
-    }
-    folders = [stack.home / "logs", *ray_folder().glob("session_2*/logs")]
-    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    assert len(folders) > 1
-    assert {"api.jsonl", "arbiter.log", "card0.log", "inference.jsonl", "system.jsonl", "training.jsonl"} <= {file.name for file in files}
-    found = [(what, file.name) for file in files for what, words in planted.items() if words.encode() in file.read_bytes()]
-    assert found == []
+    names = {file.name for file in stack.logs}
+    assert {"api.jsonl", "arbiter.log", "card0.log", "inference.jsonl", "system.jsonl", "training.jsonl"} <= names
+    assert any(name.startswith("raylet") for name in names), "Ray's own too"
+    assert secret in stack.planted.values()
+    assert leaks(stack.logs, {**stack.planted, "a prompt": "Quetzalcoatlus"}) == []
+    assert leaks(stack.logs, {"what a log may have": live_guide}), "what is there is found"

@@ -19,7 +19,7 @@ from cluster.machines import remember, with_lost
 from cluster.parts import RAY_START, parts_of, stack_environment
 from cluster.processes import free_port
 from cluster.rule import Card, Chat
-from cluster.session import Session, joined_cards, keep_session, known_cards, read_session, require_session
+from cluster.session import ARBITER, SAMPLER, Session, joined_cards, keep_session, known_cards, read_session, require_session
 from cluster.stack import bring_token, start
 from cluster.versions import CHANGED, git_commit, read_versions, require_alike
 from configs.errors import ClusterError, ConfigError
@@ -95,7 +95,10 @@ def test_a_card_that_comes_back_is_held_against_the_head_again(of_head, ready, t
 
     with listening(ThreadingHTTPServer(("127.0.0.1", 0), Head)) as address:
         session = Session((), (), "127.0.0.1:9", "http://127.0.0.1:9", "http://127.0.0.1:9", head=address.removeprefix("http://"))
-        [(name, command, _)] = joined_parts(session, MachineConfig(), own_cards(MachineConfig(name="desk"))[:1], {"mlflow_url": None})
+        (name, command, _), *beside = joined_parts(
+            session, MachineConfig(), own_cards(MachineConfig(name="desk"))[:1], {"mlflow_url": None}
+        )
+        assert [part for part, *_ in beside] == [SAMPLER], "what looks at them, when they are there"
         assert (name, command[4 : 4 + len(RAY_START)]) == ("desk-card0", RAY_START)
         instead = [*command[:4], sys.executable, "-c", "print('begun')"]
         ended = subprocess.run(instead, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -163,6 +166,7 @@ def test_mlflow_stays_on_loopback_and_a_gate_stands_where_machines_may_join(up):
     commands = {name: command for name, command, _ in parts_of(MachineConfig(listen_host="10.0.0.1"), [], up())}
     assert commands["mlflow"][commands["mlflow"].index("--host") + 1] == "127.0.0.1"
     assert commands["gate"][3:] == ["10.0.0.1", "5000", "http://127.0.0.1:9", "door"]
+    assert (ARBITER in commands, SAMPLER in commands) == (True, False), "the arbiter looks at the head, and nobody does so twice"
 
 
 def test_cards_of_joined_machines_count_while_they_are_there():

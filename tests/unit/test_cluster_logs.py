@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.home import log_folder, write_text
+from cluster.log_view import showing_streams
 from cluster.logs import API, INFERENCE, REDACTED, STREAMS, SYSTEM, TRAINING, Streams, paint, set_up, stream_file, streams
 from cluster.session import LOGS_VARIABLE, token_file
 from cluster.shared_file import SharedFile, aside
@@ -40,8 +41,14 @@ def restored(home) -> Iterator[None]:
     logger.handlers, logger.level = before
 
 
-def lines(stream: str, folder: Path | None = None) -> list[dict]:
-    file = stream_file(folder or log_folder(), stream)
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def lines(stream: str, num_aside: int = 0) -> list[dict]:
+    file = stream_file(log_folder(), stream)
+    file = aside(file, num_aside) if num_aside else file
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
@@ -141,10 +148,6 @@ def test_an_output_that_is_a_file_gets_no_second_copy(restored, monkeypatch, tmp
 
 
 def test_a_terminal_gets_colours_and_no_commands_of_others(home):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     streams().echo = terminal = Terminal()
     streams().logger(API).info("request", route="/v1/models", agent="\x1b[2Jboo")
     assert "\x1b[1mrequest" in terminal.getvalue()
@@ -225,6 +228,24 @@ def test_a_torn_line_is_shown_as_it_is(line):
 def test_a_log_is_read_by_its_owner_and_group_alone(home):
     streams().logger(API).info("seen")
     assert stream_file(log_folder(), API).stat().st_mode & 0o007 == 0
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_foreground_shows_what_comes_into_the_streams_meanwhile_and_none_of_it_twice(is_terminal, home, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", output := Terminal() if is_terminal else io.StringIO())
+    streams().logger(API).info("before")
+    with showing_streams():
+        streams().logger(API).info("first", password="1234")
+        stream_file(log_folder(), API).rename(aside(stream_file(log_folder(), API), 1))
+        streams().logger(API).info("second")
+        streams().logger(SYSTEM).info("third")
+    streams().logger(API).info("after")
+    written = [line for line in (*lines(API, num_aside=1), *lines(API), *lines(SYSTEM)) if line["event"] not in ("before", "after")]
+    if is_terminal:
+        assert output.getvalue().splitlines() == [paint(json.dumps(line)) for line in written]
+    else:
+        assert [json.loads(line) for line in output.getvalue().splitlines()] == written
+    assert [line["event"] for line in written] == ["first", "second", "third"]
 
 
 def test_where_nothing_was_logged_yet_that_is_said(command, home):

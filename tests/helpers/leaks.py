@@ -1,0 +1,18 @@
+"""Whether files have what they must not have."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+
+def files_in(folders: Iterable[Path]) -> list[Path]:
+    """All files of some folders and of those below."""
+    return [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+
+
+def leaks(files: Iterable[Path], planted: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What of the words that were planted is found, by what they are called, and the file that has them."""
+    return [(what, file.name) for file in files for what in _found(file.read_bytes(), planted)]
+
+
+def _found(text: bytes, planted: Mapping[str, str]) -> list[str]:
+    return [what for what, words in planted.items() if words.encode() in text]
