@@ -16,6 +16,7 @@ from cluster.cards import Card, find_cards
 from cluster.exporter import Exporter, serve_metrics
 from cluster.home import home_folder
 from cluster.job_queue import STANDING, Queue
+from cluster.kuberay import arbiter_port
 from cluster.logs import SYSTEM, set_up, streams
 from cluster.parts import ray_folder
 from cluster.ray_ground import RayGround
@@ -40,7 +41,7 @@ def main() -> None:
         machine = MachineConfig.model_validate(session.machine)
         arbiter, exporter = Arbiter(queue, RayGround(session), machine.lending), Exporter(queue)
         sampler = Sampler(streams().logger(SYSTEM), _sampled_cards(machine), session.processes, machine.logs.sample_every_s)
-        serve_metrics(exporter, machine.listen_host, ray_folder())
+        serve_metrics(exporter, machine.listen_host, arbiter_port(), ray_folder())
         log.info("the arbiter is at work")
         looked_s, trouble = 0.0, ""
         while True:

@@ -1,11 +1,16 @@
 """What the arbiter shows: who had cards and for how long, the line of jobs, and what gates decided; on a real line on disk."""
 
+import json
+from pathlib import Path
+from urllib.request import urlopen
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from cluster.decisions import note_decision, read_decisions
-from cluster.exporter import LONGEST_LOOK_S, Exporter
+from cluster.exporter import LONGEST_LOOK_S, Exporter, serve_metrics
 from cluster.job_queue import NewJob, Queue
+from cluster.processes import free_port
 from cluster.rule import SERVE, TRAIN, Card
 
 CARDS = (Card("card0", SERVE, engine_since_s=5.0), Card("card1", TRAIN), Card("card2", TRAIN, is_alive=False))
@@ -91,3 +96,15 @@ def test_a_decision_that_cannot_be_read_ends_no_arbiter(queue, home):
     exporter = Exporter(queue)
     exporter.note(CARDS, 1.0)
     assert 'tandem_gate_decisions_total{chatbot="helpdesk",decision="failed"}' in shown(exporter)
+
+
+def test_metrics_are_shown_at_the_port_that_is_named_and_else_at_any(queue, home):
+    exporter, port = Exporter(queue), free_port()
+    exporter.note(CARDS, 1.0)
+    for wanted in (port, 0):
+        serve_metrics(exporter, "127.0.0.1", wanted, Path("/tmp/ray"))
+        (told,) = json.loads((home / "monitoring" / "arbiter.json").read_text())
+        (target,) = told["targets"]
+        assert target != "127.0.0.1:0"
+        assert wanted in (0, int(target.rpartition(":")[2]))
+        assert b"tandem_card_up" in urlopen(f"http://{target}/metrics").read()
