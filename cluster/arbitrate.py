@@ -15,6 +15,7 @@ from cluster.arbiter import Arbiter
 from cluster.exporter import Exporter, serve_metrics
 from cluster.home import home_folder
 from cluster.job_queue import STANDING, Queue
+from cluster.kuberay import arbiter_port
 from cluster.logs import set_up
 from cluster.parts import ray_folder
 from cluster.ray_ground import RayGround
@@ -39,7 +40,7 @@ def main() -> None:
         machine = MachineConfig.model_validate(session.machine)
         arbiter, exporter = Arbiter(queue, RayGround(session), machine.lending), Exporter(queue)
         sampler = sampler_of(session)
-        serve_metrics(exporter, machine.listen_host, ray_folder())
+        serve_metrics(exporter, machine.listen_host, arbiter_port(), ray_folder())
         log.info("the arbiter is at work")
         looked_s, trouble = 0.0, ""
         while True:

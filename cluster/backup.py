@@ -22,11 +22,13 @@ from typing import IO
 from cluster.home import OWNER_ONLY, home_folder, writing
 from cluster.versions import tandem_version
 from configs.errors import ClusterError
+from configs.schema import Environment
 
 LEFT_OUT = (
     *("adapters", "fetched", "models", "monitoring"),  # fetched or made again
     *("activity", "activity_elsewhere", "chat.json", "cluster.json", "env"),  # of this machine and moment
     *("alertmanager", "alloy", "logs", "loki", "prometheus"),  # what was seen, which grows without end
+    "lost+found",  # of a disk, whose root the home folder may be
     *("runs", "sweeps"),  # checkpoints, which are large and change all the time: a job that had some begins anew
 )
 LEFT_OUT_ENDINGS = (".lock", "-wal", "-shm", "-journal")  # the last three are SQLite's own: what is in them is in the copy
@@ -91,6 +93,13 @@ def back_up(target: Path) -> Contents:
                 os.fsync(stream.fileno())
             draft.replace(target)
     return contents
+
+
+def kept_elsewhere(environment: Environment) -> list[str]:
+    """Return what a backup of this home folder lacks, since the environment says that it lies elsewhere."""
+    mlflow = bool(environment.mlflow_tracking_uri) and not (home_folder() / "mlflow").exists()
+    registry = "the registry with its adapters, which MLFLOW_TRACKING_URI names"
+    return [*([registry] if mlflow else []), *(["feedback, which FEEDBACK_URL names"] if environment.feedback_url else [])]
 
 
 def _in_order(home: Path) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from cluster.session import read_session
 from configs.cli import Overrides, console
 from configs.errors import ConfigError
 from configs.loader import load_chatbot, load_machine
+from configs.schema import Environment
 
 if TYPE_CHECKING:
     from cluster.backup import Contents
@@ -78,11 +79,13 @@ def manifests(
 
 def backup(file: ArchiveFile) -> None:
     """Write all that cannot be made again into one file, also while the cluster runs; it holds the token and keys, so guard it."""
-    from cluster.backup import back_up
+    from cluster.backup import back_up, kept_elsewhere
 
     with console.status("copying"):
         held = back_up(file)
     console.print(f"[green]backup[/]  {file}: {_told(held)}")
+    for part in kept_elsewhere(Environment()):
+        console.print(f"[yellow]not in it[/]  {part} elsewhere: back that up there")
 
 
 def restore(

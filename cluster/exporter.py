@@ -133,14 +133,14 @@ def _family(metric: Metric, values: Mapping[Any, float]) -> Family:
     return family
 
 
-def serve_metrics(exporter: Exporter, host: str, ray_folder: Path) -> None:
-    """Show the metrics on a free port, and leave in `monitoring` in the home folder what Prometheus and Grafana read.
+def serve_metrics(exporter: Exporter, host: str, port: int, ray_folder: Path) -> None:
+    """Show the metrics at a port, any free one if it is 0, and leave in `monitoring` in the home folder what Prometheus and Grafana read.
 
     That is this address, and the ways to what Ray keeps in its own folder: its list of nodes, and its boards.
     """
     registry = CollectorRegistry()
     registry.register(exporter)
-    server, _ = start_http_server(0, host, registry)
+    server, _ = start_http_server(port, host, registry)
     folder = home_folder() / "monitoring"
     target = {"labels": {"job": "arbiter"}, "targets": [f"{host}:{server.server_port}"]}
     write_text(folder / "arbiter.json", json.dumps([target]))

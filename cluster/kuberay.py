@@ -1,14 +1,16 @@
-"""What KubeRay tells a pod that starts Ray by itself: the state to go on with in Redis, and that an autoscaler runs beside the head.
+"""What KubeRay tells a pod that starts Ray by itself: the state to go on with in Redis, an autoscaler beside the head, ports of metrics.
 
 Knows the variables that KubeRay sets. Does not know Kubernetes.
 """
 
 import os
 import shlex
+from collections.abc import Collection
 
 START_COMMAND = "KUBERAY_GEN_RAY_START_CMD"  # what KubeRay would have started
 HEAD_ADDRESS = "FQ_RAY_IP"  # the head's name in the network, which outlives its pod
-TAKEN = ("--no-monitor", "--redis-password", "--redis-username")
+OF_EACH, OF_HEAD = ("--metrics-export-port",), ("--no-monitor", "--redis-password", "--redis-username")
+ARBITER_PORT = 8081  # where the arbiter shows its metrics: in a pod there is nobody to ask which port was free
 OURS = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED")
 
 
@@ -30,8 +32,25 @@ def lasting(address: str) -> str:
     return f"{name}:{address.rpartition(':')[2]}" if name else address
 
 
+def arbiter_port() -> int:
+    """Return the port of the arbiter's metrics: a known one in a pod, elsewhere 0, which is any that is free."""
+    return ARBITER_PORT if is_in_pod() else 0
+
+
+def raylet_arguments() -> list[str]:
+    """Return what KubeRay wants every `ray start` to be told; nothing elsewhere."""
+    return _taken(OF_EACH)
+
+
 def head_arguments() -> list[str]:
-    """Return what KubeRay wants `ray start --head` to be told; nothing elsewhere."""
+    """Return what KubeRay wants `ray start --head` to be told; nothing elsewhere.
+
+    Redis' password is among them: Ray 2.60 takes it in no other way, and itself hands it on to its processes as an argument. In a pod
+    those who can list them are the user who has it in the environment anyway.
+    """
+    return _taken(OF_HEAD)
+
+
+def _taken(flags: Collection[str]) -> list[str]:
     words = shlex.split(os.environ.get(START_COMMAND, ""))
-    wanted = [word for word in words if word.partition("=")[0] in TAKEN]
-    return [os.path.expandvars(word) for word in wanted]
+    return [os.path.expandvars(word) for word in words if word.partition("=")[0] in flags]

@@ -21,26 +21,32 @@ from cluster.pods import (
     APP,
     CONFIG_FOLDER,
     CONFIGS,
+    DISK,
+    METRICS_PORT,
     MLFLOW_PORT,
     SERVE_PORT,
     STORAGE,
     Object,
     labelled,
     mlflow_pod,
+    no_rights,
     pod,
     redis_pod,
+    restore_pod,
     secret_value,
     submitter_pod,
 )
 from configs.errors import ConfigError, last_lines
 from configs.schema import ChatbotConfig, DeployConfig, MachineConfig, PoolConfig
 
+START_PARAMETERS = {"metrics-export-port": str(METRICS_PORT)}  # for `ray start`, which our pods hear of from KubeRay
 MAX_NAME_LETTERS = 40  # KubeRay adds to it, and a name on Kubernetes has at most 63
 IDLE_S = 300
 REGISTRY_GIB = 20
 REDIS_GIB = 1
 ENDED_JOB_STAYS_S = 3600
 Serve = Mapping[str, Any]
+Pools = Mapping[str, PoolConfig]
 
 
 class _Plain(yaml.SafeDumper):
@@ -58,20 +64,14 @@ def make_manifests(config: ChatbotConfig, machine: MachineConfig, application: S
         application: What Ray Serve is to run, as `python -m serve application` tells it.
     """
     deploy, name = machine.deploy, dns_name(config.name)
-    chat = {"metadata": {"name": f"chat-{name}"}, "apiVersion": "ray.io/v1", "kind": "RayService"}
-    chat["spec"] = {
-        # An upgrade beside the old engines would want twice the cards.
-        "upgradeStrategy": {"type": "None"},
-        "serveConfigV2": yaml.safe_dump(dict(application), sort_keys=False),
-        "rayClusterConfig": _cluster(machine, f"chat-{name}", name, has_redis=True),
-    }
-    _overwrite_commands(chat)
     return {
         "ground.yaml": [*_configs(config, machine, name), *_storage(deploy), *_mlflow(deploy), *_redis(deploy), _walls()],
         "raycluster.yaml": [_ray_cluster(machine, name)],
         "rayjob-train.yaml": [_job("train", config, machine, name)],
         "rayjob-tune.yaml": [_job("tune", config, machine, name)],
-        "rayservice.yaml": [chat],
+        "rayservice.yaml": [_service(config, machine, name, application)],
+        "monitoring.yaml": [_monitor()],
+        "restore.yaml": [_restore(deploy)],
     }
 
 
@@ -114,7 +114,22 @@ def show(objects: list[Object]) -> str:
 
 def _ray_cluster(machine: MachineConfig, name: str) -> Object:
     made = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": APP}}
-    made["spec"] = _cluster(machine, APP, name, has_redis=True)
+    made["spec"] = _cluster(machine, {"serve": machine.deploy.serve, "train": machine.deploy.train}, APP, name, has_redis=True)
+    _overwrite_commands(made)
+    return made
+
+
+def _service(config: ChatbotConfig, machine: MachineConfig, name: str, application: Serve) -> Object:
+    deploy, home = machine.deploy, f"chat-{name}"
+    # Nothing trains there: train cards are for engines, where those may have them, or not at all.
+    pools = {"serve": deploy.serve, **({"train": deploy.train} if config.serve.scaling.use_train_cards else {})}
+    made = {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": home}}
+    made["spec"] = {
+        # An upgrade beside the old engines would want twice the cards.
+        "upgradeStrategy": {"type": "None"},
+        "serveConfigV2": yaml.safe_dump(dict(application), sort_keys=False),
+        "rayClusterConfig": _cluster(machine, pools, home, name, has_redis=True, serves=True),
+    }
     _overwrite_commands(made)
     return made
 
@@ -124,21 +139,20 @@ def _overwrite_commands(made: Object) -> None:
     made["metadata"]["annotations"] = {"ray.io/overwrite-container-cmd": "true"}
 
 
-def _cluster(machine: MachineConfig, home: str, config: str, has_redis: bool, num_train: int = 0) -> Object:
+def _cluster(machine: MachineConfig, pools: Pools, home: str, config: str, has_redis: bool, serves: bool = False) -> Object:
     """Return a cluster's specification; `home` names the folder of the shared volume where its head keeps what it knows."""
     deploy = machine.deploy
-    groups = [_group(machine, pool, settings, config, num_train) for pool, settings in (("serve", deploy.serve), ("train", deploy.train))]
     made: Object = {
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token", "secretName": deploy.secret},
         "enableInTreeAutoscaling": True,
-        "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_S, "upscalingMode": "Default"},
+        "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_S, "upscalingMode": "Default", "securityContext": no_rights()},
         "headGroupSpec": {
             "serviceType": "ClusterIP",
-            "rayStartParams": {},
+            "rayStartParams": START_PARAMETERS,
             "template": pod("head", machine, config, home=home),
         },
-        "workerGroupSpecs": [group for group in groups if group["maxReplicas"]],
+        "workerGroupSpecs": [_group(machine, pool, settings, config, serves) for pool, settings in pools.items()],
     }
     if has_redis:
         password = {"valueFrom": {"secretKeyRef": {"name": deploy.secret, "key": "redis_password"}}}
@@ -146,24 +160,24 @@ def _cluster(machine: MachineConfig, home: str, config: str, has_redis: bool, nu
     return made
 
 
-def _group(machine: MachineConfig, pool: str, settings: PoolConfig, config: str, num_train: int) -> Object:
+def _group(machine: MachineConfig, pool: str, settings: PoolConfig, config: str, serves: bool) -> Object:
     """Return a pool's pods. Labels and resources are told twice: here for the autoscaler, which has no pod yet, and by each pod for Ray."""
-    fewest, most = settings.min_cards, settings.max_cards
-    if num_train:  # a job's own cluster trains, and does nothing else
-        fewest, most = (num_train, max(num_train, most)) if pool == "train" else (0, 0)
     return {
         "groupName": pool,
-        "replicas": fewest,
-        "minReplicas": fewest,
-        "maxReplicas": most,
+        "replicas": settings.min_cards,
+        "minReplicas": settings.min_cards,
+        "maxReplicas": settings.max_cards,
         "labels": {"pool": pool},
         "resources": {"card": "1", "CPU": str(settings.num_cpus), **({"GPU": "1"} if settings.gpu else {})},
-        "rayStartParams": {},
-        "template": pod(pool, machine, config, settings=settings),
+        "rayStartParams": START_PARAMETERS,
+        "template": pod(pool, machine, config, settings=settings, serves=serves),
     }
 
 
 def _job(module: str, config: ChatbotConfig, machine: MachineConfig, name: str) -> Object:
+    num_cards, train = config.train.num_workers, machine.deploy.train
+    # A job's own cluster trains, and does nothing else.
+    pools = {"train": train.model_copy(update={"min_cards": num_cards, "max_cards": max(num_cards, train.max_cards)})}
     made = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": f"{module}-{name}"}}
     made["spec"] = {
         "entrypoint": f"python -m {module} {CONFIG_FOLDER}/chatbot.yaml",
@@ -171,7 +185,7 @@ def _job(module: str, config: ChatbotConfig, machine: MachineConfig, name: str) 
         "submitterPodTemplate": submitter_pod(machine.deploy),
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": ENDED_JOB_STAYS_S,
-        "rayClusterSpec": _cluster(machine, f"{module}-{name}", name, has_redis=False, num_train=config.train.num_workers),
+        "rayClusterSpec": _cluster(machine, pools, f"{module}-{name}", name, has_redis=False),
     }
     _overwrite_commands(made)
     return made
@@ -211,7 +225,7 @@ def _stateful(part: str, template: Object, port: int, size_gib: int) -> list[Obj
         "replicas": 1,
         "selector": {"matchLabels": metadata["labels"]},
         "template": {"metadata": {"labels": metadata["labels"]}, **template},
-        "volumeClaimTemplates": [{"metadata": {"name": "disk"}, "spec": disk}],
+        "volumeClaimTemplates": [{"metadata": {"name": DISK}, "spec": disk}],
     }
     return [
         {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": service},
@@ -225,3 +239,19 @@ def _walls() -> Object:
     guarded = {"matchExpressions": [{"key": "app.kubernetes.io/component", "operator": "In", "values": ["mlflow", "redis"]}]}
     rules = {"podSelector": guarded, "policyTypes": ["Ingress"], "ingress": [{"from": [{"podSelector": ours}]}]}
     return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": labelled(f"{APP}-walls", "walls"), "spec": rules}
+
+
+def _monitor() -> Object:
+    """Tell Prometheus' operator where Ray's agents and the arbiter show their metrics, by the names that rules and boards ask for."""
+    ours = {"sourceLabels": ["__name__"], "regex": "ray_(tandem_.+)", "targetLabel": "__name__", "replacement": "$1"}
+    endpoints = [
+        {"port": "metrics", "relabelings": [{"targetLabel": "job", "replacement": "ray"}], "metricRelabelings": [ours]},
+        {"port": "arbiter", "relabelings": [{"targetLabel": "job", "replacement": "arbiter"}]},
+    ]
+    spec = {"selector": {"matchLabels": {"app.kubernetes.io/part-of": APP}}, "podMetricsEndpoints": endpoints}
+    return {"apiVersion": "monitoring.coreos.com/v1", "kind": "PodMonitor", "metadata": labelled(APP, "monitoring"), "spec": spec}
+
+
+def _restore(deploy: DeployConfig) -> Object:
+    spec = restore_pod(deploy, f"{DISK}-{APP}-mlflow-0")
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": labelled(f"{APP}-restore", "restore"), "spec": spec}

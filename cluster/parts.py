@@ -14,7 +14,7 @@ import psutil
 
 from cluster.cards import Card
 from cluster.home import BYTES_PER_GIB, home_folder
-from cluster.kuberay import head_arguments, pod_environment
+from cluster.kuberay import head_arguments, pod_environment, raylet_arguments
 from cluster.limits import memory_bytes, num_cpus
 from cluster.placement import HEAD, SEAT
 from cluster.processes import free_port, quiet_port
@@ -94,6 +94,7 @@ def _common_arguments(machine: MachineConfig) -> list[str]:
         "--ray-client-server-port", str(free_port()),
         "--include-log-monitor", "false",  # it sends workers' logs to drivers, and ours want none (log_to_driver=False)
         "--disable-usage-stats",
+        *raylet_arguments(),
     ]  # fmt: skip
 
 

@@ -1,10 +1,11 @@
-"""The pods of the manifests: the head, a card of a pool, MLflow, Redis; none as root, none with a right that it does not need.
+"""The pods of the manifests: the head, a card of a pool, MLflow, Redis, and one for backups; none is root, or has a right without need.
 
 Knows Kubernetes' pod templates. Does not know KubeRay's objects: see `cluster.manifests`.
 """
 
 from typing import Any
 
+from cluster.kuberay import ARBITER_PORT
 from configs.schema import DeployConfig, MachineConfig, PoolConfig
 
 Object = dict[str, Any]
@@ -12,7 +13,9 @@ APP = "tandem"
 CONFIGS = "config"
 CONFIG_FOLDER = "/etc/tandem"
 HOME, STORAGE, CACHE = "/var/lib/tandem", "/var/lib/tandem-storage", "/var/cache/tandem"
-MLFLOW_PORT, SERVE_PORT = 5000, 8000
+HOMES = "homes"  # of heads, a folder each of the shared volume
+DISK = "disk"  # of MLflow and of Redis, one each
+MLFLOW_PORT, SERVE_PORT, METRICS_PORT = 5000, 8000, 8080
 REDIS_IMAGE = "redis:8-alpine"
 USER_ID, REDIS_USER_ID = 10001, 999
 HEAD_CPUS, HEAD_MEMORY_GIB = 2, 8
@@ -24,7 +27,9 @@ def labelled(name: str, component: str) -> Object:
     return {"name": name, "labels": {"app.kubernetes.io/part-of": APP, "app.kubernetes.io/component": component}}
 
 
-def pod(part: str, machine: MachineConfig, config: str, *, settings: PoolConfig | None = None, home: str | None = None) -> Object:
+def pod(
+    part: str, machine: MachineConfig, config: str, *, settings: PoolConfig | None = None, home: str | None = None, serves: bool = False
+) -> Object:
     """Return the template of the head, or of a card's pod.
 
     Args:
@@ -33,16 +38,18 @@ def pod(part: str, machine: MachineConfig, config: str, *, settings: PoolConfig 
         config: The name of the chatbot whose settings are mounted.
         settings: What a card's pod has; None for the head.
         home: The folder of the shared volume that is the head's home; a card's pod has none that outlives it.
+        serves: Whether it is a card of a RayService.
     """
     deploy = machine.deploy
     if settings is None:
         command = ["head", f"{CONFIG_FOLDER}/machine.yaml", "cards=[]"]
         limits = _limits(HEAD_CPUS, HEAD_MEMORY_GIB, None)
         ports = {"gcs": machine.ray_port, "dashboard": machine.dashboard_port, "gate": machine.mlflow_port, "serve": SERVE_PORT}
+        ports |= {"arbiter": ARBITER_PORT, "metrics": METRICS_PORT}
     else:
         gpu = ", gpu: 0" if settings.gpu else ""
         command = ["card", f"{CONFIG_FOLDER}/machine.yaml", f"cards=[{{pool: {part}{gpu}}}]"]
-        limits, ports = _limits(settings.num_cpus, settings.memory_gib, settings.gpu), {}
+        limits, ports = _limits(settings.num_cpus, settings.memory_gib, settings.gpu), {"metrics": METRICS_PORT}
     container: Object = {
         "name": "ray-head" if settings is None else "ray-worker",
         "image": deploy.head_image if settings is None else deploy.image,
@@ -53,7 +60,8 @@ def pod(part: str, machine: MachineConfig, config: str, *, settings: PoolConfig 
         "resources": {"requests": limits, "limits": limits},
         "volumeMounts": _mounts(home),
         **_probes(["python", "-m", "cluster", "healthy"]),
-        "securityContext": _no_rights(),
+        **({"readinessProbe": _answers_as_proxy()} if serves else {}),
+        "securityContext": no_rights(),
     }
     volumes = [
         {"name": "storage", "persistentVolumeClaim": {"claimName": f"{APP}-storage"}},
@@ -79,10 +87,10 @@ def mlflow_pod(deploy: DeployConfig) -> Object:
         "env": [{"name": "MLFLOW_SERVER_ALLOWED_HOSTS", "value": f"{APP}-mlflow:{MLFLOW_PORT}"}],
         "ports": [{"name": "mlflow", "containerPort": MLFLOW_PORT}],
         "resources": {"requests": limits, "limits": limits},
-        "volumeMounts": [{"name": "disk", "mountPath": HOME}],
+        "volumeMounts": [{"name": DISK, "mountPath": HOME}],
         "readinessProbe": {"tcpSocket": {"port": MLFLOW_PORT}, "periodSeconds": 10},
         "livenessProbe": {"tcpSocket": {"port": MLFLOW_PORT}, "periodSeconds": 30, "initialDelaySeconds": 60, "failureThreshold": 5},
-        "securityContext": _no_rights(),
+        "securityContext": no_rights(),
     }
     return {"spec": {**_as_nobody(USER_ID), "automountServiceAccountToken": False, "containers": [container]}}
 
@@ -97,11 +105,33 @@ def redis_pod(password: Object) -> Object:
         "env": [{"name": "REDIS_PASSWORD", "valueFrom": password}],
         "ports": [{"name": "redis", "containerPort": 6379}],
         "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
-        "volumeMounts": [{"name": "disk", "mountPath": "/data"}],
+        "volumeMounts": [{"name": DISK, "mountPath": "/data"}],
         "readinessProbe": {"tcpSocket": {"port": 6379}, "periodSeconds": 10},
-        "securityContext": _no_rights(),
+        "securityContext": no_rights(),
     }
     return {"spec": {**_as_nobody(REDIS_USER_ID), "automountServiceAccountToken": False, "containers": [container]}}
+
+
+def restore_pod(deploy: DeployConfig, mlflow_disk: str) -> Object:
+    """Return a pod in which backups are put back: it has the homes of all heads and MLflow's, and nothing runs there."""
+    limits = _limits(1, 2, None)
+    container = {
+        "name": "restore",
+        "image": deploy.head_image,
+        "command": ["sleep", "infinity"],
+        "env": [{"name": "TANDEM_HOME", "value": "/to-be-named"}],  # that of the image is on no disk here, and would be lost
+        "resources": {"requests": limits, "limits": limits},
+        "volumeMounts": [
+            {"name": "storage", "mountPath": f"/{HOMES}", "subPath": HOMES},
+            {"name": "mlflow", "mountPath": "/mlflow"},
+        ],
+        "securityContext": no_rights(),
+    }
+    volumes = [
+        {"name": "storage", "persistentVolumeClaim": {"claimName": f"{APP}-storage"}},
+        {"name": "mlflow", "persistentVolumeClaim": {"claimName": mlflow_disk}},
+    ]
+    return {**_as_nobody(USER_ID), "automountServiceAccountToken": False, "containers": [container], "volumes": volumes}
 
 
 def submitter_pod(deploy: DeployConfig) -> Object:
@@ -111,7 +141,7 @@ def submitter_pod(deploy: DeployConfig) -> Object:
         "name": "submitter",
         "image": deploy.head_image,
         "resources": {"requests": limits, "limits": limits},
-        "securityContext": _no_rights(),
+        "securityContext": no_rights(),
     }
     return {"spec": {**_as_nobody(USER_ID), "restartPolicy": "Never", "containers": [container]}}
 
@@ -126,7 +156,7 @@ def _secrets(deploy: DeployConfig) -> list[Object]:
 
 
 def _mounts(home: str | None) -> list[Object]:
-    own = {"name": "home", "mountPath": HOME} if home is None else {"name": "storage", "mountPath": HOME, "subPath": f"homes/{home}"}
+    own = {"name": "home", "mountPath": HOME} if home is None else {"name": "storage", "mountPath": HOME, "subPath": f"{HOMES}/{home}"}
     return [
         own,
         {"name": "storage", "mountPath": STORAGE, "subPath": "shared"},
@@ -150,10 +180,21 @@ def _probes(command: list[str]) -> Object:
     }
 
 
+def _answers_as_proxy() -> Object:
+    """Return what makes a pod of a RayService an address of its chat.
+
+    KubeRay labels every worker `ray.io/serve=true`, whatever our labels say, and its serve Service sends requests to all of them that are
+    ready. Serve's proxy runs on the head alone, so a worker must not be ready: as with KubeRay's own probe, which ours takes the place of.
+    Nothing else asks whether a worker is ready: KubeRay deploys to a ready head, and labels that once its proxy answers.
+    """
+    return {"httpGet": {"path": "/-/healthz", "port": SERVE_PORT}, "timeoutSeconds": 5, "periodSeconds": 20, "failureThreshold": 1}
+
+
 def _as_nobody(user_id: int) -> Object:
     rights = {"runAsNonRoot": True, "runAsUser": user_id, "runAsGroup": user_id, "fsGroup": user_id}
     return {"securityContext": {**rights, "seccompProfile": {"type": "RuntimeDefault"}}}
 
 
-def _no_rights() -> Object:
+def no_rights() -> Object:
+    """Return the security context of a container that needs no right."""
     return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}

@@ -29,7 +29,7 @@ FINGERPRINT = "0123456789abcdef"
 # what a cluster does in tests is mostly to start processes, and each keeps one core busy.
 JOBS = (
     "test_1_cluster.py", "test_5_tune.py", "test_6_circle.py", "test_6_hosts.py", "test_7_queue.py", "test_8_chaos.py",
-    "test_9_containers.py",
+    "test_9_containers.py", "test_9_pods.py",
 )  # fmt: skip
 ON_CLUSTER = ("ray", "gpu")
 

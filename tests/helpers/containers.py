@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from configs.loader import ROOT
@@ -113,6 +114,19 @@ class Container:
         os.kill(self.pid, 15)
         return self.process.wait(timeout=60)
 
+    def kill(self) -> None:
+        """End it and all that runs in it at once, as a machine that is lost does."""
+        kill(self.process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a container's first process, with which the kernel ends the others; `unshare --kill-child` forgets it when it becomes a user."""
+    with suppress(psutil.NoSuchProcess):
+        for first in psutil.Process(process.pid).children():
+            first.kill()
+    process.kill()
+    process.wait()
+
 
 @contextmanager
 def container(net: Network, name: str, service: dict[str, Any], secrets: Path) -> Iterator[Container]:
@@ -135,8 +149,7 @@ def container(net: Network, name: str, service: dict[str, Any], secrets: Path) -
     try:
         yield Container(name, service, process, environment)
     finally:
-        process.kill()
-        process.wait()
+        kill(process)
 
 
 def _as_user(environment: dict[str, str]) -> list[str]:

@@ -39,6 +39,7 @@ def filled(home) -> Path:
         "runs/r/checkpoint",
         "cluster.json.lock",
         "activity/1",
+        "lost+found/1",
     ):
         write_text(home / made_again, "made again")
     return home
@@ -247,3 +248,19 @@ def test_the_command_tells_what_it_did(filled, command, tmp_path, monkeypatch):
     assert "there is no file" in command("cluster", "restore", str(tmp_path / "none")).err
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "elsewhere"))
     assert "python -m cluster up" in command("cluster", "restore", str(tmp_path / "all.tar.gz")).out
+
+
+def test_what_lies_elsewhere_is_told(filled, command, monkeypatch, tmp_path):
+    def told() -> str:
+        done = command("cluster", "backup", str(tmp_path / "all.tar.gz"))
+        assert done.status == 0, done.err
+        return " ".join(done.out.split())
+
+    assert "not in it" not in told()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hidden@mlflow:5000")
+    assert "not in it the registry with its adapters, which MLFLOW_TRACKING_URI names elsewhere" in told()
+    assert "hidden" not in told()
+    (filled / "mlflow").mkdir()
+    assert "not in it" not in told(), "a server of its own on this very folder, as in containers"
+    monkeypatch.setenv("FEEDBACK_URL", "sqlite:////elsewhere.db")
+    assert "not in it feedback, which FEEDBACK_URL names elsewhere" in told()

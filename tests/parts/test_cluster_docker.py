@@ -11,9 +11,10 @@ import yaml
 
 from cluster.parts import ray_folder
 from configs.loader import ROOT, load_machine
-from tests.helpers.containers import DOCKER, image_environment, read_services
+from tests.helpers.containers import DOCKER, USER_ID, image_environment, read_services
 
 PROFILES = ("cpu", "gpu", "monitoring")
+SWITCHES = ("TANDEM_TEST_HOSTS", "TANDEM_TEST_README")  # of tests that take long
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +36,45 @@ def test_compose_is_as_the_specification_says():
 def test_the_workflow_is_one_of_githubs_and_no_pull_request_runs_on_our_machines():
     file = ROOT / ".github" / "workflows" / "ci.yml"
     jobs = yaml.safe_load(file.read_text())["jobs"]
-    for name in ("gpu", "containers"):
+    for name in ("gpu", "proofs", "containers"):
         assert jobs[name]["if"] == "github.event_name == 'schedule' || github.event_name == 'workflow_dispatch'"
     assert {"run": "bash .ci/run"} in jobs["test"]["steps"]
     checked("check-jsonschema", "--builtin-schema", "vendor.github-workflows", str(file))
+
+
+def test_at_night_nothing_is_green_since_it_was_skipped():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    runs = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in jobs.items()}
+    assert runs["gpu"][0] == "nvidia-smi -L"
+    asked_for = [
+        file for file in (ROOT / "tests" / "ray").glob("test_*.py") if set(SWITCHES) & set(re.findall(r"TANDEM_\w+", file.read_text()))
+    ]
+    assert set(jobs["proofs"]["env"]) == set(SWITCHES)
+    assert {f"tests/ray/{file.name}" for file in asked_for} == set(re.findall(r"tests/ray/\w+\.py", runs["proofs"][0]))
+    assert "-rs" in runs["proofs"][0]
+    assert runs["proofs"][1] == "! grep SKIPPED said"
+
+
+def test_the_containers_of_the_workflow_have_all_secrets(services):
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["containers"]
+    profiles = set(job["env"]["COMPOSE_PROFILES"].split(","))
+    started = [service for service in services.values() if profiles & set(service["profiles"])]
+    made = next(step["run"] for step in job["steps"] if step.get("name") == "make the secrets")
+    assert profiles == {"cpu", "monitoring"}
+    assert all(secret in made for service in started for secret in service.get("secrets", []))
+
+
+def test_cards_on_the_cpu_have_shares_of_a_laptop(services):
+    shares = [services[name] for name in ("serve-cpu", "train-cpu")]
+    assert sum(int(share["cpus"]) for share in shares) <= 4
+    assert sum(int(share["mem_limit"].removesuffix("g")) for share in shares) <= 12
+
+
+def test_who_reads_a_secret_is_the_user_that_the_readme_names(services):
+    """Compose binds the file as it is: what one user may read, another may not."""
+    for name, service in services.items():
+        if "secrets" in service:
+            assert service.get("image", "").startswith("tandem:") or service["user"] == f"{USER_ID}:{USER_ID}", name
 
 
 def test_docker_compose_reads_it(tmp_path):

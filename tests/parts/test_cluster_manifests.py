@@ -1,5 +1,6 @@
-"""Manifests: by our list of KubeRay's fields, by Kubernetes' schemas, and by Ray's own autoscaler and Serve, which read them."""
+"""Manifests: by our list of KubeRay's fields and its own, by Kubernetes' schemas, and by Ray's autoscaler and Serve, which read them."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,13 +10,38 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from cluster.kuberay import ARBITER_PORT
 from cluster.manifests import make_manifests, show
-from cluster.pods import CONFIG_FOLDER
+from cluster.pods import CONFIG_FOLDER, METRICS_PORT, SERVE_PORT
 from configs.loader import ROOT, load_chatbot, load_machine
 from serve.deploy import serve_application
+from tests.helpers.crds import read_schemas
 
 Made = dict[str, list[dict[str, Any]]]
 KUBERAY = {"RayCluster", "RayJob", "RayService"}
+CUSTOM = KUBERAY | {"PodMonitor"}
+NO_RIGHTS = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+CRD = """
+spec:
+  group: ray.io
+  names: {kind: RayCluster}
+  versions:
+    - name: v1
+      schema:
+        openAPIV3Schema:
+          type: object
+          properties:
+            apiVersion: {type: string}
+            kind: {type: string}
+            metadata: {type: object}
+            spec:
+              type: object
+              required: [groups]
+              properties:
+                groups: {type: array, items: {type: object, properties: {replicas: {type: integer}}}}
+                settings: {type: object, additionalProperties: {type: object, properties: {value: {type: string}}}}
+                anything: {type: object, properties: {known: {type: string}}, x-kubernetes-preserve-unknown-fields: true}
+"""
 
 
 def make(*overrides: str, machine: tuple[str, ...] = ()) -> Made:
@@ -51,6 +77,8 @@ def pods(made: Made) -> dict[str, dict[str, Any]]:
                 found[f"{entry['metadata']['name']}-submitter"] = entry["spec"]["submitterPodTemplate"]
             if entry["kind"] == "StatefulSet":
                 found[entry["metadata"]["name"]] = entry["spec"]["template"]
+            if entry["kind"] == "Pod":
+                found[entry["metadata"]["name"]] = {"spec": entry["spec"]}
     return found
 
 
@@ -64,9 +92,35 @@ def test_kuberays_objects_have_only_fields_that_kuberay_has(made):
     assert not schema.is_valid(wrong)
 
 
+def test_custom_resources_are_as_their_crds_have_them(made):
+    if not (folder := os.environ.get("TANDEM_TEST_CRDS")):
+        pytest.skip("no CRDs here: TANDEM_TEST_CRDS=FOLDER, to which .ci/run fetches them")
+    schemas = read_schemas(Path(folder))
+    checked = [(entry, schemas.get((entry["apiVersion"], entry["kind"]))) for objects in made.values() for entry in objects]
+    assert any(schema for _, schema in checked), f"{folder} has none of {sorted(CUSTOM)}"
+    for entry, schema in checked:
+        if schema:
+            Draft202012Validator(schema).validate(entry)
+
+
+def test_a_crd_lets_through_only_what_it_names(tmp_path):
+    (tmp_path / "clusters.yaml").write_text(CRD)
+    (schema,) = read_schemas(tmp_path).values()
+    crd = Draft202012Validator(schema)
+
+    def is_taken(**spec) -> bool:
+        return crd.is_valid({"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "any"}, "spec": spec})
+
+    assert is_taken(groups=[{"replicas": 1}], settings={"any": {"value": ""}}, anything={"unknown": 1})
+    assert not is_taken()
+    assert not is_taken(groups=[], group=[])
+    assert not is_taken(groups=[{"replica": 1}])
+    assert not is_taken(groups=[], settings={"any": {"values": ""}})
+
+
 @pytest.mark.skipif(not shutil.which("kubernetes-validate"), reason="no kubernetes-validate (a package of that name)")
 def test_all_else_is_as_kubernetes_has_it(made, tmp_path):
-    plain = [entry for objects in made.values() for entry in objects if entry["kind"] not in KUBERAY]
+    plain = [entry for objects in made.values() for entry in objects if entry["kind"] not in CUSTOM]
     whole = [{"apiVersion": "v1", "kind": "Pod", **pod, "metadata": {"name": name}} for name, pod in pods(made).items()]
     (tmp_path / "all.yaml").write_text(show([*plain, *whole]))
     done = subprocess.run(["kubernetes-validate", "--strict", tmp_path / "all.yaml"], capture_output=True, text=True, check=False)
@@ -80,7 +134,9 @@ def test_no_pod_is_root_or_may_become_it(made):
         assert rights["runAsNonRoot"], name
         assert rights["runAsUser"] > 0, name
         for container in pod["spec"]["containers"]:
-            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}, name
+            assert container["securityContext"] == NO_RIGHTS, name
+    for name, cluster in clusters(made).items():
+        assert cluster["autoscalerOptions"]["securityContext"] == NO_RIGHTS, f"beside the head of {name}"
 
 
 def test_secrets_are_named_and_nowhere_written(made):
@@ -113,6 +169,57 @@ def test_serve_takes_the_services_application(made):
     assert [application.import_path for application in told.applications] == ["serve.app:build"]
 
 
+def test_only_the_head_of_a_service_is_an_address_of_its_chat(made):
+    (service,) = made["rayservice.yaml"]
+    told = yaml.safe_load(service["spec"]["serveConfigV2"])
+    assert (told["proxy_location"], told["http_options"]["port"]) == ("HeadOnly", SERVE_PORT)
+    for name, pod in pods(made).items():
+        probe = pod["spec"]["containers"][0].get("readinessProbe", {})
+        asks_proxy = probe.get("httpGet") == {"path": "/-/healthz", "port": SERVE_PORT}
+        assert asks_proxy == (name == "chat-helpdesk-serve"), name
+
+
+def test_a_service_has_train_cards_only_where_engines_may_take_them(made):
+    assert [group["groupName"] for group in clusters(made)["chat-helpdesk"]["workerGroupSpecs"]] == ["serve"]
+    assert [group["groupName"] for group in clusters(made)["tandem"]["workerGroupSpecs"]] == ["serve", "train"]
+    both = clusters(make("serve.scaling.use_train_cards=true"))["chat-helpdesk"]["workerGroupSpecs"]
+    assert [group["groupName"] for group in both] == ["serve", "train"]
+
+
+def test_prometheus_finds_every_agent_and_arbiter_and_takes_their_names_as_ours_does(made):
+    (monitor,) = made["monitoring.yaml"]
+    agents, arbiter = monitor["spec"]["podMetricsEndpoints"]
+    for name, cluster in clusters(made).items():
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            is_head = group is cluster["headGroupSpec"]
+            ports = {port["name"]: port["containerPort"] for port in group["template"]["spec"]["containers"][0]["ports"]}
+            assert ports[agents["port"]] == int(group["rayStartParams"]["metrics-export-port"]) == METRICS_PORT, name
+            assert ports.get(arbiter["port"]) == (ARBITER_PORT if is_head else None), name
+            assert len(set(ports.values())) == len(ports), name
+            assert monitor["spec"]["selector"]["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
+    (scraped,) = yaml.safe_load((ROOT / "cluster/deploy/monitoring/prometheus.yml").read_text())["scrape_configs"]
+    (ours,), (kubernetes,) = scraped["metric_relabel_configs"], agents["metricRelabelings"]
+    assert list(kubernetes.values()) == [ours[key] for key in ("source_labels", "regex", "target_label", "replacement")]
+
+
+def test_a_pod_to_restore_in_has_the_disks_of_mlflow_and_of_all_heads(made):
+    (pod,) = made["restore.yaml"]
+    (mlflow,) = [entry for entry in made["ground.yaml"] if entry["kind"] == "StatefulSet" and entry["metadata"]["name"] == "tandem-mlflow"]
+    disk = f"{mlflow['spec']['volumeClaimTemplates'][0]['metadata']['name']}-tandem-mlflow-0"
+    assert [volume["persistentVolumeClaim"]["claimName"] for volume in pod["spec"]["volumes"]] == ["tandem-storage", disk]
+    homes = pod["spec"]["containers"][0]["volumeMounts"][0]["subPath"]
+    head = clusters(made)["chat-helpdesk"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert {"name": "storage", "mountPath": "/var/lib/tandem", "subPath": f"{homes}/chat-helpdesk"} in head["volumeMounts"]
+
+
+def test_ray_takes_redis_password_from_no_variable():
+    """Else it would not be among the arguments: see `cluster.kuberay.head_arguments`."""
+    from ray.scripts.scripts import start
+
+    (option,) = [option for option in start.params if option.name == "redis_password"]
+    assert option.envvar is None
+
+
 def test_a_job_has_the_cards_that_it_trains_on_and_no_other():
     made = make("train.num_workers=2", "train.batch_size=4")
     cluster = clusters(made)["train-helpdesk"]
@@ -141,7 +248,8 @@ def test_the_command_writes_a_file_for_each(command, monkeypatch, tmp_path):
     done = command("cluster", "manifests", "configs/helpdesk.yaml", "--out", str(tmp_path / "out"))
     assert done.status == 0, done.err
     files = {file.name for file in (tmp_path / "out").iterdir()}
-    assert files == {"ground.yaml", "raycluster.yaml", "rayjob-train.yaml", "rayjob-tune.yaml", "rayservice.yaml"}
+    assert files == {file.name for file in (ROOT / "cluster" / "deploy" / "kuberay").iterdir()}
+    assert files >= {"ground.yaml", "raycluster.yaml", "rayjob-train.yaml", "rayjob-tune.yaml", "rayservice.yaml"}
     for name in files:
         told = (tmp_path / "out" / name).read_text()
         kept = (ROOT / "cluster" / "deploy" / "kuberay" / name).read_text()

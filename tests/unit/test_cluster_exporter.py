@@ -1,6 +1,9 @@
 """What the arbiter shows: chat, who had cards and for how long, the line of jobs, what gates decided, disks; on a real line on disk."""
 
+import json
 import shutil
+from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -8,9 +11,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from cluster.arbiter import Arbiter, Sight
 from cluster.arbitrate import look
 from cluster.decisions import note_decision, read_decisions
-from cluster.exporter import LONGEST_LOOK_S, STALE_S, Exporter
+from cluster.exporter import LONGEST_LOOK_S, STALE_S, Exporter, serve_metrics
 from cluster.home import home_folder
 from cluster.job_queue import NewJob, Queue
+from cluster.processes import free_port
 from cluster.rule import SERVE, TRAIN, Card, Chat
 from configs.errors import ClusterError
 from configs.schema import LendingConfig
@@ -174,3 +178,15 @@ def test_a_decision_that_cannot_be_read_ends_no_arbiter(queue, home):
     exporter = Exporter(queue)
     exporter.note(sight(*CARDS), 1.0)
     assert 'tandem_gate_decisions_total{chatbot="helpdesk",decision="failed"}' in shown(exporter)
+
+
+def test_metrics_are_shown_at_the_port_that_is_named_and_else_at_any(queue, home):
+    exporter, port = Exporter(queue), free_port()
+    exporter.note(sight(*CARDS), 1.0)
+    for wanted in (port, 0):
+        serve_metrics(exporter, "127.0.0.1", wanted, Path("/tmp/ray"))
+        (told,) = json.loads((home / "monitoring" / "arbiter.json").read_text())
+        (target,) = told["targets"]
+        assert target != "127.0.0.1:0"
+        assert wanted in (0, int(target.rpartition(":")[2]))
+        assert b"tandem_card_up" in urlopen(f"http://{target}/metrics").read()
