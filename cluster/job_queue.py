@@ -24,6 +24,8 @@ DONE, FAILED, CANCELLED = "done", "failed", "cancelled"
 STANDING = (WAITING, RUNNING, LEAVING)
 BUSY_TIMEOUT_S = 30.0
 PROGRESS_TIMEOUT_S = 1.0
+PARTS_A_RUN = 100
+"""In which a sweep tells how far it is, all its trials together: steps of different trials may be of different size."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -70,7 +72,9 @@ class QueuedJob:
     since_s: float
     """Since when it is in its state."""
     step: int
+    """How far it is; of a sweep in parts of a run."""
     num_steps: int
+    """How far it goes; 0 where that is not known."""
     first_step: int
     first_step_s: float
     step_s: float
@@ -78,7 +82,7 @@ class QueuedJob:
     def ends_s(self) -> float | None:
         """Return when it is thought to end, by the pace since it started; None where nothing is known."""
         num_done = self.step - self.first_step
-        if self.state != RUNNING or self.kind == "sweep" or num_done <= 0:
+        if self.state != RUNNING or not self.num_steps or num_done <= 0:
             return None
         return self.step_s + (self.num_steps - self.step) * (self.step_s - self.first_step_s) / num_done
 

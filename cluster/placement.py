@@ -4,7 +4,7 @@ Knows Ray's resources and label selectors, and one variable of the environment. 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 CARDS_VARIABLE = "TANDEM_CARDS"
 HEAD = "head"  # the label of the first machine's cards; one that joined has its own name
@@ -24,9 +24,12 @@ def given_cards() -> list[str]:
 def card_selector() -> dict[str, str]:
     """Return the labels of the cards that this process may use, as Ray takes them."""
     cards = given_cards()
-    if not cards:
-        return {"pool": "train"}
-    return {"card": cards[0] if len(cards) == 1 else f"in({','.join(cards)})"}
+    return on_cards(cards) if cards else {"pool": "train"}
+
+
+def on_cards(cards: Sequence[str]) -> dict[str, str]:
+    """Return the label of any of these cards, as Ray takes it."""
+    return {CARD: cards[0] if len(cards) == 1 else f"in({','.join(cards)})"}
 
 
 def job_resources(on_gpu: bool) -> dict[str, float]:

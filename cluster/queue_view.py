@@ -11,7 +11,7 @@ import yaml
 from rich.table import Table
 
 from cluster.arbiter import failure_words
-from cluster.job_queue import FAILED, LEAVING, RUNNING, STANDING, NewJob, Queue, QueuedJob, clock
+from cluster.job_queue import FAILED, LEAVING, PARTS_A_RUN, RUNNING, STANDING, NewJob, Queue, QueuedJob, clock
 from cluster.memory import Rows
 from cluster.models import check_model, read_model_config
 from cluster.plan import ROUND_TOKENS, choose, place_on, require_fit, require_precision
@@ -83,8 +83,17 @@ def told(job: QueuedJob) -> str:
     parts = [job.reason or "not looked at yet"]
     if job.state == FAILED:
         parts.append(f"its last lines: python -m cluster logs system --find '{failure_words(job.id)}'")
-    if job.state == RUNNING and job.num_steps:
-        parts.append(f"step {job.step}/{job.num_steps}")
+    if job.state == RUNNING:
+        parts.append(_how_far(job))
     if ends_s := job.ends_s():
         parts.append(f"until about {clock(ends_s)}")
     return " · ".join(part for part in parts if part)
+
+
+def _how_far(job: QueuedJob) -> str:
+    """Return how far a job is: a run in steps, a sweep as a share of what it is likely to train, or where that is not known in runs."""
+    if job.kind == "train":
+        return f"step {job.step}/{job.num_steps}" if job.num_steps else ""
+    if job.num_steps:
+        return f"about {job.step / job.num_steps:.0%} of its training"
+    return f"{job.step / PARTS_A_RUN:.1f} times a run's training so far" if job.step else ""

@@ -5,6 +5,7 @@ Knows Ray's actors and how a card is divided. Does not know the step, or who goe
 
 import math
 import threading
+import time
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -21,11 +22,12 @@ from data.prepare import Prepared
 from train.host import Host
 from train.memory import MAX_BATCH_TOKENS, Memory, outline
 from train.worker import Task, on_this_machine
+from tune.seats import BASES_SHARE, Bases
 
 NUM_TRIALS = 4
 MAX_TOKENS = 2048  # of a step: at 1,500, four share an H100 at three times the pace of one after another; at 6,000 one fills it by itself
-BASES_SHARE = 0.6  # of a card: over half, so that no card has two; whoever wants a whole card waits for both
 MAX_LOADS = 3  # of a base that dies while it loads, before the trials that wait for it fail
+BASE_WAIT_S = 1800.0  # of a trial for its base: a large one is loaded in less, and another sweep may have taken the card of one that died
 OF_THE_BASE = ("train.quantization", "train.double_quantization", "train.precision", "train.num_workers")
 
 
@@ -104,8 +106,12 @@ class BaseActor:
         self.base: Any = None
         self.loading = threading.Lock()
 
+    def card(self) -> str:
+        """Return the card that it is on, which may be another one after it died."""
+        return str(ray.get_runtime_context().get_node_labels()[CARD])
+
     def load(self) -> str:
-        """Load the base if it is not there; return the id of the node that it is on."""
+        """Load the base if it is not there; return its card."""
         import torch
 
         from train.shared import share_base
@@ -117,8 +123,7 @@ class BaseActor:
                 task = on_this_machine(self.task)
                 folder, train_file, heldout_file = map(Path, (task.model_folder, task.train_file, task.heldout_file))
                 self.base = share_base(self.task.config, folder, train_file, heldout_file, self.max_batch_tokens)
-        node_id: str = ray.get_runtime_context().get_node_id()
-        return node_id
+        return self.card()
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Ask the base."""
@@ -165,20 +170,35 @@ class RemoteBase:
 class TrainBeside:
     """Trains one trial on the base of the card that it is on."""
 
-    bases: dict[str, Any]
-    """Actors, by the id of their node."""
+    bases: tuple[Any, ...]
+    """Actors."""
 
     def __call__(self, task: Task, host: Host, checkpoint: Any = None) -> None:
         """As `train.worker.train_adapter`."""
         from train.beside import train_beside
 
-        actor = self.bases[ray.get_runtime_context().get_node_id()]
-        ray.get(actor.load.remote())  # it may have been killed since
-        train_beside(RemoteBase(actor), task, host, checkpoint)
+        train_beside(RemoteBase(self._base_here()), task, host, checkpoint)
+
+    def _base_here(self) -> Any:
+        """Return the base on this card, loaded; each is asked where it is now, since it and its raylet may have been killed.
+
+        A trial that waits keeps its part of the card, so it does not wait for ever.
+        """
+        here, until_s = ray.get_runtime_context().get_node_labels()[CARD], time.monotonic() + BASE_WAIT_S
+        asked = {base.card.remote(): base for base in self.bases}
+        while asked:
+            told, _ = ray.wait(list(asked), timeout=max(0.0, until_s - time.monotonic()))
+            if not told:
+                break
+            base = asked.pop(told[0])
+            if ray.get(told[0]) == here:
+                ray.get(base.load.remote(), timeout=max(0.0, until_s - time.monotonic()))
+                return base
+        raise RuntimeError(f"{here} has no base any more")
 
 
-def start_bases(task: Task, sharing: Sharing, num_cards: int, on_gpu: bool) -> TrainBeside:
-    """Load a base on each train card; they end with this process.
+def start_bases(task: Task, sharing: Sharing, num_cards: int, on_gpu: bool) -> Bases:
+    """Load a base on each train card, and wait for the first; they end with this process.
 
     Raises:
         ModelError: The base cannot be shared.
@@ -193,5 +213,6 @@ def start_bases(task: Task, sharing: Sharing, num_cards: int, on_gpu: bool) -> T
         max_restarts=-1,  # it is the trials' failures that are counted
         max_task_retries=MAX_LOADS,
     )
-    actors = [actor.remote(task, sharing.max_batch_tokens, num_cards) for _ in range(num_cards)]
-    return TrainBeside(dict(zip(ray.get([actor.load.remote() for actor in actors]), actors, strict=True)))
+    bases = Bases([actor.remote(task, sharing.max_batch_tokens, num_cards) for _ in range(num_cards)])
+    bases.cards()
+    return bases

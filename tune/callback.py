@@ -22,7 +22,7 @@ class ProgressCallback(Callback):  # type: ignore[misc]
 
     def on_trial_save(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show its newest look."""
-        self.show.trials(trials)
+        self.show.looked(trial, trials)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show its end."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 REASON = "reason"
+TRIAL, SETTINGS = "trial", "settings"  # of a result: who trained what it tells of, and with what; PBT hands results on
 Looks = list[dict[str, float]]
 
 
@@ -30,6 +31,12 @@ def read_looks(checkpoint: Path) -> Looks:
                 }
             )
     return looks
+
+
+def newest_tokens(looks: Looks) -> float:
+    """Return the tokens from the look before the last to the last: each start is from a look, and each report is of one."""
+    before = looks[-2]["num_tokens"] if len(looks) > 1 else 0
+    return looks[-1]["num_tokens"] - before
 
 
 def failure(reason: str, metric: str, mode: str) -> dict[str, Any]:

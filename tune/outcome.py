@@ -12,14 +12,16 @@ from rich.table import Table
 
 from configs.errors import last_lines
 from configs.schema import SweepConfig
-from tune.looks import REASON, Looks
-from tune.record import trial_number
+from tune.looks import REASON, SETTINGS, TRIAL, Looks
+from tune.record import NUM_TOKENS, trial_number
 
 
 @dataclass(frozen=True)
 class Row:
-    """One trial: what was drawn for it, how far it came, its best score, and why it failed if it did.
+    """One trial: its settings, how far it came, its best score, and why it failed if it did.
 
+    Where a trial copied another one midway, its looks are those of the adapter that it has, its tokens those that it trained itself, and
+    its settings those with which its best checkpoint was trained.
     A loss that is no finite number is no score: a trial that diverges has that of a look before, or none.
     """
 
@@ -32,6 +34,8 @@ class Row:
     """Ray's checkpoint of the best score, wherever it lies; None where there is none."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """What was reported with it."""
+    own_tokens: int | None = None
+    """Tokens that it trained; if None, all that its looks tell of."""
 
     @property
     def number(self) -> int:
@@ -46,6 +50,8 @@ class Row:
     @property
     def num_tokens(self) -> int:
         """Tokens that it trained."""
+        if self.own_tokens is not None:
+            return self.own_tokens
         return int(self.looks[-1]["num_tokens"]) if self.looks else 0
 
     @property
@@ -62,17 +68,22 @@ def read_rows(results: Any, sweep: SweepConfig) -> tuple[Row, ...]:
 
 
 def _row(trial: Any, result: Any, sweep: SweepConfig) -> Row:
-    metrics = result.metrics or {}
+    metrics, name = result.metrics or {}, str(trial)
+    if metrics.get(TRIAL, name) != name:
+        metrics = {}  # of the trial that it copied, and it has had no look since
     reason = metrics.get(REASON) or (last_lines(str(result.error), 1).strip() if result.error else None)
     kept = [(checkpoint, found) for checkpoint, found in result.best_checkpoints or []]
     looks: Looks = metrics.get("looks") or (max((entry[1]["looks"] for entry in kept), key=len, default=[]))
     choose = min if sweep.mode == "min" else max
     measured = (entry for entry in kept if math.isfinite(entry[1][sweep.metric]))
-    checkpoint, found = choose(measured, key=lambda entry: entry[1][sweep.metric], default=(None, {}))
-    score = choose((look[sweep.metric] for look in looks if math.isfinite(look[sweep.metric])), default=None)
-    if looks and score is None and not reason:
+    best: tuple[Any, dict[str, Any]] = choose(measured, key=lambda entry: entry[1][sweep.metric], default=(None, {}))
+    checkpoint, found = best
+    seen = choose((look[sweep.metric] for look in looks if math.isfinite(look[sweep.metric])), default=None)
+    if looks and seen is None and not reason:
         reason = f"it diverged: its {sweep.metric} was {looks[-1][sweep.metric]} at every look"
-    return Row(str(trial), trial.config["settings"], looks, score, reason, checkpoint, found)
+    settings, score = found.get(SETTINGS, trial.config[SETTINGS]), found.get(sweep.metric, seen)
+    tokens = [told[NUM_TOKENS] for told in (metrics, *(entry[1] for entry in kept)) if TRIAL in told]
+    return Row(name, settings, looks, score, reason, checkpoint, found, max(tokens, default=None))
 
 
 def best_row(rows: Sequence[Row], sweep: SweepConfig) -> Row | None:
@@ -85,7 +96,7 @@ def best_row(rows: Sequence[Row], sweep: SweepConfig) -> Row | None:
 def summary(rows: Sequence[Row]) -> dict[str, float]:
     """Return what the sweep cost, and what the same trials would have cost, each trained to its end."""
     spent = sum(row.num_tokens for row in rows)
-    full = sum(row.num_tokens / row.share for row in rows if row.looks)
+    full = sum(row.looks[-1]["num_tokens"] / row.share for row in rows if row.looks)
     fates = [row.state for row in rows]
     return {
         "num_trials": len(rows),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tune.outcome import Row
 
 PARENT_TAG, NAME_TAG, TRIAL_TAG = "mlflow.parentRunId", "mlflow.runName", "trial"
+NUM_TOKENS = "num_tokens"
 
 
 def trial_name(number: int) -> str:
@@ -45,6 +46,20 @@ def trial_run(url: str, sweep_id: str, name: str, settings: dict[str, Any]) -> s
     return run_id
 
 
+class Spent:
+    """Counts the tokens that a trial trained itself, over all its starts: in its run, since PBT gives it another one's checkpoints."""
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self.client, self.run_id = client, run_id
+        self.num_tokens = int(client.get_run(run_id).data.metrics.get(NUM_TOKENS, 0))
+
+    def add(self, num_tokens: float) -> int:
+        """Add what was trained since the last look; return the sum."""
+        self.num_tokens += int(num_tokens)
+        self.client.log_metric(self.run_id, NUM_TOKENS, self.num_tokens)
+        return self.num_tokens
+
+
 def find_runs(client: Any, sweep: Any) -> dict[str, str]:
     """Return the runs of a sweep's trials, by the trials' names."""
     runs = client.search_runs([sweep.info.experiment_id], f"tags.`{PARENT_TAG}` = '{sweep.info.run_id}'", max_results=10_000)
@@ -59,7 +74,7 @@ def close_trials(client: Any, sweep_id: str, rows: "Sequence[Row]") -> dict[str,
         for row in rows:
             if run_id := known.get(row.name):
                 Record(client, run_id).end(states[row.state], row.reason or f"{row.share:.0%} of a run")
-                figures = {"score": row.score, "num_tokens": row.num_tokens, "share": row.share}
+                figures = {"score": row.score, NUM_TOKENS: row.num_tokens, "share": row.share}
                 for name, value in figures.items():
                     if value is not None:
                         client.log_metric(run_id, name, value)

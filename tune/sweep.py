@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.home import home_folder
-from cluster.placement import CARD, card_selector, is_usable, job_resources
+from cluster.placement import card_selector, is_usable, job_resources
 from cluster.registry import Version
 from configs.errors import RunError
+from configs.loader import with_settings
 from configs.schema import ChatbotConfig, SweepConfig
 from data.copies import send_data
 from train.driver import ASKED, Say, Start, count_cards, make_ready, on_record
@@ -72,7 +73,7 @@ def sweep(config: ChatbotConfig, say: Say, show: "Callable[[ChatbotConfig], Show
         with on_record(start, num_cards=1) as record:
             sweep_id = record.run_id
             say(f"sweep {sweep_id}, on {count_cards()} train cards" if count_cards() > 1 else f"sweep {sweep_id}")
-            rows = _try_all(start, record, show(start.config))
+            rows = _try_all(start, record, show)
             say("comparing the trials")
             outcome = _conclude(start, record, rows)
     except KeyboardInterrupt:
@@ -88,15 +89,16 @@ def sweeps_folder() -> Path:
     return home_folder() / "sweeps"
 
 
-def _try_all(start: Start, record: Record, show: "Show") -> tuple[Row, ...]:
+def _try_all(start: Start, record: Record, show: "Callable[[ChatbotConfig], Show]") -> tuple[Row, ...]:
     """Run the trials, from where an earlier driver of this sweep left them; return what became of each."""
     from ray import tune as ray_tune
 
     from train.control import make_control
     from train.worker import Task
-    from tune.beside import choose_sharing, start_bases
+    from tune.beside import TrainBeside, choose_sharing, start_bases
     from tune.callback import ProgressCallback
     from tune.schedule import Budget, make_search
+    from tune.seats import Seat
     from tune.trial import Sweep, run_trial
 
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
@@ -111,13 +113,16 @@ def _try_all(start: Start, record: Record, show: "Show") -> tuple[Row, ...]:
     if sizing and num_beside > 1:
         config, sizing = sizing.settle_base(config, num_beside), None
         sharing = replace(sharing, recompute=sharing.recompute or config.train.gradient_checkpointing is True)
+    shown = show(with_settings(config, {"tune.trials_per_card": num_beside}))
     task = Task(config, record.run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url, sizing)
     task = replace(task, storage=session.storage)
     send_data(task.storage, data.folder)
-    shared = {"train_trial": start_bases(task, sharing, num_cards, on_gpu)} if num_beside > 1 else {}
+    trials = Sweep(task, data.num_train, num_cards)
+    if num_beside > 1:
+        Seat.bases = start_bases(task, sharing, num_cards, on_gpu)
+        trials = replace(trials, train_trial=TrainBeside(Seat.bases.actors))
     trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(run_trial, sweep=Sweep(task, data.num_train, num_cards, **shared)),
-        _part_of_a_card(num_beside) if shared else _one_card(on_gpu),
+        ray_tune.with_parameters(run_trial, sweep=trials), Seat(num_beside) if num_beside > 1 else _one_card(on_gpu)
     )
     root = runs_place(session.storage, "sweeps")
     place = f"{root}/{record.run_id}"
@@ -140,14 +145,15 @@ def _try_all(start: Start, record: Record, show: "Show") -> tuple[Row, ...]:
                     checkpoint_score_order=tune.mode,
                 ),
                 failure_config=ray_tune.FailureConfig(max_failures=config.train.max_failures),
-                callbacks=[ProgressCallback(show)],
+                callbacks=[ProgressCallback(shown)],
                 verbose=0,
             ),
         )
     try:
         results = tuner.fit()
     finally:
-        show.close()
+        shown.close()
+        Seat.bases = None
         del presence
     return read_rows(results, config.tune)
 
@@ -157,16 +163,6 @@ def _one_card(on_gpu: bool) -> Any:
     from ray import tune as ray_tune
 
     return ray_tune.PlacementGroupFactory([job_resources(on_gpu)], bundle_label_selector=[card_selector()])
-
-
-def _part_of_a_card(num_trials: int) -> Any:
-    """What a trial beside a base asks for: its part of what the base leaves of a card."""
-    from ray import tune as ray_tune
-
-    from tune.beside import BASES_SHARE
-
-    share = int((1 - BASES_SHARE) / num_trials * 10_000) / 10_000  # Ray counts in ten thousandths
-    return ray_tune.PlacementGroupFactory([{CARD: share}], bundle_label_selector=[card_selector()])
 
 
 def _conclude(start: Start, record: Record, rows: tuple[Row, ...]) -> Outcome:

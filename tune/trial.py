@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from cluster.logs import set_up
+from cluster.registry import Registry
 from configs.errors import TandemError
 from configs.loader import with_settings
 from configs.schema import ChatbotConfig
@@ -21,8 +22,8 @@ from train.control import Progress
 from train.host import Host
 from train.memory import is_out_of_memory
 from train.worker import Task, train_adapter
-from tune.looks import failure, read_looks
-from tune.record import trial_run
+from tune.looks import SETTINGS, TRIAL, failure, newest_tokens, read_looks
+from tune.record import NUM_TOKENS, Spent, trial_run
 
 TrainTrial = Callable[[Task, Host, Any], None]
 
@@ -45,13 +46,17 @@ class TrialHost:
     num_workers = 1
     is_first = True
 
+    def __init__(self, name: str, settings: dict[str, Any], spent: Spent) -> None:
+        self.told_by, self.spent = {TRIAL: name, SETTINGS: settings}, spent
+
     def report(self, metrics: dict[str, float], folder: Path) -> None:
         """Report a look with its checkpoint; here Tune ends or pauses a trial."""
         from ray import tune as ray_tune
 
         checkpoint = ray_tune.Checkpoint.from_directory(str(folder))
         looks = read_looks(folder)
-        ray_tune.report({**metrics, "share": looks[-1]["share"], "looks": looks}, checkpoint=checkpoint)
+        told = {"share": looks[-1]["share"], "looks": looks, NUM_TOKENS: self.spent.add(newest_tokens(looks)), **self.told_by}
+        ray_tune.report({**metrics, **told}, checkpoint=checkpoint)
 
     def send(self, progress: Progress) -> str | None:
         """Go on: who stops a trial does it at a look."""
@@ -74,7 +79,8 @@ def run_trial(drawn: dict[str, Any], sweep: Sweep) -> None:
         config = trial_config(task.config, drawn["settings"], sweep.num_rows)
         if task.sizing:
             config, _ = task.sizing.settle(config)
-        sweep.train_trial(replace(task, config=config, run_id=run_id), TrialHost(), ray_tune.get_checkpoint())
+        host = TrialHost(name, drawn["settings"], Spent(Registry(task.mlflow_url).client, run_id))
+        sweep.train_trial(replace(task, config=config, run_id=run_id), host, ray_tune.get_checkpoint())
     except TandemError as error:
         ray_tune.report(failure(f"{error.what}: {error.why}", tune.metric, tune.mode))
     except RuntimeError as error:

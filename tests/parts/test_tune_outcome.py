@@ -13,10 +13,10 @@ from rich.console import Console
 
 from configs.schema import ChatbotConfig
 from train.places import on_disk
-from tune.looks import read_looks
+from tune.looks import newest_tokens, read_looks
 from tune.outcome import Row, best_row, read_rows, summary, table
 from tune.plots import draw
-from tune.record import write_summary
+from tune.record import Spent, write_summary
 from tune.schedule import Budget, make_search
 from tune.trial import memory_reason, trial_config
 
@@ -85,6 +85,40 @@ def test_a_trial_that_diverges_is_not_the_best(mode, tmp_path, registry):
     write_summary(client, run.info.run_id, tmp_path / "summary", rows, summary(rows))
     told = json.loads((tmp_path / "summary" / "trials.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert [look["eval_loss"] for look in told["trials"][1]["looks"]] == [None, 5.0, None, 4.5, 7.0]
+
+
+def reported(trial: str, rate: float, num_tokens: int, *losses: float) -> dict[str, object]:
+    """A result as a trial's host reports it."""
+    looks = row(1, *losses).looks
+    return {"trial": trial, "settings": {"train.learning_rate": rate}, "num_tokens": num_tokens, "eval_loss": losses[-1], "looks": looks}
+
+
+def test_a_trial_that_copied_another_has_its_own_tokens_and_the_settings_of_its_best_checkpoint():
+    name = "trial_00002"
+    kept = [reported(name, 0.1, 100, 6.0), reported(name, 0.1, 200, 6.0, 5.5), reported(name, 0.03, 300, 5.0, 4.0, 3.0)]
+    trial, result = tried(2)
+    trial.config = {"settings": {"train.learning_rate": 0.024}}  # as it was changed once more after that
+    result.best_checkpoints = [(str(place), found) for place, found in enumerate(kept)]
+    result.metrics = reported(name, 0.024, 400, 5.0, 4.0, 3.5)
+    (mended,) = read_rows(Results((trial, result)), chatbot().tune)
+    assert (mended.settings, mended.checkpoint, mended.score) == ({"train.learning_rate": 0.03}, "2", 3.0)
+    assert (mended.num_tokens, mended.share) == (400, 0.75)
+    assert summary([mended])["num_tokens_full_grid"] == 400, "what its looks tell of, to the end"
+
+    result.metrics = reported("trial_00001", 0.05, 150, 5.0, 4.5, 4.2, 2.0)  # copied, and it has had no look since
+    (copied,) = read_rows(Results((trial, result)), chatbot().tune)
+    assert (copied.num_tokens, copied.share, copied.score) == (300, 0.75, 3.0)
+
+
+def test_tokens_are_added_up_over_a_trials_starts(registry):
+    client = registry.client
+    run_id = client.create_run(client.create_experiment("bot")).info.run_id
+    looks = row(1, 3.0, 2.0, 1.0).looks
+    assert Spent(client, run_id).add(newest_tokens(looks[:1])) == 100
+    again = Spent(client, run_id)
+    assert [again.add(newest_tokens(looks[:2])), again.add(newest_tokens(looks))] == [200, 300]
+    assert Spent(client, run_id).add(newest_tokens(looks[:2])) == 400, "from another one's first look on"
+    assert client.get_run(run_id).data.metrics["num_tokens"] == 400
 
 
 def test_the_price_is_told_against_all_trials_to_their_end():

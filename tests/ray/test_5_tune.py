@@ -1,4 +1,4 @@
-"""Sweeps on a real cluster: who goes on, a driver and a worker killed, trials that cannot be; all on a tiny model."""
+"""Sweeps on a real cluster: who goes on, a driver and a worker killed, trials that cannot be, each scheduler; all on a tiny model."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.ray.stack import Stack, wait_for
+from tests.ray.stack import RUN_ID, Stack, wait_for
 from tests.ray.test_2_training import read_until
 from train.record import read_config
 from tune.record import find_runs
@@ -110,15 +110,16 @@ def test_a_sweep_that_is_asked_to_stop_says_how_to_go_on(stack: Stack, config):
     assert stack.registry.client.get_run(found[1]).info.status == "KILLED"
 
 
-def test_trials_that_share_a_base_go_on_when_it_is_killed(stack: Stack, config):
-    """It costs each at most the training between two looks."""
+@pytest.mark.parametrize("killed", ["base", "raylet"])
+def test_trials_that_share_a_base_go_on_when_it_is_killed(stack: Stack, config, killed):
+    """It costs each at most the training between two looks; a raylet that is begun again is another node to Ray."""
     space = "tune.space={train.lora.rank: {choice: [2, 4]}}"
     settings = ["train.max_steps=200", "tune.num_looks=8", "tune.scheduler=grid", "tune.trials_per_card=2"]
     driver = stack.begin("tune", str(config), space, *settings)
     found, _ = read_until(driver, SWEEP_ID)
     wait_for(lambda: num_looks(stack, found[1]) >= 2)
     for base in wait_for(lambda: stack.workers("BaseActor")):  # one a card; the trials may be on one of them
-        base.kill()
+        (base if killed == "base" else base.parent()).kill()
     text, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, text
     trials = trial_runs(stack, found[1])
@@ -129,3 +130,51 @@ def test_trials_that_share_a_base_go_on_when_it_is_killed(stack: Stack, config):
     assert sum(sum(steps.values()) for steps in looks) <= 2 * (8 + 1)
     version = stack.registry.find(CANDIDATE.search(text)[1])
     assert (stack.registry.download(version) / "adapter_model.safetensors").is_file()
+
+
+def test_pbt_lets_a_bad_trial_go_on_from_a_good_one_with_other_settings(stack: Stack, config):
+    """With more trials than cards they take turns, so none is at its end before the others have begun."""
+    space = "tune.space={train.learning_rate: {log: [1.0e-6, 1.0e-2]}}"
+    settings = ["tune.scheduler=pbt", "tune.budget.trials=3", "train.max_steps=16", "tune.num_looks=8"]
+    done = stack.run("tune", str(config), space, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sweep_id, version = SWEEP_ID.search(done.stdout)[1], stack.registry.find(CANDIDATE.search(done.stdout)[1])
+    assert "of a run · eval_loss" in done.stdout, "told as it goes on"
+    trials = trial_runs(stack, sweep_id)
+    assert [run.info.status for run in trials] == ["FINISHED"] * 3
+    told = json.loads((stack.home / "sweeps" / sweep_id / "summary" / "trials.json").read_text())
+    rates = [trial["settings"]["train.learning_rate"] for trial in told["trials"]]
+    begun = [float(run.data.params["train.learning_rate"]) for run in trials]
+    assert [rate == pytest.approx(first) for rate, first in zip(rates, begun, strict=True)].count(False) >= 1, (rates, begun)
+    assert read_config(stack.registry.client, version.run_id).train.learning_rate in rates
+    # All see the same rows at the same step, whoever's adapter they train.
+    steps = [look["step"] for look in told["trials"][0]["looks"]]
+    places = [0.0, *(look["num_tokens"] for look in told["trials"][0]["looks"])]
+    of_look = {step: places[at + 1] - places[at] for at, step in enumerate(steps)}
+    for run in trials:
+        trained = steps_of(stack, run)
+        assert run.data.metrics["num_tokens"] == sum(trained[step] * num_tokens for step, num_tokens in of_look.items())
+    assert stack.registry.client.get_run(sweep_id).data.metrics["num_tokens"] == sum(run.data.metrics["num_tokens"] for run in trials)
+
+
+def test_optuna_proposes_as_many_trials_on_the_one_base_that_has_a_card(stack: Stack, config):
+    """A training holds the other card, for which the second base waits, and the trials do not."""
+    training = stack.begin("train", str(config), "name=long", "train.max_steps=100000", "train.checkpoint_every_steps=100000")
+    found, _ = read_until(training, RUN_ID)
+    wait_for(lambda: stack.losses(found[1]))
+    space = "tune.space={train.learning_rate: {log: [1.0e-4, 1.0e-2]}, train.lora.rank: {integer: [1, 8]}}"
+    settings = ["tune.scheduler=optuna", "tune.budget.trials=4", "tune.num_looks=4", "tune.trials_per_card=2"]
+    try:
+        done = stack.run("tune", str(config), space, *settings)
+        assert training.poll() is None, "it holds its card to the end"
+    finally:
+        training.terminate()
+        training.communicate(timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = trial_runs(stack, SWEEP_ID.search(done.stdout)[1])
+    assert len(trials) == 4
+    assert {run.info.status for run in trials} <= {"FINISHED", "KILLED"}
+    assert len({run.data.params["train.learning_rate"] for run in trials}) == 4
+    scores = {run.info.run_id: run.data.metrics["score"] for run in trials}
+    version = stack.registry.find(CANDIDATE.search(done.stdout)[1])
+    assert version.run_id == min(scores, key=scores.get)

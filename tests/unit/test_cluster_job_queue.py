@@ -19,6 +19,7 @@ from cluster.job_queue import (
     note_progress,
     note_run,
 )
+from cluster.queue_view import told
 from configs.errors import ClusterError
 
 
@@ -114,6 +115,17 @@ def test_the_end_is_guessed_from_the_pace_since_it_started(line, monkeypatch):
     assert line.find(number).ends_s() is None, "one point is no pace"
     line.note_progress(number, 60, 100, 30.0)
     assert line.find(number).ends_s() == 70.0
+
+
+def test_a_sweep_tells_how_far_it_is_and_its_end_where_it_can(line):
+    number = line.submit(NewJob("sweep", "helpdesk", "name: helpdesk")).id
+    line.begin(number, ("card1",), "card1 was free", 0)
+    assert told(line.find(number)) == "card1 was free"
+    line.note_progress(number, 40, 0, 10.0)
+    line.note_progress(number, 130, 0, 40.0)
+    assert told(line.find(number)) == "card1 was free · 1.3 times a run's training so far"
+    line.note_progress(number, 160, 300, 50.0)
+    assert told(line.find(number)) == f"card1 was free · about 53% of its training · until about {clock(50.0 + 140 * 40 / 120)}"
 
 
 def test_a_moment_of_another_day_is_told_with_the_day():
