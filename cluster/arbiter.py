@@ -5,7 +5,7 @@ next one goes on. Knows the order of things. Does not know how they are done: se
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
@@ -79,14 +79,15 @@ class Arbiter:
         self.queue, self.ground, self.lending = queue, ground, lending
         self.missing_since_s: dict[str, float] = {}
 
-    def step(self, now_s: float) -> Sight:
-        """Look once, and do what is to be done now; return what was seen."""
+    def step(self, now_s: float, note: Callable[[Sight, float], None] = lambda seen, now_s: None) -> None:
+        """Look once, and do what is to be done now; what was seen is noted also where that cannot be done."""
         seen = self.ground.look()
-        self.respond(seen, now_s)
-        return seen
+        try:
+            self._respond(seen, now_s)
+        finally:
+            note(seen, now_s)
 
-    def respond(self, seen: Sight, now_s: float) -> None:
-        """Do what is to be done now."""
+    def _respond(self, seen: Sight, now_s: float) -> None:
         for job in self.queue.jobs(RUNNING, LEAVING):
             try:
                 self._follow(job, seen, now_s)

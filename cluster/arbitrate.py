@@ -50,7 +50,7 @@ def main() -> None:
                 if time.monotonic() - looked_s < LOOK_IDLY_S and not queue.jobs(*STANDING):
                     continue
                 looked_s = time.monotonic()
-                look(arbiter, exporter, time.time())
+                arbiter.step(time.time(), exporter.note)
                 now_trouble = ""
             except (TandemError, httpx.HTTPError, KeyError, OSError, ValueError) as error:
                 exporter.miss(time.time())
@@ -58,15 +58,6 @@ def main() -> None:
             if now_trouble != trouble:
                 log.warning("%s", now_trouble or "all answers again")
                 trouble = now_trouble
-
-
-def look(arbiter: Arbiter, exporter: Exporter, now_s: float) -> None:
-    """Look once, and do what is to be done now; what was seen is shown all the same where that cannot be done."""
-    seen = arbiter.ground.look()
-    try:
-        arbiter.respond(seen, now_s)
-    finally:
-        exporter.note(seen, now_s)
 
 
 @contextmanager

@@ -99,7 +99,8 @@ def kept_elsewhere(environment: Environment) -> list[str]:
     """Return what a backup of this home folder lacks, since the environment says that it lies elsewhere."""
     mlflow = bool(environment.mlflow_tracking_uri) and not (home_folder() / "mlflow").exists()
     registry = "the registry with its adapters, which MLFLOW_TRACKING_URI names"
-    return [*([registry] if mlflow else []), *(["feedback, which FEEDBACK_URL names"] if environment.feedback_url else [])]
+    feedback = environment.feedback_url and f"/{home_folder()}/" not in environment.feedback_url.get_secret_value()
+    return [*([registry] if mlflow else []), *(["feedback, which FEEDBACK_URL names"] if feedback else [])]
 
 
 def _in_order(home: Path) -> Iterator[Path]:

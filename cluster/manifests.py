@@ -244,9 +244,10 @@ def _walls() -> Object:
 def _monitor() -> Object:
     """Tell Prometheus' operator where Ray's agents and the arbiter show their metrics, by the names that rules and boards ask for."""
     ours = {"sourceLabels": ["__name__"], "regex": "ray_(tandem_.+)", "targetLabel": "__name__", "replacement": "$1"}
+    whose = {"sourceLabels": ["__meta_kubernetes_pod_label_ray_io_cluster"], "targetLabel": "cluster"}
     endpoints = [
-        {"port": "metrics", "relabelings": [{"targetLabel": "job", "replacement": "ray"}], "metricRelabelings": [ours]},
-        {"port": "arbiter", "relabelings": [{"targetLabel": "job", "replacement": "arbiter"}]},
+        {"port": "metrics", "relabelings": [{"targetLabel": "job", "replacement": "ray"}, whose], "metricRelabelings": [ours]},
+        {"port": "arbiter", "relabelings": [{"targetLabel": "job", "replacement": "arbiter"}, whose]},
     ]
     spec = {"selector": {"matchLabels": {"app.kubernetes.io/part-of": APP}}, "podMetricsEndpoints": endpoints}
     return {"apiVersion": "monitoring.coreos.com/v1", "kind": "PodMonitor", "metadata": labelled(APP, "monitoring"), "spec": spec}

@@ -94,6 +94,8 @@ def remove(storage: str, name: str) -> None:
     """
     files, root = _open(storage)
     with _answering(storage):
+        if exists(storage, f"{name}/{MARK}"):
+            files.delete_file(f"{root}/{name}/{MARK}")  # first: what is cut off here is no whole copy
         files.delete_dir(f"{root}/{name}")
 
 

@@ -150,7 +150,7 @@ def forget(
             forget(found, is_theirs, registry, session.storage)
     if yes:
         console.print(f"[green]forgotten[/]  {found.num_rows} rows, {len(found.pages)} pages")
-    elif found.num_rows or found.pages:
+    elif found.num_rows or found.pages or found.copies:
         console.print("nothing is changed yet: --yes does it")
 
 

@@ -100,6 +100,7 @@ def find(is_theirs: IsTheirs, registry: Registry, storage: str = "") -> Found:
             found.files[file] = len(theirs)
             places |= {row.get("origin") or row.get("place") or "" for row in theirs if not _unwrapped(row).get("completion_id")}
     prepared = {file.parent.name for file in found.files if file.name in (TRAIN, HELDOUT)}
+    prepared |= {file.parent.name for file in home.glob(f"data/*/{FORGOTTEN_FILE}")}  # a clean copy would be laid there again
     found.copies = sorted(name for name in prepared if has_copy(storage, name))
     found.own_places = sorted(place for place in places if place and not place.startswith(str(home)))
     versions = registry.versions()

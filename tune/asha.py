@@ -13,6 +13,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from configs.schema import BudgetConfig
 from tune.looks import Looks, failed
 
 ROUNDING = 1e-9
@@ -39,8 +40,14 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
         self.shares: dict[str, float] = {}  # how far each trial is
         self.goals: dict[str, int] = {}  # the rung that each trial may train to
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state that Tune kept of a sweep, which may have begun before there was a share."""
+        self.__dict__.update({"share": BudgetConfig().share, "shares": {}, "end": len(state["rungs"]) - 1} | state)
+
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Take a new trial, or one of a resumed sweep with what it reached before."""
+        if failed(trial.last_result or {}):
+            return
         looks = (trial.last_result or {}).get("looks", [])
         self._take(trial.trial_id, looks)
         if trial.trial_id in self.goals:  # its worker died, and it goes on
@@ -84,6 +91,10 @@ class Asha(FIFOScheduler):  # type: ignore[misc]
         for trial in () if running else waiting.values():  # one that runs may still fail
             tune_controller.stop_trial(trial)
         return None
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """Leave out of the grid whoever failed for good."""
+        self.shares.pop(trial.trial_id, None)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         """Keep its scores: the others are measured by them."""

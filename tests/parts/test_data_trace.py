@@ -115,6 +115,10 @@ def test_a_copy_in_the_clusters_storage_goes_too_and_joined_machines_are_named(t
     send_data(storage, trained.folder)
     assert f"delete data/{trained.folder.name} in each one's TANDEM_HOME" in " ".join(command("data", "forget", "ada", "--yes").out.split())
     assert not has_copy(storage, trained.folder.name)
+    left = tmp_path / "storage" / "data" / trained.folder.name
+    left.mkdir()  # as by a Tandem that did not look there
+    assert command("data", "forget", "ada", "--yes").status == 0
+    assert not left.exists()
     send_data(storage, trained.folder)
     assert [
         row["feedback"]["completion_id"] for row in rows_of(tmp_path / "storage" / "data" / trained.folder.name) if row["feedback"]

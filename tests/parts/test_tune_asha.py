@@ -148,6 +148,27 @@ def test_a_sweep_that_is_killed_and_resumed_decides_as_if_nothing_had_been(kille
     assert resumed.reached() == [1, 3, 1, 9, 1, 1, 3, 1, 1]
 
 
+def test_a_sweep_that_began_before_there_was_a_share_goes_on():
+    card = OneCard(asha(), [5, 3, 9, 1, 7, 8, 2, 6, 4])
+    card.add()
+    card.run(9)
+    kept = {name: value for name, value in card.scheduler.__dict__.items() if name not in ("share", "shares", "end")}
+    card.scheduler = Asha.__new__(Asha)
+    card.scheduler.__setstate__(kept)
+    card.add()
+    card.run()
+    assert card.reached() == [1, 3, 1, 9, 1, 1, 3, 1, 1]
+
+
+def test_a_resumed_sweep_leaves_what_failed_out_of_the_grid():
+    card = OneCard(asha(), [*range(15)])
+    for trial in card.trials[9:]:
+        trial.last_result, trial.status = {"reason": "out of memory"}, Trial.TERMINATED
+    card.add()
+    card.run()
+    assert card.reached()[:9] == [9, 3, 3, 1, 1, 1, 1, 1, 1]
+
+
 def test_a_trial_without_a_number_for_its_loss_never_goes_on():
     card = OneCard(asha(), [float("nan"), 2, 1, 3])
     card.add()

@@ -159,6 +159,9 @@ def test_pbt_lets_a_bad_trial_go_on_from_a_good_one_with_other_settings(stack: S
 
 def test_optuna_proposes_as_many_trials_on_the_one_base_that_has_a_card(stack: Stack, config):
     """A training holds the other card, for which the second base waits, and the trials do not."""
+    cards = json.loads((stack.home / "cluster.json").read_text())["cards"]
+    if sum(card["pool"] == "train" for card in cards) < 2:
+        pytest.skip("there is one train card")
     training = stack.begin("train", str(config), "name=long", "train.max_steps=100000", "train.checkpoint_every_steps=100000")
     found, _ = read_until(training, RUN_ID)
     wait_for(lambda: stack.losses(found[1]))

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.job_queue import CANCELLED, DONE, FAILED, RUNNING, STANDING, WAITING, Queue, QueuedJob
 from configs.cli import JOB_VARIABLE
+from configs.errors import ClusterError
 from tests.ray.stack import Stack, wait_for
 from tests.ray.test_5_tune import num_looks
 
@@ -75,7 +76,8 @@ def empty_line(stack: Stack) -> Iterator[None]:
     yield
     with closing(Queue(stack.home / "queue.db")) as queue:
         for left in queue.jobs(*STANDING):
-            queue.cancel(left.id)
+            with suppress(ClusterError):  # it has ended meanwhile
+                queue.cancel(left.id)
         wait_for(lambda: not queue.jobs(*STANDING))
 
 

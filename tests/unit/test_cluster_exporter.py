@@ -9,7 +9,6 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from cluster.arbiter import Arbiter, Sight
-from cluster.arbitrate import look
 from cluster.decisions import note_decision, read_decisions
 from cluster.exporter import LONGEST_LOOK_S, STALE_S, Exporter, serve_metrics
 from cluster.home import home_folder
@@ -101,7 +100,7 @@ def test_what_was_seen_is_shown_also_where_nothing_can_be_done_about_it(queue):
 
     exporter = Exporter(queue)
     with pytest.raises(ClusterError):
-        look(Arbiter(queue, Ground(), LendingConfig()), exporter, 100.0)
+        Arbiter(queue, Ground(), LendingConfig()).step(100.0, exporter.note)
     found = shown(exporter)
     assert (found[LOOKED], found["tandem_engines_wanted"], found["tandem_engines_answering"]) == (100, 1, 0)
 
