@@ -62,14 +62,9 @@ class Row:
 
 def read_rows(results: Any, sweep: SweepConfig) -> tuple[Row, ...]:
     """Return a row for each trial that was begun, by number."""
-    rows = [_row(trial, result, sweep) for trial, result in zip(trials_of(results), results, strict=True)]
+    trials = results._experiment_analysis.trials  # a result that was never reported has no settings of its own
+    rows = [_row(trial, result, sweep) for trial, result in zip(trials, results, strict=True)]
     return tuple(sorted((row for row in rows if row.looks or row.reason), key=lambda row: row.number))
-
-
-def trials_of(results: Any) -> list[Any]:
-    """Return Tune's own trials: a result that was never reported has no settings of its own."""
-    found: list[Any] = results._experiment_analysis.trials
-    return found
 
 
 def _row(trial: Any, result: Any, sweep: SweepConfig) -> Row:

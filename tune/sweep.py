@@ -22,7 +22,7 @@ from train.job import make_manifest
 from train.places import on_disk, runs_place
 from train.record import CONFIG_FILE, FINISHED, SWEEP, Record
 from train.sizing import size_prepared
-from tune.outcome import Row, best_row, read_rows, summary, trials_of
+from tune.outcome import Row, best_row, read_rows, summary
 
 if TYPE_CHECKING:
     from tune.progress import Show
@@ -152,10 +152,8 @@ def _try_all(start: Start, record: Record, show: "Callable[[ChatbotConfig], Show
     try:
         results = tuner.fit()
     except KeyError:
-        # Tune miscounts what it asked for where a raylet was killed, and stumbles over it as it clears up, with all of it on disk.
-        results = ray_tune.Tuner.restore(place, trainable).get_results()
-        if any(trial.status not in ("TERMINATED", "ERROR") for trial in trials_of(results)):
-            raise
+        # Tune miscounts what it asked for where a raylet was killed, and stumbles over it as it clears up; all is on disk.
+        results = ray_tune.Tuner.restore(place, trainable).fit()
     finally:
         shown.close()
         Seat.bases = None
