@@ -20,9 +20,11 @@ from tests.ray.stack import wait_for
 HEAD_SERVICE, REDIS, MLFLOW = "tandem-head-svc", "tandem-redis", "tandem-mlflow"
 PODS = ("head", "moved", "train")
 CONFIGS = "/run/tandem"  # /etc is not ours to mount in
+REDIS_PORT = "6390"  # in a pod 6379; here all have one network, in which the head takes that one at every address
 SECRETS = {"auth_token": secrets.token_hex(32), "redis_password": secrets.token_hex(16)}
+CARD_METRICS_PORT = 8082  # likewise: in a pod of its own the same as the head's
 METRICS = f"""python -c 'import urllib.request as http
-for place in ("head:{METRICS_PORT}", "train:{METRICS_PORT}", "head:{ARBITER_PORT}"):
+for place in ("head:{METRICS_PORT}", "train:{CARD_METRICS_PORT}", "head:{ARBITER_PORT}"):
     print(http.urlopen("http://" + place + "/metrics").status)'"""
 RAYLET = "pgrep -f /raylet/[r]aylet | head -1"
 JOBS = ". /var/lib/tandem/env && ray job list"
@@ -57,7 +59,8 @@ def net(made, tmp_path) -> Iterator[Network]:
 @contextmanager
 def redis(net: Network) -> Iterator[None]:
     """Run a Redis that asks for the password, as that of `ground.yaml` does."""
-    words = ["redis-server", "--bind", net.addresses[REDIS], "--requirepass", SECRETS["redis_password"], "--dir", str(net.folder)]
+    place = ["--bind", net.addresses[REDIS], "--port", REDIS_PORT, "--dir", str(net.folder)]
+    words = ["redis-server", *place, "--requirepass", SECRETS["redis_password"]]
     server = subprocess.Popen(["nsenter", "--target", str(net.holder.pid), "--net", *words], stdout=subprocess.DEVNULL)
     try:
         yield
@@ -97,7 +100,7 @@ def head_of(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
         **{START_COMMAND: f"ray start --head {flags}"},
         RAY_ADDRESS="127.0.0.1:6379",
         RAY_PORT="6379",
-        RAY_REDIS_ADDRESS=f"{REDIS}:6379",
+        RAY_REDIS_ADDRESS=f"{REDIS}:{REDIS_PORT}",
         RAY_external_storage_namespace="the-clusters-uid",
         RAY_CLUSTER_NAME="tandem",
         RAY_NODE_TYPE_NAME="headgroup",
@@ -109,9 +112,10 @@ def head_of(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def card_of(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """A train card, which knows the head by its name and has ten minutes to find it again."""
     group = next(entry for entry in made["RayCluster/tandem"]["spec"]["workerGroupSpecs"] if entry["groupName"] == "train")
+    flags = _flags(group).replace(str(METRICS_PORT), str(CARD_METRICS_PORT))
     return as_service(
         group["template"],
-        **{START_COMMAND: f"ray start {_flags(group)} --address={HEAD_SERVICE}:6379 --block", HEAD_ADDRESS: HEAD_SERVICE},
+        **{START_COMMAND: f"ray start {flags} --address={HEAD_SERVICE}:6379 --block", HEAD_ADDRESS: HEAD_SERVICE},
         RAY_ADDRESS=f"{HEAD_SERVICE}:6379",
         RAY_PORT="6379",
         RAY_gcs_rpc_server_reconnect_timeout_s="600",
