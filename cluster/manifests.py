@@ -62,6 +62,9 @@ def make_manifests(config: ChatbotConfig, machine: MachineConfig, application: S
         config: The chatbot.
         machine: Where it runs; its `deploy` says how.
         application: What Ray Serve is to run, as `python -m serve application` tells it.
+
+    Raises:
+        ConfigError: The machine's ports do not suit a pod of KubeRay's.
     """
     deploy, name = machine.deploy, dns_name(config.name)
     return {

@@ -6,6 +6,7 @@ Knows Kubernetes' pod templates. Does not know KubeRay's objects: see `cluster.m
 from typing import Any
 
 from cluster.kuberay import ARBITER_PORT
+from configs.errors import ConfigError
 from configs.schema import DeployConfig, MachineConfig, PoolConfig
 
 Object = dict[str, Any]
@@ -15,7 +16,7 @@ CONFIG_FOLDER = "/etc/tandem"
 HOME, STORAGE, CACHE = "/var/lib/tandem", "/var/lib/tandem-storage", "/var/cache/tandem"
 HOMES = "homes"  # of heads, a folder each of the shared volume
 DISK = "disk"  # of MLflow and of Redis, one each
-MLFLOW_PORT, SERVE_PORT, METRICS_PORT = 5000, 8000, 8080
+MLFLOW_PORT, SERVE_PORT, METRICS_PORT, RAY_PORT = 5000, 8000, 8080, 6379
 REDIS_IMAGE = "redis:8-alpine"
 USER_ID, REDIS_USER_ID = 10001, 999
 HEAD_CPUS, HEAD_MEMORY_GIB = 2, 8
@@ -43,9 +44,7 @@ def pod(
     deploy = machine.deploy
     if settings is None:
         command = ["head", f"{CONFIG_FOLDER}/machine.yaml", "cards=[]"]
-        limits = _limits(HEAD_CPUS, HEAD_MEMORY_GIB, None)
-        ports = {"gcs": machine.ray_port, "dashboard": machine.dashboard_port, "gate": machine.mlflow_port, "serve": SERVE_PORT}
-        ports |= {"arbiter": ARBITER_PORT, "metrics": METRICS_PORT}
+        limits, ports = _limits(HEAD_CPUS, HEAD_MEMORY_GIB, None), _ports_of_head(machine)
     else:
         gpu = ", gpu: 0" if settings.gpu else ""
         command = ["card", f"{CONFIG_FOLDER}/machine.yaml", f"cards=[{{pool: {part}{gpu}}}]"]
@@ -149,6 +148,22 @@ def submitter_pod(deploy: DeployConfig) -> Object:
 def secret_value(deploy: DeployConfig, key: str) -> Object:
     """Return where a value of our Secret is, as `valueFrom` takes it."""
     return {"secretKeyRef": {"name": deploy.secret, "key": key}}
+
+
+def _ports_of_head(machine: MachineConfig) -> dict[str, int]:
+    """Return the ports of the head's pod.
+
+    Raises:
+        ConfigError: One is told twice, or Ray's is not where KubeRay's parts of the pods look for it.
+    """
+    if machine.ray_port != RAY_PORT:
+        why = "KubeRay's autoscaler beside the head looks for Ray there, and what holds a card's pod until the head is up"
+        raise ConfigError(f"ray_port is {machine.ray_port}, and on Kubernetes must be {RAY_PORT}", why, "leave ray_port out")
+    ours = {"serve": SERVE_PORT, "arbiter": ARBITER_PORT, "metrics": METRICS_PORT}
+    for setting, port in (("dashboard_port", machine.dashboard_port), ("mlflow_port", machine.mlflow_port)):
+        if taken := [part for part, other in ours.items() if other == port]:
+            raise ConfigError(f"{setting} is {port}, where the {taken[0]} port of the head's pod is", "", f"{setting}=PORT with another")
+    return {"gcs": RAY_PORT, "dashboard": machine.dashboard_port, "gate": machine.mlflow_port, **ours}
 
 
 def _secrets(deploy: DeployConfig) -> list[Object]:

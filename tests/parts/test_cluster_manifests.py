@@ -1,5 +1,6 @@
-"""Manifests: by our list of KubeRay's fields and its own, by Kubernetes' schemas, and by Ray's autoscaler and Serve, which read them."""
+"""Manifests: by KubeRay's fields and its operator's rules, by Kubernetes' schemas, and by Ray's autoscaler and Serve, which read them."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -13,13 +14,18 @@ from jsonschema import Draft202012Validator
 from cluster.kuberay import ARBITER_PORT
 from cluster.manifests import make_manifests, show
 from cluster.pods import CONFIG_FOLDER, METRICS_PORT, SERVE_PORT
+from configs.errors import ConfigError
 from configs.loader import ROOT, load_chatbot, load_machine
 from serve.deploy import serve_application
 from tests.helpers.crds import read_schemas
+from tests.helpers.kuberay_rules import broken_rules, cluster_of
 
 Made = dict[str, list[dict[str, Any]]]
 KUBERAY = {"RayCluster", "RayJob", "RayService"}
 CUSTOM = KUBERAY | {"PodMonitor"}
+LONGEST_NAME = "0" + "x_" * 30 + "9"
+HEAD, SERVE = ("rayClusterConfig", "headGroupSpec"), ("rayClusterConfig", "workerGroupSpecs", 0)
+RAY = (*HEAD, "template", "spec", "containers", 0)
 NO_RIGHTS = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 CRD = """
 spec:
@@ -56,13 +62,11 @@ def made() -> Made:
 
 def clusters(made: Made) -> dict[str, dict[str, Any]]:
     """The specification of each cluster, by the kind of object that it is part of, and a job's name."""
-    objects = [entry for entries in made.values() for entry in entries if entry["kind"] in KUBERAY]
-    places = {
-        "RayCluster": lambda spec: spec,
-        "RayJob": lambda spec: spec["rayClusterSpec"],
-        "RayService": lambda spec: spec["rayClusterConfig"],
-    }
-    return {entry["metadata"]["name"]: places[entry["kind"]](entry["spec"]) for entry in objects}
+    return {entry["metadata"]["name"]: cluster_of(entry) for entry in of_kuberay(made)}
+
+
+def of_kuberay(made: Made) -> list[dict[str, Any]]:
+    return [entry for objects in made.values() for entry in objects if entry["kind"] in KUBERAY]
 
 
 def pods(made: Made) -> dict[str, dict[str, Any]]:
@@ -84,12 +88,78 @@ def pods(made: Made) -> dict[str, dict[str, Any]]:
 
 def test_kuberays_objects_have_only_fields_that_kuberay_has(made):
     schema = Draft202012Validator(yaml.safe_load((ROOT / "tests" / "helpers" / "kuberay.yaml").read_text()))
-    ours = [entry for objects in made.values() for entry in objects if entry["kind"] in KUBERAY]
+    ours = of_kuberay(made)
     assert sorted(entry["kind"] for entry in ours) == ["RayCluster", "RayJob", "RayJob", "RayService"]
     for entry in ours:
         schema.validate(entry)
     wrong = {**ours[0], "spec": {**ours[0]["spec"], "workerGroups": []}}
     assert not schema.is_valid(wrong)
+
+
+@pytest.mark.parametrize("config", ["helpdesk", "llama3_8b_lora", "llama3_8b_qlora"])
+@pytest.mark.parametrize(
+    ("overrides", "machine"),
+    [
+        ([], []),
+        ([f"name={LONGEST_NAME}", "serve.scaling.use_train_cards=true"], ["deploy.serve.min_cards=0"]),
+        (["train.num_workers=2", "train.batch_size=4"], ["deploy.serve.gpu=null", "deploy.train.gpu=null"]),
+    ],
+)
+def test_kuberays_operator_refuses_none(config: str, overrides: list[str], machine: list[str]):
+    chatbot = load_chatbot(f"configs/{config}.yaml", overrides)
+    made = make_manifests(chatbot, load_machine("kubernetes", machine), serve_application(chatbot, 1.0, 2))
+    for entry in of_kuberay(made):
+        assert broken_rules(entry) == [], entry["metadata"]["name"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "rule"),
+    [
+        (("ttlSecondsAfterFinished",), 60, "a job's time to live"),
+        (("upgradeStrategy", "type"), "Recreate", "a service's upgrade"),
+        (("rayClusterConfig", "upgradeStrategy"), {"type": "None"}, "a cluster's own upgrade"),
+        (("rayClusterConfig", "rayVersion"), "2.51.1", "a Ray that has tokens"),
+        (("rayClusterConfig", "authOptions", "enableK8sTokenAuth"), True, "a token of one kind"),
+        ((*HEAD, "headService"), {}, "the head's service"),
+        ((*HEAD, "rayStartParams", "redis-password"), "any", "variables that the operator sets"),
+        ((*HEAD, "rayStartParams", "port"), "7000", "Ray's port"),
+        ((*HEAD, "template", "spec", "restartPolicy"), "Always", "a pod that the autoscaler restarts"),
+        ((*RAY, "env"), [{"name": "REDIS_PASSWORD"}], "variables that the operator sets"),
+        ((*RAY, "ports"), [{"name": "gcs", "containerPort": 6379}], "ports that the operator looks for by name"),
+        ((*RAY, "ports", 1, "containerPort"), 6379, "ports with a key of their own"),
+        ((*SERVE, "minReplicas"), 3, "replicas in order"),
+        ((*SERVE, "rayStartParams", "num-cpus"), "4", "resources told once"),
+        ((*SERVE, "labels", "a pool"), "serve", "labels"),
+        ((*SERVE, "suspend"), True, "a group that sleeps"),
+    ],
+)
+def test_each_rule_of_the_operator_can_be_broken(made, path: tuple[str | int, ...], value: Any, rule: str):
+    service = copy.deepcopy(made["rayservice.yaml"][0])
+    part = service["spec"]
+    for step in path[:-1]:
+        part = part[step]
+    part[path[-1]] = value
+    assert broken_rules(service) == [rule]
+
+
+def test_a_name_that_the_operator_refuses(made):
+    (service,) = made["rayservice.yaml"]
+    for name in ("9chat", "Chat", "chat-", "c" * 48):
+        assert broken_rules({**service, "metadata": {"name": name}}) == ["name"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("ray_port=7000", "ray_port is 7000, and on Kubernetes must be 6379"),
+        ("dashboard_port=8000", "dashboard_port is 8000, where the serve port of the head's pod is"),
+        ("mlflow_port=8081", "mlflow_port is 8081, where the arbiter port of the head's pod is"),
+        ("deploy.secret=a_secret", "deploy.secret"),
+    ],
+)
+def test_settings_that_no_pod_could_have_are_refused(setting: str, told: str):
+    with pytest.raises(ConfigError, match=told):
+        make(machine=(setting,))
 
 
 def test_custom_resources_are_as_their_crds_have_them(made):
