@@ -1,7 +1,7 @@
 """What engines tell of themselves: when each last had a request, and whether it has its card; and how one is told to sleep.
 
-Each engine keeps a small file, and looks for another beside it. Knows files of this machine. Does not know what a request is. Writing
-takes microseconds, so that it is done at each request.
+Each engine keeps a small file, and looks for another beside it. Knows files of this machine. Does not know what a request is. The file
+is written when the first request comes and when the last one ends: while there are many, none waits for a disk.
 """
 
 import os
@@ -57,13 +57,15 @@ class ActivityFile:
     def begin(self) -> None:
         """Note that a request came."""
         self.num_in_flight += 1
-        self._write()
+        if self.num_in_flight == 1:
+            self._write()
 
     def end(self) -> None:
         """Note that a request was answered, or went away."""
         self.num_in_flight -= 1
-        self.since_s = time.time()
-        self._write()
+        if self.num_in_flight == 0:
+            self.since_s = time.time()
+            self._write()
 
     def tell(self, state: EngineState) -> None:
         """Note how the engine stands, which is no request."""

@@ -5,7 +5,6 @@ gives HAProxy's own errors OpenAI's shape. Knows files, ports and limits. Does n
 """
 
 import json
-import os
 import resource
 import shlex
 import subprocess
@@ -17,6 +16,8 @@ from cluster.processes import quiet_port
 from configs.schema import MachineConfig
 
 MAX_CONNECTIONS = 4096
+MAX_THREADS = 4
+CARDS_A_THREAD = 2  # one thread passes on what two engines write; who sleeps is woken for each piece, in the time of who writes it
 MIN_CONNECTIONS = 256
 DESCRIPTORS_A_CONNECTION = 2  # the client's and the replica's
 DESCRIPTORS_BESIDE = 512
@@ -38,7 +39,7 @@ exec {binary} "$@"
 """
 
 
-def proxy_environment(machine: MachineConfig, folder: Path) -> dict[str, str]:
+def proxy_environment(machine: MachineConfig, folder: Path, num_cards: int = 2) -> dict[str, str]:
     """Return what tells Ray Serve to run HAProxy, and write its files into `folder`; nothing where Serve's own proxy is to run."""
     binary = haproxy_binary() if machine.http_proxy != "python" else None
     if binary is None or _num_connections() < MIN_CONNECTIONS or len(str(folder)) > MAX_FOLDER_LETTERS:
@@ -51,7 +52,7 @@ def proxy_environment(machine: MachineConfig, folder: Path) -> dict[str, str]:
     places = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin", "SERVER_STATE_FILE": "state", "METRICS_SOCKET_PATH": "metrics"}
     settings = {
         "MAXCONN": str(_num_connections()),
-        "NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "NBTHREAD": str(max(1, min(MAX_THREADS, num_cards // CARDS_A_THREAD))),
         "BINARY_PATH": str(launcher),
         "SERVER_STATE_BASE": str(folder),
         **{name: str(folder / file) for name, file in places.items()},

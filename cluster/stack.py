@@ -92,7 +92,7 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
 
             mark(machine.storage)
         cards = find_cards(machine)
-        proxy = proxy_environment(machine, ray_folder() / "proxy")
+        proxy = proxy_environment(machine, ray_folder() / "proxy", len(cards))
         session = replace(_plan(machine, cards), has_haproxy=bool(proxy))
         shared = {**session.environment(), **stack_environment(machine), **proxy}
         try:

@@ -39,7 +39,7 @@ from serve.tools import choose_tool_parser
 
 MAX_CONSTRUCTOR_RETRIES = 3
 HEALTH_PERIOD_S = 5.0
-TOLD_AFTER_S = 0.3  # of a request, in logs and metrics: longer than it takes to hand the engine as many as it computes at once
+TOLD_AFTER_S = 1.0  # of a request, in logs and metrics: longer than it takes to hand the engine as many as it computes at once
 LAST_ANSWER_S = 300.0  # an engine that is to leave ends its answers, but not for ever
 # After so many new objects Python looks for garbage among the youngest, after a hundred times as many among all that were not there at the
 # start: requests under way, in the loop that streams them. Its own 700 are for programs whose objects are few.

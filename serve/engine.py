@@ -92,6 +92,7 @@ async def start_engine(arguments: list[str], adapters: Adapters, watch: Watch) -
     app = build_app(args, supported_tasks=tasks)
     await init_app_state(engine, app.state, args, supported_tasks=tasks)
     _leave_out_layers(app)
+    leave_out_looks()
     enable_envs_cache()  # as the engine's own process does: at each token one is looked up
     return engine, app
 
@@ -103,6 +104,22 @@ def _leave_out_layers(app: Any) -> None:
     """
     app.user_middleware = []
     app.middleware_stack = app.build_middleware_stack()  # vLLM's application comes with one
+
+
+def leave_out_looks() -> None:
+    """Have vLLM look for fields that it does not know in requests alone: it does so in each piece of an answer too, twice."""
+    from vllm.entrypoints.openai.chat_completion import protocol as chat
+    from vllm.entrypoints.openai.completion import protocol as completion
+
+    for kind in (
+        chat.DeltaMessage,
+        chat.ChatCompletionResponseStreamChoice,
+        chat.ChatCompletionStreamResponse,
+        completion.CompletionResponseStreamChoice,
+        completion.CompletionStreamResponse,
+    ):
+        kind.__pydantic_decorators__.model_validators.pop("__log_extra_fields__", None)
+        kind.model_rebuild(force=True)
 
 
 def _stat_loggers(watch: Watch) -> list[Any]:

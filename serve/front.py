@@ -22,7 +22,7 @@ from serve.bounds import check_bounds
 from serve.completion_ids import request_id_of
 from serve.feedback import FeedbackDesk
 from serve.keys import Key, KeyFile, is_operator
-from serve.last_words import hold_of
+from serve.last_words import hold_of, straight
 from serve.meter import Meter
 from serve.observed import Observed, Watch
 from serve.openapi import describe
@@ -88,7 +88,8 @@ class Front:
             return
         headers, path = dict(scope["headers"]), scope["path"]
         seen = Observed(request_id_of(headers.get(ID_HEADER, b"")), scope["method"], path if path in ROUTES else OTHER)
-        to_client, send, receive = send, seen.follow(send), seen.heed(receive)
+        to_client = straight(scope, send)
+        send, receive = seen.follow(to_client), seen.heed(receive)
         try:
             await self._route(scope, receive, send, seen)
         except RefusedError as refusal:

@@ -1,9 +1,11 @@
 """The process that speaks for a replica which was killed: it holds the connections of streams that are under way, and ends them.
 
 A connection stays open while another process holds it too. Begun by `serve.last_words` as a file of its own, with the socket that it is
-told things by as its input; knows sockets and the standard library alone, so that it starts at once and stays small.
+told things by as its input, and its output a table in shared memory; knows sockets and the standard library alone, so that it starts
+at once and stays small.
 """
 
+import mmap
 import os
 import signal
 import socket
@@ -12,6 +14,7 @@ from contextlib import suppress
 from fcntl import ioctl
 
 NUMBER = struct.Struct("=I")  # the connection's in the replica; what it is told stands behind it, where it is handed over
+NUM_CONNECTIONS = 2**16  # by their numbers; each has a byte in the table, which is 1 while a stream is under way on it
 MAX_TOLD_BYTES = 4096
 SIOCOUTQ = 0x5411
 MAX_UNREAD_BYTES = 2**16  # with so much on the way the reader stands still, and the replica may have written half a chunk
@@ -24,7 +27,7 @@ def main() -> None:
     for ended in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ended, signal.SIG_IGN)  # it ends with its replica, and after it
     held: dict[int, tuple[socket.socket, bytes]] = {}
-    with socket.socket(fileno=0) as line:
+    with socket.socket(fileno=0) as line, mmap.mmap(1, NUM_CONNECTIONS) as streams:
         while told := socket.recv_fds(line, MAX_TOLD_BYTES, 1):
             message, descriptors, *_ = told
             if not message:
@@ -34,10 +37,11 @@ def main() -> None:
                 before[0].close()
             for descriptor in descriptors:
                 held[number] = (socket.socket(fileno=descriptor), message[NUMBER.size :])
-    for connection, words in held.values():
-        with suppress(OSError):
-            speak(connection, words)
-        connection.close()
+        for number, (connection, words) in held.items():
+            with suppress(OSError):
+                if streams[number]:
+                    speak(connection, words)
+            connection.close()
 
 
 def speak(connection: socket.socket, words: bytes) -> None:

@@ -1,15 +1,17 @@
 """A stream whose replica is killed ends with an error, and does not just break off: its connection is known to a second process.
 
-Knows uvicorn's protocol of a connection, and `serve.guardian`. Does not know what is streamed. Costs a stream two messages over a
-socket, and a piece of it nothing.
+Knows uvicorn's protocol of a connection, and `serve.guardian`. Does not know what is streamed. Costs a connection two messages over a
+socket, a stream on it two bytes of memory, and a piece of it nothing: it passes Ray Serve's senders by.
 """
 
 import logging
+import mmap
+import os
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,8 +19,8 @@ from typing import Any, ClassVar
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serve.guardian import NUMBER
-from serve.refusal import Scope
+from serve.guardian import NUM_CONNECTIONS, NUMBER
+from serve.refusal import Message, Scope, Send, send_nothing
 
 EXTENSION = "tandem.guardian"  # of an ASGI scope
 # Ray Serve's word of a client for whom it need not look whether the client goes away: two tasks less a request, and the turns between them.
@@ -35,9 +37,14 @@ class Guardian:
         self.may_wait = may_wait
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._line.setblocking(False)
+        table = os.memfd_create("streams")
+        os.truncate(table, NUM_CONNECTIONS)
+        self.streams = mmap.mmap(table, NUM_CONNECTIONS)
+        """By a connection's number: 1 while a stream is under way on it, which is not told each time."""
         with theirs:
             command = [sys.executable, "-I", "-S", str(GUARDIAN_FILE)]
-            subprocess.run(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, check=True, timeout=START_TIMEOUT_S)
+            subprocess.run(command, stdin=theirs.fileno(), stdout=table, check=True, timeout=START_TIMEOUT_S)
+        os.close(table)
 
     def hold(self, number: int, words: bytes) -> bool:
         """Hand over a connection, by the number of its descriptor; return whether it is held now."""
@@ -48,27 +55,23 @@ class Guardian:
             return False
         return True
 
-    def release(self, number: int) -> bool:
-        """Take a connection back; return False where the guardian is too busy to be told."""
-        try:
+    def release(self, number: int) -> None:
+        """Take back a connection that has ended; one who is too busy to be told holds a dead one until its number comes again."""
+        with suppress(OSError):
             self._line.send(NUMBER.pack(number))
-        except BlockingIOError:
-            return False
-        except OSError:  # it is gone, and holds nothing
-            return True
-        return True
 
 
 class GuardedProtocol(HttpToolsProtocol):
     """One connection, which an application may have guarded while it streams an answer: `hold` in the scope's extension."""
 
     guardian: ClassVar[Guardian | None] = None
-    _held: int | None = None
+    _held: tuple[int, bytes] | None = None
+    """This connection's number, and the event that it ends with, where the guardian holds it."""
 
     def on_message_begin(self) -> None:
         """Begin a request."""
         super().on_message_begin()
-        self.scope["extensions"] = {EXTENSION: {"hold": self.hold}}
+        self.scope["extensions"] = {EXTENSION: {"hold": self.hold, "send_piece": self.send_piece}}
 
     def on_headers_complete(self) -> None:
         """Hand the request on, with our word of whether Ray Serve watches its client, and not the client's own."""
@@ -79,15 +82,26 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def hold(self, event: bytes) -> None:
         """Have the answer, whose head was sent, ended with an event if this process dies before it can end it."""
-        if self.guardian and self._held is None and self.cycle.chunked_encoding:
+        if not self.guardian or not self.cycle.chunked_encoding:
+            return
+        if self._held is None or self._held[1] != event:
             number = self.transport.get_extra_info("socket").fileno()
-            if self.guardian.hold(number, b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)):
-                self._held = number
+            words = b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)
+            self._held = (number, event) if number < NUM_CONNECTIONS and self.guardian.hold(number, words) else self._held
+        if self._held and self._held[1] == event:
+            self.guardian.streams[self._held[0]] = 1
+
+    def send_piece(self, message: Message) -> Awaitable[None]:
+        """Send a piece, neither first nor last, of an answer: uvicorn's `send`, without what is only of the others."""
+        cycle, body = self.cycle, message["body"]
+        if not cycle.chunked_encoding or cycle.disconnected or cycle.flow.write_paused:
+            return cycle.send(message)  # type: ignore[arg-type]
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return send_nothing()
 
     def on_response_complete(self) -> None:
-        """Take the connection back; it may get the next request."""
-        if self._held is not None and not self._release():
-            self.transport.close()  # what cannot be taken back is not used again
+        """Take note that no stream is under way; the connection may get the next request."""
+        self._end_stream()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -96,16 +110,14 @@ class GuardedProtocol(HttpToolsProtocol):
         with suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
         connection.detach()
-        if self._held is not None:
-            self._release()
+        self._end_stream()
+        if self.guardian and self._held:
+            self.guardian.release(self._held[0])
         super().connection_lost(exc)
 
-    def _release(self) -> bool:
-        assert self.guardian
-        assert self._held is not None
-        if released := self.guardian.release(self._held):
-            self._held = None
-        return released
+    def _end_stream(self) -> None:
+        if self.guardian and self._held:
+            self.guardian.streams[self._held[0]] = 0
 
 
 def guard_streams(may_wait: Callable[[], bool]) -> None:
@@ -123,5 +135,24 @@ def guard_streams(may_wait: Callable[[], bool]) -> None:
 
 def hold_of(scope: Scope) -> Callable[[bytes], None] | None:
     """Return what has the connection of a request guarded; None where nothing does."""
-    extension: dict[str, Any] = (scope.get("extensions") or {}).get(EXTENSION) or {}
-    return extension.get("hold")
+    hold: Callable[[bytes], None] | None = _extension(scope).get("hold")
+    return hold
+
+
+def straight(scope: Scope, send: Send) -> Send:
+    """Return a `send` that has the middle of an answer written by the connection itself; `send` as it is where that is not ours.
+
+    What Ray Serve has between the two looks at each piece, only to see whether it is the first or the last.
+    """
+    send_piece: Send | None = _extension(scope).get("send_piece")
+    if send_piece is None:
+        return send
+
+    def send_straight(message: Message) -> Awaitable[None]:
+        return send_piece(message) if message.get("more_body") and message.get("body") else send(message)
+
+    return send_straight
+
+
+def _extension(scope: Scope) -> dict[str, Any]:
+    return (scope.get("extensions") or {}).get(EXTENSION) or {}
