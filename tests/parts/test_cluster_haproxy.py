@@ -106,3 +106,8 @@ def test_another_proxy_may_be_asked_for_and_takes_the_place_where_haproxys_socke
     assert proxy_environment(MachineConfig(http_proxy="python"), folder) == {}
     assert proxy_environment(MachineConfig(), tmp_path / ("long" * 20)) == {}
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(("num_cards", "num_threads"), [(1, "1"), (2, "1"), (4, "2"), (64, "4")])
+def test_a_thread_of_haproxy_is_for_two_cards(folder, num_cards, num_threads):
+    assert proxy_environment(MachineConfig(), folder, num_cards)["RAY_SERVE_HAPROXY_NBTHREAD"] == num_threads

@@ -20,14 +20,15 @@ from tests.ray.stack import wait_for
 EVENT = b'data: {"error": "lost"}\n\n'
 SERVER = """
 import asyncio, sys, uvicorn
-from serve.last_words import guard_streams, hold_of
+from serve.last_words import guard_streams, hold_of, straight
 
 async def application(scope, receive, send):
     how = scope["path"]
+    send = straight(scope, send) if scope["query_string"] else send
     headers = [(b"content-length", b"1000")] if how == "/whole" else []
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     if how != "/whole":
-        hold_of(scope)(EVENT)
+        hold_of(scope)(scope["query_string"].partition(b"=")[2] or EVENT)
     number = 0
     while how != "/short" or number < 3:
         piece = b"x" if how == "/whole" and number < 10 else b"" if how == "/whole" else b"data: %d\\n\\n" % number
@@ -118,6 +119,31 @@ def test_a_connection_whose_stream_ended_is_nobodys_business(server):
             server.kill()
             with pytest.raises(httpx.RemoteProtocolError):
                 assert EVENT not in b"".join(coming)
+
+
+def test_a_connection_is_handed_over_once_and_its_next_stream_ends_with_words_of_its_own(server):
+    (guardian,) = server.guardians()
+    num_open = guardian.num_fds()
+    with httpx.Client() as client:
+        for words in ("first", "first", "second"):
+            assert client.get(f"{server.address}/short?words={words}").text.endswith("data: 2\n\n")
+            wait_for(lambda: guardian.num_fds() == num_open + 1, timeout_s=30)  # the one connection, between its streams too
+        with client.stream("GET", f"{server.address}/long?words=third") as answer:
+            coming = begun(answer)
+            server.kill()
+            assert b"".join(coming).endswith(b"third")
+
+
+def test_what_goes_straight_to_the_connection_comes_as_it_was_sent(server):
+    with httpx.Client() as client:
+        assert client.get(f"{server.address}/short?straight").text == client.get(f"{server.address}/short").text
+        with client.stream("GET", f"{server.address}/whole?straight") as whole:
+            assert begun(whole), "an answer with a length, which is in no chunks"
+        with client.stream("GET", f"{server.address}/much?straight") as much:
+            wait_for(lambda: is_full(server), timeout_s=60)  # it waits for its reader
+            lines = much.iter_lines()
+            numbers = [line for line in (next(lines) for _ in range(100_000)) if line]
+    assert numbers == sorted(numbers, key=lambda line: int(line.removeprefix("data: ")))
 
 
 def test_what_a_client_left_is_let_go(server):

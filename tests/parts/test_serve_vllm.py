@@ -191,3 +191,29 @@ def test_of_the_engines_numbers_those_of_the_table_are_told_and_a_gauge_when_it_
     assert told == counted, "the gauges are as they were"
     for quiet in (manager.log, manager.log_engine_initialized, manager.record_sleep_state):
         quiet()
+
+
+def test_vllm_looks_for_strange_fields_in_requests_and_no_more_in_what_it_writes(monkeypatch):
+    from vllm.entrypoints.openai.chat_completion import protocol as chat
+    from vllm.entrypoints.openai.completion import protocol as completion
+    from vllm.entrypoints.serve.engine import protocol as shared
+
+    from serve.engine import leave_out_looks
+
+    looked_at: list[str] = []
+    monkeypatch.setattr(shared.logger, "debug", lambda text, *_: looked_at.append(text))
+
+    def pieces() -> list[str]:
+        said = chat.ChatCompletionResponseStreamChoice(index=0, delta=chat.DeltaMessage(content="so", strange=1), strange=1)
+        text = completion.CompletionResponseStreamChoice(index=0, text="so", strange=1)
+        head = {"id": "1", "created": 1, "model": "base", "strange": 1}
+        whole = (chat.ChatCompletionStreamResponse(choices=[said], **head), completion.CompletionStreamResponse(choices=[text], **head))
+        return [piece.model_dump_json(exclude_unset=True) for piece in whole]
+
+    leave_out_looks()
+    written = pieces()
+    assert not looked_at
+    assert json.loads(written[0])["choices"][0]["delta"] == {"content": "so", "strange": 1}
+    assert json.loads(written[1])["choices"] == [{"index": 0, "text": "so", "strange": 1}]
+    chat.ChatCompletionRequest(messages=[{"role": "user", "content": "so"}], strange=1)
+    assert looked_at

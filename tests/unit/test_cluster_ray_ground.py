@@ -202,6 +202,21 @@ def test_an_engine_answers_when_it_runs_and_has_its_card(home, up):
             assert stands() == (1, num_answering), "no engine is reached without a proxy"
 
 
+def test_among_many_requests_only_the_first_and_the_last_are_written(home, monkeypatch):
+    file, written, write = ActivityFile(), [], os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *what: written.append(what) or write(*what))
+    for _ in range(3):
+        file.begin()
+    file.end()
+    file.end()
+    assert read_activity(os.getpid()).quiet_s == 0
+    assert len(written) == 1
+    file.end()
+    time.sleep(0.01)
+    assert read_activity(os.getpid()).quiet_s > 0
+    assert len(written) == 2
+
+
 def test_a_state_is_no_request(home):
     file = ActivityFile()
     file.begin()
