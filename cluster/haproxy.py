@@ -5,6 +5,7 @@ gives HAProxy's own errors OpenAI's shape. Knows files, ports and limits. Does n
 """
 
 import json
+import os
 import resource
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from cluster.home import write_text
 from cluster.processes import quiet_port
-from configs.schema import MachineConfig
+from configs.schema import MachineConfig, is_loopback
 
 MAX_CONNECTIONS = 4096
 MAX_THREADS = 4
@@ -39,7 +40,7 @@ exec {binary} "$@"
 """
 
 
-def proxy_environment(machine: MachineConfig, folder: Path, num_cards: int = 2) -> dict[str, str]:
+def proxy_environment(machine: MachineConfig, folder: Path, num_cards: int) -> dict[str, str]:
     """Return what tells Ray Serve to run HAProxy, and write its files into `folder`; nothing where Serve's own proxy is to run."""
     binary = haproxy_binary() if machine.http_proxy != "python" else None
     if binary is None or _num_connections() < MIN_CONNECTIONS or len(str(folder)) > MAX_FOLDER_LETTERS:
@@ -52,7 +53,7 @@ def proxy_environment(machine: MachineConfig, folder: Path, num_cards: int = 2) 
     places = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin", "SERVER_STATE_FILE": "state", "METRICS_SOCKET_PATH": "metrics"}
     settings = {
         "MAXCONN": str(_num_connections()),
-        "NBTHREAD": str(max(1, min(MAX_THREADS, num_cards // CARDS_A_THREAD))),
+        "NBTHREAD": str(_num_threads(machine, num_cards)),
         "BINARY_PATH": str(launcher),
         "SERVER_STATE_BASE": str(folder),
         **{name: str(folder / file) for name, file in places.items()},
@@ -66,6 +67,11 @@ def proxy_environment(machine: MachineConfig, folder: Path, num_cards: int = 2) 
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         **{f"RAY_SERVE_HAPROXY_{name}": value for name, value in settings.items()},
     }
+
+
+def _num_threads(machine: MachineConfig, num_cards: int) -> int:
+    is_alone = is_loopback(machine.listen_host)  # where others may join, their engines' answers come through here too
+    return max(1, min(MAX_THREADS, os.cpu_count() or 1, num_cards // CARDS_A_THREAD if is_alone else MAX_THREADS))
 
 
 @cache

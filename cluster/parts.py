@@ -118,7 +118,8 @@ def stack_environment(machine: MachineConfig) -> dict[str, str]:
         **_interface_environment(machine.listen_host),
         # Ray's own are the same for every cluster of a machine: the second would show the first one's metrics.
         **{name: str(quiet_port()) for name in ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT")},
-        # A replica answers in the loop that its requests come in: no streamed token goes from one thread to another.
+        # A replica answers in the loop that its requests come in: no streamed token goes from one thread to another, and `serve.last_words`
+        # may write to the connection.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         # What Serve's own proxy is wrapped in; a replica asks for it too, and is told otherwise by `serve.app`.
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",

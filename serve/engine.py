@@ -107,7 +107,7 @@ def _leave_out_layers(app: Any) -> None:
 
 
 def leave_out_looks() -> None:
-    """Have vLLM look for fields that it does not know in requests alone: it does so in each piece of an answer too, twice."""
+    """Have vLLM no longer look for fields that it does not know in each piece of a stream, which it writes itself."""
     from vllm.entrypoints.openai.chat_completion import protocol as chat
     from vllm.entrypoints.openai.completion import protocol as completion
 

@@ -6,18 +6,19 @@ socket, a stream on it two bytes of memory, and a piece of it nothing: it passes
 
 import logging
 import mmap
-import os
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from uvicorn.config import HTTP_PROTOCOLS
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from serve.guardian import NUM_CONNECTIONS, NUMBER
 from serve.refusal import Message, Scope, Send, send_nothing
@@ -26,6 +27,7 @@ EXTENSION = "tandem.guardian"  # of an ASGI scope
 # Ray Serve's word of a client for whom it need not look whether the client goes away: two tasks less a request, and the turns between them.
 UNWATCHED = (b"x-request-disconnect-disabled", b"?1")
 GUARDIAN_FILE = Path(__file__).with_name("guardian.py")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (a file without a name)
 START_TIMEOUT_S = 30.0
 log = logging.getLogger("tandem.serve")
 
@@ -37,14 +39,12 @@ class Guardian:
         self.may_wait = may_wait
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._line.setblocking(False)
-        table = os.memfd_create("streams")
-        os.truncate(table, NUM_CONNECTIONS)
-        self.streams = mmap.mmap(table, NUM_CONNECTIONS)
-        """By a connection's number: 1 while a stream is under way on it, which is not told each time."""
-        with theirs:
+        with theirs, tempfile.TemporaryFile(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None) as table:
+            table.truncate(NUM_CONNECTIONS)
+            self.streams = mmap.mmap(table.fileno(), NUM_CONNECTIONS)
+            """By a connection's number: 1 while a stream is under way on it, which is not told each time."""
             command = [sys.executable, "-I", "-S", str(GUARDIAN_FILE)]
             subprocess.run(command, stdin=theirs.fileno(), stdout=table, check=True, timeout=START_TIMEOUT_S)
-        os.close(table)
 
     def hold(self, number: int, words: bytes) -> bool:
         """Hand over a connection, by the number of its descriptor; return whether it is held now."""
@@ -55,23 +55,23 @@ class Guardian:
             return False
         return True
 
-    def release(self, number: int) -> None:
-        """Take back a connection that has ended; one who is too busy to be told holds a dead one until its number comes again."""
-        with suppress(OSError):
+    def release(self, number: int) -> bool:
+        """Take back a connection; return False where the guardian is too busy to be told: it then holds it until its number comes again."""
+        try:
             self._line.send(NUMBER.pack(number))
+        except BlockingIOError:
+            return False
+        except OSError:  # it is gone, and holds nothing
+            return True
+        return True
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection, which an application may have guarded while it streams an answer: `hold` in the scope's extension."""
+    """One connection, which an application may have guarded while it streams an answer, and write to: in its scope's extension."""
 
     guardian: ClassVar[Guardian | None] = None
     _held: tuple[int, bytes] | None = None
     """This connection's number, and the event that it ends with, where the guardian holds it."""
-
-    def on_message_begin(self) -> None:
-        """Begin a request."""
-        super().on_message_begin()
-        self.scope["extensions"] = {EXTENSION: {"hold": self.hold, "send_piece": self.send_piece}}
 
     def on_headers_complete(self) -> None:
         """Hand the request on, with our word of whether Ray Serve watches its client, and not the client's own."""
@@ -79,10 +79,21 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.guardian and not self.guardian.may_wait():  # the engine's application itself looks whether its client is still there
             self.headers.append(UNWATCHED)
         super().on_headers_complete()
+        cycle = self.cycle  # that of the newest request: an older one's answer may still be under way
+        if cycle and cycle.scope is self.scope:
+            self.scope["extensions"] = {EXTENSION: {"hold": partial(self._hold, cycle), "send_piece": partial(self._send_piece, cycle)}}
 
-    def hold(self, event: bytes) -> None:
+    def handle_websocket_upgrade(self) -> None:
+        """Take the connection back, which from now on is another protocol's."""
+        held, self._held = self._held, None
+        if self.guardian and held and not self.guardian.release(held[0]):
+            self.transport.close()
+            return
+        super().handle_websocket_upgrade()
+
+    def _hold(self, cycle: RequestResponseCycle, event: bytes) -> None:
         """Have the answer, whose head was sent, ended with an event if this process dies before it can end it."""
-        if not self.guardian or not self.cycle.chunked_encoding:
+        if not self.guardian or not cycle.chunked_encoding:
             return
         if self._held is None or self._held[1] != event:
             number = self.transport.get_extra_info("socket").fileno()
@@ -91,11 +102,11 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._held and self._held[1] == event:
             self.guardian.streams[self._held[0]] = 1
 
-    def send_piece(self, message: Message) -> Awaitable[None]:
+    def _send_piece(self, cycle: RequestResponseCycle, message: Message) -> Awaitable[None]:
         """Send a piece, neither first nor last, of an answer: uvicorn's `send`, without what is only of the others."""
-        cycle, body = self.cycle, message["body"]
-        if not cycle.chunked_encoding or cycle.disconnected or cycle.flow.write_paused:
+        if not cycle.chunked_encoding or cycle.response_complete or cycle.disconnected or cycle.flow.write_paused:
             return cycle.send(message)  # type: ignore[arg-type]
+        body = message["body"]
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return send_nothing()
 

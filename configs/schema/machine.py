@@ -85,7 +85,7 @@ class DeployConfig(Settings):
     """Class of the volume that all pods share, which must allow ReadWriteMany; the cluster's default if empty."""
     storage_gib: int = Field(100, ge=1)
     """Size of that volume, in GiB."""
-    secret: str = Field("tandem", pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
+    secret: str = Field("tandem", max_length=63, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$")
     """Name of the Secret, as Kubernetes allows it, with `auth_token`, `redis_password`, and whatever of `.env` is wanted."""
 
 

@@ -27,6 +27,7 @@ WINDOW = "1m"
 PICTURES = {
     "chat": ["Requests, by status", "Answer tokens, by version", "First token, whose part (p95)", "Refused and failed, by key"],
     "cards": ["Tokens a second", "Loss", "Busy share, by holder", "Jobs in line"],
+    "adapters": ["Versions loaded, by engine", "Fetching a version (p95)", "Tokens, by version", "First token, by version (p50)"],
 }
 
 
@@ -109,10 +110,10 @@ def main() -> None:
         folder = Path(name)
         model = make_tiny_model(folder / "tiny-model")
         config = make_config(stack.folder, model, stack.ports["chat"])
-        version = stack.train(config, "name=helpdesk")
+        first, second = (stack.train(config, "name=helpdesk", f"train.seed={seed}") for seed in (1, 2))
         stack.serve(config, "serve.scaling.min_replicas=1", "serve.scaling.use_train_cards=false")
-        assert stack.run("serve", "promote", version.name).returncode == 0
-        take(stack, config, ["helpdesk", model.name], folder / "prometheus")
+        assert stack.run("serve", "promote", second.name).returncode == 0
+        take(stack, config, ["helpdesk", first.name, model.name], folder / "prometheus")
 
 
 if __name__ == "__main__":

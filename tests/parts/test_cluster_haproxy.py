@@ -53,7 +53,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def environment(folder) -> dict[str, str]:
-    return proxy_environment(MachineConfig(), folder)
+    return proxy_environment(MachineConfig(), folder, 2)
 
 
 @pytest.fixture
@@ -103,11 +103,23 @@ def test_its_files_are_its_owners(environment):
 
 
 def test_another_proxy_may_be_asked_for_and_takes_the_place_where_haproxys_sockets_would_not_open(folder, tmp_path):
-    assert proxy_environment(MachineConfig(http_proxy="python"), folder) == {}
-    assert proxy_environment(MachineConfig(), tmp_path / ("long" * 20)) == {}
+    assert proxy_environment(MachineConfig(http_proxy="python"), folder, 2) == {}
+    assert proxy_environment(MachineConfig(), tmp_path / ("long" * 20), 2) == {}
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(("num_cards", "num_threads"), [(1, "1"), (2, "1"), (4, "2"), (64, "4")])
-def test_a_thread_of_haproxy_is_for_two_cards(folder, num_cards, num_threads):
-    assert proxy_environment(MachineConfig(), folder, num_cards)["RAY_SERVE_HAPROXY_NBTHREAD"] == num_threads
+@pytest.mark.parametrize(
+    ("num_cards", "host", "num_cores", "num_threads"),
+    [
+        (1, "127.0.0.1", 16, 1),
+        (2, "127.0.0.1", 16, 1),
+        (4, "127.0.0.1", 16, 2),
+        (64, "127.0.0.1", 16, 4),
+        (64, "127.0.0.1", 2, 2),
+        (1, "10.0.0.5", 16, 4),
+    ],
+)
+def test_a_thread_of_haproxy_is_for_two_cards_and_for_others_that_may_join(folder, monkeypatch, num_cards, host, num_cores, num_threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    machine = MachineConfig(listen_host=host)
+    assert proxy_environment(machine, folder, num_cards)["RAY_SERVE_HAPROXY_NBTHREAD"] == str(num_threads)

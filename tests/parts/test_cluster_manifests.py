@@ -155,6 +155,7 @@ def test_a_name_that_the_operator_refuses(made):
         ("dashboard_port=8000", "dashboard_port is 8000, where the serve port of the head's pod is"),
         ("mlflow_port=8081", "mlflow_port is 8081, where the arbiter port of the head's pod is"),
         ("deploy.secret=a_secret", "deploy.secret"),
+        ("deploy.secret=a..secret", "deploy.secret"),
     ],
 )
 def test_settings_that_no_pod_could_have_are_refused(setting: str, told: str):

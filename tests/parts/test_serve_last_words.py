@@ -23,6 +23,9 @@ import asyncio, sys, uvicorn
 from serve.last_words import guard_streams, hold_of, straight
 
 async def application(scope, receive, send):
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
     how = scope["path"]
     send = straight(scope, send) if scope["query_string"] else send
     headers = [(b"content-length", b"1000")] if how == "/whole" else []
@@ -144,6 +147,32 @@ def test_what_goes_straight_to_the_connection_comes_as_it_was_sent(server):
             lines = much.iter_lines()
             numbers = [line for line in (next(lines) for _ in range(100_000)) if line]
     assert numbers == sorted(numbers, key=lambda line: int(line.removeprefix("data: ")))
+
+
+def test_of_two_requests_in_one_write_each_gets_its_own_answer(server):
+    """The second is read while the first one's answer is under way."""
+    request = b"GET /short?straight HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(request * 2)
+        said = b""
+        while said.count(b"0\r\n\r\n") < 2:
+            piece = connection.recv(4096)
+            assert piece, said
+            said += piece
+    assert [said.count(b"data: %d\n\n" % number) for number in range(3)] == [2, 2, 2]
+
+
+def test_a_connection_that_is_upgraded_is_nobodys_business(server):
+    (guardian,) = server.guardians()
+    num_open = guardian.num_fds()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(b"GET /short HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_for(lambda: guardian.num_fds() == num_open + 1, timeout_s=30)
+        while b"0\r\n\r\n" not in connection.recv(4096):
+            pass
+        asked = "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+        connection.sendall("\r\n".join(["GET /ws HTTP/1.1", "Host: x", *asked, "", ""]).encode())
+        wait_for(lambda: guardian.num_fds() == num_open, timeout_s=30)
 
 
 def test_what_a_client_left_is_let_go(server):

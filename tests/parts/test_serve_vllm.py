@@ -193,7 +193,7 @@ def test_of_the_engines_numbers_those_of_the_table_are_told_and_a_gauge_when_it_
         quiet()
 
 
-def test_vllm_looks_for_strange_fields_in_requests_and_no_more_in_what_it_writes(monkeypatch):
+def test_vllm_looks_for_strange_fields_in_requests_and_no_more_in_the_pieces_of_a_stream(monkeypatch):
     from vllm.entrypoints.openai.chat_completion import protocol as chat
     from vllm.entrypoints.openai.completion import protocol as completion
     from vllm.entrypoints.serve.engine import protocol as shared
