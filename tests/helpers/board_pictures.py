@@ -27,7 +27,7 @@ WINDOW = "1m"
 PICTURES = {
     "chat": ["Requests, by status", "Answer tokens, by version", "First token, whose part (p95)", "Refused and failed, by key"],
     "cards": ["Tokens a second", "Loss", "Busy share, by holder", "Jobs in line"],
-    "adapters": ["Versions loaded, by engine", "Fetching a version (p95)", "Tokens, by version", "First token, by version (p50)"],
+    "adapters": ["Versions loaded, by engine", "Tokens, by version", "First token, by version (p50)"],
 }
 
 
