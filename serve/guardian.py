@@ -22,12 +22,13 @@ MAX_UNREAD_BYTES = 2**16  # with so much on the way the reader stands still, and
 
 def main() -> None:
     """Hold what is handed over, let go what is taken back, and when nobody is left to tell, say the last words."""
+    streams = mmap.mmap(1, NUM_CONNECTIONS)
     if os.fork():
         os._exit(0)  # no child of the replica: Ray kills those first
     for ended in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ended, signal.SIG_IGN)  # it ends with its replica, and after it
     held: dict[int, tuple[socket.socket, bytes]] = {}
-    with socket.socket(fileno=0) as line, mmap.mmap(1, NUM_CONNECTIONS) as streams:
+    with socket.socket(fileno=0) as line:
         while told := socket.recv_fds(line, MAX_TOLD_BYTES, 1):
             message, descriptors, *_ = told
             if not message:
@@ -37,11 +38,11 @@ def main() -> None:
                 before[0].close()
             for descriptor in descriptors:
                 held[number] = (socket.socket(fileno=descriptor), message[NUMBER.size :])
-        for number, (connection, words) in held.items():
-            with suppress(OSError):
-                if streams[number]:
-                    speak(connection, words)
-            connection.close()
+    for number, (connection, words) in held.items():
+        with suppress(OSError):
+            if streams[number]:
+                speak(connection, words)
+        connection.close()
 
 
 def speak(connection: socket.socket, words: bytes) -> None:
