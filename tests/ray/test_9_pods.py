@@ -27,8 +27,8 @@ METRICS = f"""python -c 'import urllib.request as http
 for place in ("head:{METRICS_PORT}", "train:{CARD_METRICS_PORT}", "head:{ARBITER_PORT}"):
     print(http.urlopen("http://" + place + "/metrics").status)'"""
 RAYLET = "pgrep -f /raylet/[r]aylet | head -1"
-JOBS = ". /var/lib/tandem/env && ray job list"
-SUBMIT = ". /var/lib/tandem/env && ray job submit --submission-id kept -- true"
+JOBS = ". /var/lib/tandem/env && python -m ray.scripts.scripts job list"  # `ray` itself names the folder where it was installed
+SUBMIT = ". /var/lib/tandem/env && python -m ray.scripts.scripts job submit --submission-id kept -- true"
 
 pytestmark = [
     pytest.mark.skipif("TANDEM_TEST_HOSTS" not in os.environ, reason="takes minutes: TANDEM_TEST_HOSTS=1 make test"),
