@@ -98,9 +98,10 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._held is None or self._held[1] != event:
             number = self.transport.get_extra_info("socket").fileno()
             words = b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)
-            self._held = (number, event) if number < NUM_CONNECTIONS and self.guardian.hold(number, words) else self._held
-        if self._held and self._held[1] == event:
-            self.guardian.streams[self._held[0]] = 1
+            if number >= NUM_CONNECTIONS or not self.guardian.hold(number, words):
+                return
+            self._held = number, event
+        self.guardian.streams[self._held[0]] = 1
 
     def _send_piece(self, cycle: RequestResponseCycle, message: Message) -> Awaitable[None]:
         """Send a piece, neither first nor last, of an answer: uvicorn's `send`, without what is only of the others."""
