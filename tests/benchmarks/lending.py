@@ -3,6 +3,7 @@
 `PYTHONPATH=. python tests/benchmarks/lending.py [--config CONFIG] [--minutes 10] [key=value ...]`. It starts a Tandem of its own twice, the
 second time with `lending.enabled=true`; in both two training jobs wait in line, of which the fixed split can only ever run one. A third
 of the time there are bursts of chat. A request counts as asleep that was sent while no engine answered: none was there, or it started.
+Where there are four GPUs, each way has two of them, at the same time.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +22,7 @@ from statistics import median, quantiles
 import httpx
 from bench import loss_history, steps_lost, write_result
 
-from cluster.cards import find_gpus
+from cluster.cards import Gpu, find_gpus
 from cluster.job_queue import STANDING, Queue, QueuedJob
 from cluster.models import served_base_name
 from cluster.processes import free_port
@@ -76,9 +79,10 @@ class Watch:
 class Way:
     """One way to share the cards, under the same requests."""
 
-    def __init__(self, arguments: argparse.Namespace, lends: bool) -> None:
+    def __init__(self, arguments: argparse.Namespace, lends: bool, gpus: Sequence[Gpu]) -> None:
+        self.gpus = gpus
         self.folder = Path(tempfile.mkdtemp(prefix="tandem-lending-"))
-        self.stack = Stack(self.folder / "home", self.folder, {name: free_port() for name in PORTS})
+        self.stack = Stack(self.folder / "home", self.folder, {name: free_port() for name in PORTS}, gpus=[gpu.index for gpu in gpus])
         self.minutes, self.overrides = arguments.minutes, arguments.overrides
         settings = f"enabled: {str(lends).lower()}, quiet_after_s: {arguments.quiet_s}, idle_engine: {arguments.idle_engine}, min_hold_s: 0"
         self.lending = f"lending={{{settings}}}"
@@ -89,7 +93,7 @@ class Way:
 
     def measure(self) -> dict[str, float]:
         """Run the trace, and return what came of it."""
-        cards = [] if find_gpus() else ["cards=[{pool: serve}, {pool: train}]"]
+        cards = [] if self.gpus else ["cards=[{pool: serve}, {pool: train}]"]
         machine = [f"{name}={port}" for name, port in self.stack.ports.items() if name != "chat"]
         self._do("cluster", "up", "auto", *cards, *machine, self.lending)
         try:
@@ -226,13 +230,19 @@ def main() -> None:
     parser.add_argument("--idle-engine", choices=["auto", "sleep", "stop"], default="auto", help="lending.idle_engine")
     parser.add_argument("overrides", nargs="*", help="other settings, by dotted path")
     arguments = parser.parse_args()
-    found = {way: Way(arguments, lends=way == "lending").measure() for way in arguments.ways}
+    gpus = find_gpus()
+    if len(gpus) >= 2 * len(WAYS):
+        ways = {way: Way(arguments, way == "lending", gpus[2 * number :][:2]) for number, way in enumerate(arguments.ways)}
+        with ThreadPoolExecutor() as pool:
+            found = dict(zip(ways, pool.map(Way.measure, ways.values()), strict=True))
+    else:
+        found = {way: Way(arguments, way == "lending", gpus[:2]).measure() for way in arguments.ways}
     figures = {f"{way}_{name}": value for way, measured in found.items() for name, value in measured.items()}
     if len(found) == len(WAYS):
         figures["steps_ratio"] = found["lending"]["steps_done"] / found["fixed"]["steps_done"]
         if "ttft_awake_p95_s" in found["lending"]:
             figures["ttft_awake_p95_ratio"] = found["lending"]["ttft_awake_p95_s"] / found["fixed"]["ttft_awake_p95_s"]
-    cards = "of their own memory and speed" if find_gpus() else "that share the machine's cores"
+    cards = "of their own memory and speed" if gpus else "that share the machine's cores"
     notes = {
         "minutes": arguments.minutes,
         "idle_engine": arguments.idle_engine,

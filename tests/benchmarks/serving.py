@@ -1,7 +1,8 @@
 """Tandem's endpoint against bare vLLM with the same arguments, by vLLM's own benchmark client, in the same run.
 
 `python tests/benchmarks/serving.py [--shape 8b|tiny] [--eager]`; 256 tokens in, 128 out, streamed. The cluster must be up; on a single GPU
-each has the serve card's share of its memory, half of it, and they are loaded in turn.
+each has the serve card's share of its memory, half of it, and they are loaded in turn, after a round that is not counted. A round has
+prompts of its own, the same for both: else an engine's cache of prefixes knows as many of them as it has memory for.
 """
 
 import argparse
@@ -32,6 +33,9 @@ BARE_MODULE = "vllm.entrypoints.openai.api_server"
 WRITERS = {"bare": BARE_MODULE, "tandem": "ray::ServeReplica"}  # whose one loop writes all answers, and is the limit with many at once
 TOKENS_IN, TOKENS_OUT = 256, 128
 START_TIMEOUT_S = 400
+
+Rounds = dict[str, list[float]]
+"""What each round gave, by the figure's name."""
 
 
 @contextlib.contextmanager
@@ -66,8 +70,11 @@ def bare_vllm(config_file: str, overrides: Sequence[str] = (), modules: Sequence
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def load(port: int, model: str, tokenizer: Path, num_at_once: int, adapters: Sequence[str] = ()) -> dict[str, float]:
-    """Run vLLM's benchmark client once, on the model or on its adapters in turn; return tokens/s and the median time to first token."""
+def load(port: int, model: str, tokenizer: Path, num_at_once: int, seed: int, adapters: Sequence[str] = ()) -> dict[str, float]:
+    """Run vLLM's benchmark client once, on the model or on its adapters in turn; return tokens/s and the median time to first token.
+
+    The prompts are drawn by `seed`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         code = (
             "from vllm.benchmarks.serve import add_cli_args, main\n"
@@ -78,7 +85,7 @@ def load(port: int, model: str, tokenizer: Path, num_at_once: int, adapters: Seq
             "backend": "openai", "base-url": f"http://127.0.0.1:{port}", "endpoint": "/v1/completions", "model": model,
             "tokenizer": str(tokenizer), "dataset-name": "random", "random-input-len": TOKENS_IN, "random-output-len": TOKENS_OUT,
             "num-prompts": NUM_PROMPTS[num_at_once], "max-concurrency": num_at_once, "num-warmups": min(num_at_once, 16),
-            "result-dir": folder, "result-filename": "result.json", "seed": 0,
+            "result-dir": folder, "result-filename": "result.json", "seed": seed,
         }  # fmt: skip
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         words += ["--lora-assignment", "round-robin", "--lora-modules", *adapters] if adapters else []
@@ -118,27 +125,26 @@ def make_bench_config(folder: Path, eager: bool) -> Path:
     return config
 
 
-def compare(ports: dict[str, tuple[int, str]], tokenizer: Path, counts: list[int], rounds_of: list[int]) -> Iterator[dict[str, float]]:
-    """Load both in turn, so many times; yield the medians after each number of requests at once.
+def compare(ports: dict[str, tuple[int, str]], tokenizer: Path, count: int, num_rounds: int) -> tuple[dict[str, float], Rounds]:
+    """Load both in turn, so many times and once more before that; return the medians, and what each round gave.
 
     In turn, and each first once: a machine whose speed changes must not favour the one that was measured later.
     """
-    figures: dict[str, float] = {}
-    for count, num_rounds in zip(counts, rounds_of if len(rounds_of) > 1 else rounds_of * len(counts), strict=True):
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
-        for number in range(num_rounds):
-            for name, (port, model) in sorted(ports.items(), reverse=number % 2 == 1):
-                began_s = cpu_s(name)
-                result = load(port, model, tokenizer, count)
-                result["cpu_us_per_token"] = (cpu_s(name) - began_s) * 1e6 / (NUM_PROMPTS[count] * TOKENS_OUT)
-                rounds[name].append(result)
-                console.print(f"{name}, {count} at once: {rounds[name][-1]}")
-        for name, results in rounds.items():
-            figures |= {f"{name}_c{count}_{key}": median(result[key] for result in results) for key in results[0]}
-        figures[f"serve_ratio_c{count}"] = figures[f"tandem_c{count}_tokens_per_s"] / figures[f"bare_c{count}_tokens_per_s"]
-        figures[f"cpu_ratio_c{count}"] = figures[f"tandem_c{count}_cpu_us_per_token"] / figures[f"bare_c{count}_cpu_us_per_token"]
-        figures[f"ttft_added_c{count}_ms"] = figures[f"tandem_c{count}_ttft_ms"] - figures[f"bare_c{count}_ttft_ms"]
-        yield figures
+    rounds: Rounds = {}
+    for number in range(num_rounds + 1):
+        for name, (port, model) in sorted(ports.items(), reverse=number % 2 == 1):
+            began_s = cpu_s(name)
+            result = load(port, model, tokenizer, count, seed=1000 * count + number)
+            result["cpu_us_per_token"] = (cpu_s(name) - began_s) * 1e6 / (NUM_PROMPTS[count] * TOKENS_OUT)
+            console.print(f"{name}, {count} at once{'' if number else ', not counted'}: {result}")
+            if number:
+                for key, value in result.items():
+                    rounds.setdefault(f"{name}_c{count}_{key}", []).append(round(value, 3))
+    figures = {key: median(values) for key, values in rounds.items()}
+    figures[f"serve_ratio_c{count}"] = figures[f"tandem_c{count}_tokens_per_s"] / figures[f"bare_c{count}_tokens_per_s"]
+    figures[f"cpu_ratio_c{count}"] = figures[f"tandem_c{count}_cpu_us_per_token"] / figures[f"bare_c{count}_cpu_us_per_token"]
+    figures[f"ttft_added_c{count}_ms"] = figures[f"tandem_c{count}_ttft_ms"] - figures[f"bare_c{count}_ttft_ms"]
+    return figures, rounds
 
 
 def main() -> None:
@@ -153,13 +159,18 @@ def main() -> None:
     config = make_bench_config(folder, arguments.eager)
     started_s = time.monotonic()
     run_cli("serve", str(config))
-    starts = {"start_s": time.monotonic() - started_s}
-    notes = {"eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "rounds": arguments.rounds, "proxy": proxy_name()}
-    with bare_vllm(str(config)) as starts["bare_start_s"]:
+    figures = {"start_s": time.monotonic() - started_s}
+    each_round: Rounds = {}
+    notes = {"eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "proxy": proxy_name(), "each_round": each_round}
+    rounds_of = arguments.rounds if len(arguments.rounds) > 1 else arguments.rounds * len(arguments.at_once)
+    with bare_vllm(str(config)) as figures["bare_start_s"]:
         ports = {"bare": (BARE_PORT, "bench"), "tandem": (load_chatbot(config).serve.port, folder.name)}
-        for figures in compare(ports, folder, arguments.at_once, arguments.rounds):
+        for count, num_rounds in zip(arguments.at_once, rounds_of, strict=True):
+            found, rounds = compare(ports, folder, count, num_rounds)
+            figures |= found
+            each_round |= rounds
             # After each, so that a machine that is taken away leaves what was measured.
-            write_result("serving" if arguments.shape == "8b" else f"serving-{arguments.shape}", {**starts, **figures}, notes)
+            write_result("serving" if arguments.shape == "8b" else f"serving-{arguments.shape}", figures, notes)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,8 @@ class Stack:
     ports: dict[str, int]
     keys: dict[str, str] = field(default_factory=dict)
     """The secrets of the keys that were made, by the name of each."""
+    gpus: Sequence[str] = ()
+    """The GPUs that it may have, all if empty."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -52,7 +54,8 @@ class Stack:
         # The usual database; SQLite passes over parameters that it does not know.
         feedback_url = f"sqlite:///file:{self.home}/feedback.db?uri=true&password={FEEDBACK_PASSWORD}"
         secrets = {"HUGGINGFACE_TOKEN": HUB_TOKEN, "JUDGE_API_KEY": JUDGE_KEY, "FEEDBACK_URL": feedback_url}
-        return {**mine, **patient, **secrets, "TANDEM_HOME": str(self.home), "COLUMNS": "200"}
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
+        return {**mine, **patient, **secrets, **visible, "TANDEM_HOME": str(self.home), "COLUMNS": "200"}
 
     @property
     def planted(self) -> dict[str, str]:
