@@ -8,6 +8,7 @@ for an answer. Knows ids. Does not know HTTP or what was said.
 import base64
 import hashlib
 import hmac
+import random
 import re
 import secrets
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from urllib.parse import quote, unquote
 from cluster.home import OWNER_ONLY, home_folder, write_text_once
 from serve.keys import Key
 
+ID_HEADER = b"x-request-id"  # from which vLLM makes the completion's id
 SECRET_BYTES = 32
 NONCE_BYTES = 9
+CHANCE = random.Random()  # noqa: S311 (what it makes is no secret; the system's own makes the loop wait for Python's lock at each call)
 SEAL_BYTES = 15
 # What stands first is vLLM's: the kind of answer.
 SHAPE = re.compile(r"(?:chatcmpl|cmpl|resp|msg)[-_](?P<nonce>[\w-]+)\.(?P<seal>[\w-]+)\.(?P<version>[!-~]+)", re.ASCII)
@@ -27,7 +30,12 @@ REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)  # a client's, where it may st
 def request_id_of(given: bytes) -> str:
     """Return a request's id: the one that it came with, or a new one where that is none or of another shape."""
     found = given.decode("latin-1")
-    return found if REQUEST_ID.fullmatch(found) else secrets.token_urlsafe(NONCE_BYTES)
+    return found if REQUEST_ID.fullmatch(found) else new_id()
+
+
+def new_id() -> str:
+    """Return letters that no other request has, here or in another process."""
+    return base64.urlsafe_b64encode(CHANCE.randbytes(NONCE_BYTES)).decode()
 
 
 def nonce_of(engine_id: str) -> str | None:
@@ -49,7 +57,7 @@ class CompletionIds:
 
     def make(self, version: str, key: Key | None, request_id: str) -> str:
         """Return a new id, in letters that may stand in a header and in an address; never twice the same, whatever the request's is."""
-        nonce, named = f"{request_id}-{secrets.token_urlsafe(NONCE_BYTES)}", quote(version, safe=":")
+        nonce, named = f"{request_id}-{new_id()}", quote(version, safe=":")
         return f"{nonce}.{self._seal(nonce, named, key)}.{named}"
 
     def version_of(self, completion_id: str, key: Key | None) -> str | None:

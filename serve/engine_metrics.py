@@ -1,10 +1,11 @@
 """The engine's own part of what is measured: of vLLM's metrics the few in our table, through Ray to Prometheus.
 
 Knows vLLM's hook for statistics. Imported by `serve.engine` alone. vLLM has some fifty metrics, of which it tells dozens at each of the
-engine's steps and one for each token, in the loop that answers people: what no board of ours shows is not even looked at.
+engine's steps and one for each token, in the loop that answers people: what no board of ours shows is not even looked at, and what one
+shows is told once a second. Telling Ray lets go of Python's lock, and whoever takes it meanwhile makes the loop wait.
 """
 
-import time
+import asyncio
 from typing import Any
 
 from vllm.v1.metrics.loggers import PrometheusStatLogger
@@ -13,7 +14,7 @@ from vllm.v1.metrics.ray_wrappers import RayCounterWrapper, RayGaugeWrapper, Ray
 from cluster.metrics import PREFIX, TABLE, VLLM
 
 LABELS = ["model_name", "engine"]
-TELL_AGAIN_S = 10.0  # Ray forgets a gauge that was not told for a minute
+TELL_EVERY_S = 1.0
 
 
 class EngineStats(PrometheusStatLogger):  # type: ignore[misc]
@@ -28,22 +29,35 @@ class EngineStats(PrometheusStatLogger):  # type: ignore[misc]
                 name = metric.name.removeprefix(PREFIX).removesuffix("_total")
                 buckets = {"buckets": list(metric.buckets)} if metric.buckets else {}
                 self.metrics[name.removeprefix("vllm_")] = kinds[metric.kind](name, metric.help, LABELS, **buckets).labels(*labels)
-        self._told: tuple[int, int, float] | None = None
-        self._told_s = 0.0
+        self._now: dict[str, float] = {}
+        self._counted = dict.fromkeys(("prefix_cache_queries", "prefix_cache_hits"), 0)
+        self._queued_s: list[float] = []
+        self._is_to_tell = False
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
-        """Take what one step of the engine says; a gauge that has not changed is told only so that it is not forgotten."""
+        """Take what one step of the engine says; it is told within a second."""
         if scheduler_stats is not None:
             waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
-            now, now_s = (scheduler_stats.num_running_reqs, waiting, scheduler_stats.kv_cache_usage), time.monotonic()
-            if now != self._told or now_s - self._told_s > TELL_AGAIN_S:
-                self._told, self._told_s = now, now_s
-                for name, value in zip(("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"), now, strict=True):
-                    self.metrics[name].set(value)
-            self.metrics["prefix_cache_queries"].inc(scheduler_stats.prefix_cache_stats.queries)
-            self.metrics["prefix_cache_hits"].inc(scheduler_stats.prefix_cache_stats.hits)
-        for ended in iteration_stats.finished_requests if iteration_stats else ():
-            self.metrics["request_queue_time_seconds"].observe(ended.queued_time)
+            self._now["num_requests_running"], self._now["num_requests_waiting"] = scheduler_stats.num_running_reqs, waiting
+            self._now["kv_cache_usage_perc"] = scheduler_stats.kv_cache_usage
+            self._counted["prefix_cache_queries"] += scheduler_stats.prefix_cache_stats.queries
+            self._counted["prefix_cache_hits"] += scheduler_stats.prefix_cache_stats.hits
+        if iteration_stats:
+            self._queued_s += [ended.queued_time for ended in iteration_stats.finished_requests]
+        if not self._is_to_tell:
+            self._is_to_tell = True
+            asyncio.get_running_loop().call_later(TELL_EVERY_S, self._tell)
+
+    def _tell(self) -> None:
+        self._is_to_tell = False
+        for name, value in self._now.items():
+            self.metrics[name].set(value)
+        for name, number in self._counted.items():
+            self.metrics[name].inc(number)
+            self._counted[name] = 0
+        for queued_s in self._queued_s:
+            self.metrics["request_queue_time_seconds"].observe(queued_s)
+        self._queued_s.clear()
 
     def record_sleep_state(self, *_: Any, **__: Any) -> None:
         """Do nothing: the arbiter tells in its log, and among the handovers, that an engine goes to sleep."""

@@ -19,7 +19,7 @@ from serve.adapters import Adapters, BrokenAdapterError, UnknownNameError
 from serve.alive import dead_engine
 from serve.body import dump, read_json, replay
 from serve.bounds import check_bounds
-from serve.completion_ids import request_id_of
+from serve.completion_ids import ID_HEADER, request_id_of
 from serve.feedback import FeedbackDesk
 from serve.keys import Key, KeyFile, is_operator
 from serve.last_words import hold_of, straight
@@ -45,7 +45,6 @@ from serve.refusal import (
 
 FEEDBACK_PATH = "/v1/feedback"
 MODEL_HEADER = b"x-tandem-model"
-ID_HEADER = b"x-request-id"  # from which vLLM makes the completion's id
 LETTERS_A_TOKEN = 4  # of English; a guess that is set right by the usage that the engine states
 MAX_HEADER_BYTES = 64 * 1024  # the server before us knows no bound
 # Ours are made anew, a key is nothing that the engine should see, and by vLLM's own a client could jump the queue.
@@ -141,15 +140,15 @@ class Front:
     def _authorize(self, scope: Scope) -> Key | None:
         """Return the key that the request shows; None where none is asked for, and it is not the operator who asks.
 
-        The file is looked at for each request, which takes microseconds: a revoked key is out at once, on every replica.
+        A revoked key is out in a moment, on every replica: `KeyFile` looks at its file again and again.
         """
         kind, _, secret = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
         try:
+            key = self.doors.keys.find(secret.strip())
             is_asked_for = self.doors.keys.are_asked_for()
         except AccessError as error:
             log.error("%s", error)
             raise RefusedError(503, "keys cannot be checked now", kind=UNAVAILABLE).after(RETRY_S) from None
-        key = self.doors.keys.find(secret.strip())
         if not is_asked_for:
             return key if is_operator(key) else None
         if kind.lower() != "bearer" or not secret:

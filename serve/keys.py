@@ -1,10 +1,11 @@
 """API keys: who may ask, for which chatbots, and until when.
 
-Knows one file of hashes in the home folder. Does not know HTTP or the engine. A key is 256 random bits, so a plain SHA-256 of it
-is as good as a slow hash, and cheap enough for each request.
+Knows one file of hashes in the home folder, and looks at it again and again. Does not know HTTP or the engine. A key is 256 random
+bits, so a plain SHA-256 of it is as good as a slow hash, and cheap enough for each request.
 """
 
 import hashlib
+import math
 import secrets
 import time
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from configs.schema import is_loopback
 
 KEY_BYTES = 32
 PREFIX = "sk-tandem-"
+LOOK_EVERY_S = 0.25  # a key that was revoked is out after that on every replica, and few requests wait for a disk
 OPERATOR = "tandem"  # whose key is made from the cluster's token, and may use everything
 ModelName = Annotated[str, StringConstraints(pattern=r"^[^\s,]{1,200}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
@@ -71,9 +73,10 @@ class KeyFile:
         self._operator = Key(name=OPERATOR, sha256=_digest(operator_secret), created_s=0) if operator_secret else None
         self._keys: dict[str, Key] = {}
         self._stamp: tuple[int, int] | None = None
+        self._looked_s = -math.inf
 
     def read(self) -> list[Key]:
-        """Return all keys, the oldest first; quick where the file has not changed.
+        """Return all keys as the file has them now, the oldest first.
 
         Raises:
             AccessError: The file is there, and cannot be read.
@@ -88,21 +91,30 @@ class KeyFile:
                 raise AccessError("the keys are gone", f"{self.file} is no longer there", "put it back, or restart serving") from None
         except (OSError, ValidationError) as error:
             raise AccessError("the keys cannot be read", f"{self.file}: {error}", "restore the file from a copy") from None
+        self._looked_s = time.monotonic()
         return list(self._keys.values())
 
     def are_asked_for(self) -> bool:
-        """Whether a request must show a key: as soon as one was ever made, and always where others can reach the address.
+        """Whether a request must show a key: where one was ever made, up to `LOOK_EVERY_S` ago, and always where others reach the address.
 
         Raises:
             AccessError: The file is there, and cannot be read.
         """
-        return bool(self.read()) or not is_loopback(self.host)
+        self._look()
+        return bool(self._keys) or not is_loopback(self.host)
 
     def find(self, secret: str) -> Key | None:
-        """Return the key that a client shows, if it is one, valid or not; the operator's is built in, and in no file."""
+        """Return the key that a client shows, if it is one, valid or not; the operator's is built in, and in no file.
+
+        Raises:
+            AccessError: The file is there, and cannot be read.
+        """
         digest = _digest(secret)
         if self._operator and self._operator.sha256 == digest:
             return self._operator
+        self._look()
+        if secret and digest not in self._keys:
+            self.read()  # it may have been made this moment
         return self._keys.get(digest)
 
     def create(
@@ -153,7 +165,12 @@ class KeyFile:
             closed = {"revoked": True, "revoked_s": time.time()}
             self._write([key.model_copy(update=closed) if key.name == name and not key.revoked else key for key in keys])
 
+    def _look(self) -> None:
+        if time.monotonic() - self._looked_s >= LOOK_EVERY_S:
+            self.read()
+
     def _write(self, keys: list[Key]) -> None:
+        self._looked_s = -math.inf
         write_text(self.file, STORED.dump_json(keys, indent=1).decode() + "\n", OWNER_ONLY)
 
     def _locked(self) -> AbstractContextManager[None]:

@@ -60,11 +60,15 @@ def train_adapter(task: Task, host: Host, checkpoint: Any = None) -> None:
     Raises:
         TandemError: What the user can mend.
     """
+    import torch
+
     task = on_this_machine(task)
     if host.num_workers == 1:
         # With these set, accelerate would wrap a lone worker for data-parallel training.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
+    elif torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = "0"  # of the GPUs that it sees, which is its card's alone; Ray counts the workers of the machine
     with tempfile.TemporaryDirectory(prefix="tandem-train-") as scratch:
         trainer = _make_trainer(task, Path(scratch), host)
         if checkpoint:

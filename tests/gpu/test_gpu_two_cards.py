@@ -61,6 +61,7 @@ def test_each_process_has_its_cards_gpu_alone_and_leaves_nothing_there(stack: St
 
 def test_a_lent_cards_engine_sleeps_and_both_gpus_train(stack: Stack, config, tiny_model):  # noqa: F811
     gpu_of = cards(stack)
+    stack.serve(config, "serve.scaling.use_train_cards=false")
     assert stack.ask(tiny_model.name).status_code == 200
     number = submit(stack, config, "train.max_steps=100000", "train.num_workers=2", "name=wide")
     wait_for(lambda: job(stack, number).num_steps and job(stack, number).step > 1, timeout_s=240)

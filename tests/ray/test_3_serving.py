@@ -1,11 +1,13 @@
 """Serving on a real engine: names, aliases, broken adapters, streams, what is closed."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 
+from serve.keys import LOOK_EVERY_S
 from tests.ray.stack import Stack, wait_for
 
 
@@ -149,5 +151,6 @@ def test_from_the_first_key_on_a_request_must_show_one(stack: Stack, speakers, t
     answer = client.chat.completions.create(model=first, messages=[{"role": "user", "content": "Hi"}], max_tokens=4)
     assert answer.model == first
     assert stack.run("serve", "keys", "revoke", "alice").returncode == 0
+    time.sleep(LOOK_EVERY_S)
     with pytest.raises(openai.AuthenticationError):
         names(secret)
