@@ -14,6 +14,9 @@ from serve.adapters import Adapters
 from serve.observed import EngineTimes, Watch
 from serve.tools import OFF
 
+TURNS = {"VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "16"}
+"""Of a step's tokens so many are handed on before whoever came meanwhile has a turn; vLLM's 128 let a new request wait for all of them,
+at each of the turns that it takes to reach the engine."""
 CPU_WORKER = "serve.cpu_lora.GroupedLoraWorker"
 # In the engine's own process, as on a GPU. For `uni` vLLM would start one more, to bind its threads to cores; ours are not bound.
 CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -22,7 +25,7 @@ SLEEP_ARGUMENTS = ["--enable-sleep-mode"]
 
 def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> dict[str, str]:
     """Return the environment that an engine's process needs before vLLM is imported."""
-    shared = {
+    shared = TURNS | {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # lets the resolver be asked; the routes of that name are closed in front
         "VLLM_ENABLE_RESPONSES_API_STORE": "0",  # it is one for all keys, and never forgets
         "VLLM_NO_USAGE_STATS": "1",
