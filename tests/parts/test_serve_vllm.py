@@ -1,7 +1,9 @@
 """What Tandem knows of vLLM's requests, description and parsers, held against vLLM itself."""
 
+import asyncio
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,7 +155,7 @@ def test_no_answer_passes_through_layers_of_vllms_own(app):
     assert [name for name in layers_of(app) if name.endswith("Middleware")] == STARLETTES
 
 
-def test_of_the_engines_numbers_those_of_the_table_are_told_and_a_gauge_when_it_changes(monkeypatch):
+def test_of_the_engines_numbers_those_of_the_table_are_told_a_while_after_all_the_steps_that_they_sum(monkeypatch):
     from types import SimpleNamespace
 
     from vllm.v1.engine import FinishReason
@@ -161,6 +163,7 @@ def test_of_the_engines_numbers_those_of_the_table_are_told_and_a_gauge_when_it_
     from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
     from vllm.v1.metrics.stats import IterationStats, PrefixCacheStats, RequestStateStats, SchedulerStats
 
+    from serve import engine_metrics
     from serve.engine_metrics import EngineStats
 
     told: list[tuple[str, float]] = []
@@ -182,13 +185,21 @@ def test_of_the_engines_numbers_those_of_the_table_are_told_and_a_gauge_when_it_
     )
     ended = IterationStats()
     ended.update_from_finished_request(FinishReason.STOP, "asked", 7, None, RequestStateStats(queued_ts=1.0, scheduled_ts=1.5))
-    manager.record(step, ended)
+    monkeypatch.setattr(engine_metrics, "TELL_EVERY_S", 0.0)
+
+    async def steps() -> None:
+        manager.record(replace(step, num_running_reqs=1), ended)
+        manager.record(step, None)
+        assert not told
+        await asyncio.sleep(0.01)
+
+    asyncio.run(steps())
     gauges = [("vllm_num_requests_running", 2), ("vllm_num_requests_waiting", 1), ("vllm_kv_cache_usage_perc", 0.5)]
-    counted = [("vllm_prefix_cache_queries", 7), ("vllm_prefix_cache_hits", 3)]
+    counted = [("vllm_prefix_cache_queries", 14), ("vllm_prefix_cache_hits", 6)]
     assert told == [*gauges, *counted, ("vllm_request_queue_time_seconds", 0.5)]
     told.clear()
-    manager.record(step, None)
-    assert told == counted, "the gauges are as they were"
+    asyncio.run(steps())
+    assert told == [*gauges, *counted, ("vllm_request_queue_time_seconds", 0.5)], "what was told is told once"
     for quiet in (manager.log, manager.log_engine_initialized, manager.record_sleep_state):
         quiet()
 
