@@ -11,6 +11,7 @@ from typing import Any
 from cluster.metrics import is_in_cluster
 from configs.schema import ModelConfig, ServeConfig
 from serve.adapters import Adapters
+from serve.intake import reached
 from serve.observed import EngineTimes, Watch
 from serve.tools import OFF
 
@@ -96,8 +97,21 @@ async def start_engine(arguments: list[str], adapters: Adapters, watch: Watch) -
     await init_app_state(engine, app.state, args, supported_tasks=tasks)
     _leave_out_layers(app)
     leave_out_looks()
+    _tell_intake(engine)
     enable_envs_cache()  # as the engine's own process does: at each token one is looked up
     return engine, app
+
+
+def _tell_intake(engine: Any) -> None:
+    """Have the engine tell when it has a request."""
+    add_request = engine.add_request
+
+    async def add_and_tell(*args: Any, **kwargs: Any) -> Any:
+        outputs = await add_request(*args, **kwargs)
+        reached()
+        return outputs
+
+    engine.add_request = add_and_tell
 
 
 def _leave_out_layers(app: Any) -> None:

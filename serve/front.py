@@ -17,10 +17,11 @@ from configs.errors import AccessError
 from configs.schema import ServeConfig
 from serve.adapters import Adapters, BrokenAdapterError, UnknownNameError
 from serve.alive import dead_engine
-from serve.body import dump, read_json, replay
+from serve.body import dump, parse, read_body, replay
 from serve.bounds import check_bounds
 from serve.completion_ids import ID_HEADER, request_id_of
 from serve.feedback import FeedbackDesk
+from serve.intake import Intake
 from serve.keys import Key, KeyFile, is_operator
 from serve.last_words import hold_of, straight
 from serve.meter import Meter
@@ -74,7 +75,7 @@ class Front:
 
     def __init__(self, app: App, adapters: Adapters, doors: Doors, feedback: FeedbackDesk, config: ServeConfig) -> None:
         self.app, self.adapters, self.doors, self.feedback, self.config = app, adapters, doors, feedback, config
-        self.watch = Watch()
+        self.watch, self.intake = Watch(), Intake()
         self.num_in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,9 +126,13 @@ class Front:
             if method != "POST":
                 raise RefusedError(405, f"{path} takes POST, not {method}")
             if path == FEEDBACK_PATH:
-                await self.feedback.take(await read_json(receive, self.config.max_body_bytes), key, send)
+                await self.feedback.take(parse(await read_body(receive, self.config.max_body_bytes)), key, send)
             else:
-                await self._generate(key, scope, receive, send, seen)
+                if self.doors.engine_has_died():  # before it costs a key anything of its quota
+                    raise dead_engine()
+                body = await read_body(receive, self.config.max_body_bytes)
+                async with self.intake.place():
+                    await self._generate(key, parse(body), scope, receive, send, seen)
         elif path == "/v1/models" and method == "GET":
             await send_json(send, 200, {"object": "list", "data": [self._model_card(name) for name in self._names(key)]})
         elif path == "/openapi.json" and method == "GET":
@@ -161,10 +166,7 @@ class Front:
     def _names(self, key: Key | None) -> list[str]:
         return [name for name in self.adapters.names() if key is None or key.may_use(name)]
 
-    async def _generate(self, key: Key | None, scope: Scope, receive: Receive, send: Send, seen: Observed) -> None:
-        if self.doors.engine_has_died():  # before it costs a key anything of its quota
-            raise dead_engine()
-        request = await read_json(receive, self.config.max_body_bytes)
+    async def _generate(self, key: Key | None, request: dict[str, Any], scope: Scope, receive: Receive, send: Send, seen: Observed) -> None:
         name = request.get("model")
         if not isinstance(name, str) or not name:
             known = ", ".join(self._names(key)[:10])
