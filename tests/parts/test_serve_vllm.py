@@ -228,3 +228,33 @@ def test_vllm_looks_for_strange_fields_in_requests_and_no_more_in_the_pieces_of_
     assert json.loads(written[1])["choices"] == [{"index": 0, "text": "so", "strange": 1}]
     chat.ChatCompletionRequest(messages=[{"role": "user", "content": "so"}], strange=1)
     assert looked_at
+
+
+def test_a_request_that_vllms_engine_has_is_no_more_on_its_way(monkeypatch):
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    from serve.engine import _tell_intake
+    from serve.intake import Intake
+
+    async def add_request(*_, **__) -> RequestOutputCollector:
+        outputs = RequestOutputCollector(RequestOutputKind.DELTA, "1")
+        outputs.put(RequestOutput("1", None, [], None, [], finished=True))
+        return outputs
+
+    monkeypatch.setattr(AsyncLLM, "__del__", lambda engine: None)
+    engine = AsyncLLM.__new__(AsyncLLM)
+    engine.add_request = add_request
+    _tell_intake(engine)
+    intake, was_free = Intake(num_at_once=1), []
+
+    async def ask() -> None:
+        async with intake.place():
+            was_free.append(not intake._places.locked())
+            async for _ in engine.generate("so", SamplingParams(), "1"):
+                was_free.append(not intake._places.locked())
+
+    asyncio.run(ask())
+    assert was_free == [False, True]
