@@ -153,7 +153,7 @@ def list_keys() -> None:
 
 @keys_app.command("revoke")
 def revoke_key(name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")]) -> None:
-    """Close a key for good; it is out with the next request, on every replica."""
+    """Close a key for good; it is out within a quarter of a second, on machines that joined within two."""
     from serve.keys import KeyFile
 
     KeyFile().revoke(name)

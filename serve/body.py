@@ -13,32 +13,18 @@ BODY_TIMEOUT_S = 60.0
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
-async def read_body(receive: Receive, max_bytes: int) -> bytes:
-    """Read a body to its end.
+async def read_json(receive: Receive, max_bytes: int) -> dict[str, Any]:
+    """Read a body that is one JSON object.
 
     Raises:
-        RefusedError: It is too large, or does not come.
+        RefusedError: It is none, or too large, or does not come.
     """
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await _read(receive, max_bytes)
+            body = await _read(receive, max_bytes)
     except TimeoutError:
         raise RefusedError(408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s") from None
-
-
-def parse(body: bytes) -> dict[str, Any]:
-    """Return the one JSON object that a body is.
-
-    Raises:
-        RefusedError: It is none.
-    """
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(400, f"the body is not JSON: {error}") from None
-    if not isinstance(request, dict):
-        raise RefusedError(400, "the body is not a JSON object")
-    return request
+    return _parse(body)
 
 
 def dump(request: dict[str, Any]) -> bytes:
@@ -83,3 +69,13 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
             raise RefusedError(413, f"the body is over {max_bytes} bytes (serve.max_body_bytes)")
         more = message.get("more_body", False)
     return b"".join(chunks)
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, f"the body is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise RefusedError(400, "the body is not a JSON object")
+    return request

@@ -87,6 +87,9 @@ class HeadKeys(KeyFile):
             raise AccessError("the keys are not known", f"the head has not answered for {MAX_AGE_S:g} s", "python -m cluster status")
         return list(self._keys.values())
 
+    def _look(self) -> None:
+        self.read()  # in memory, and as old as it says: at each request
+
 
 class HeadStore(FeedbackStore):
     """The head's store of feedback and conversations."""

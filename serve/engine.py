@@ -15,7 +15,7 @@ from serve.intake import reached
 from serve.observed import EngineTimes, Watch
 from serve.tools import OFF
 
-TURNS = {"VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "16"}
+OUTPUT_CHUNK = {"VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "16"}
 """Of a step's tokens so many are handed on before whoever came meanwhile has a turn; vLLM's 128 let a new request wait for all of them,
 at each of the turns that it takes to reach the engine."""
 CPU_WORKER = "serve.cpu_lora.GroupedLoraWorker"
@@ -26,7 +26,7 @@ SLEEP_ARGUMENTS = ["--enable-sleep-mode"]
 
 def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> dict[str, str]:
     """Return the environment that an engine's process needs before vLLM is imported."""
-    shared = TURNS | {
+    shared = OUTPUT_CHUNK | {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # lets the resolver be asked; the routes of that name are closed in front
         "VLLM_ENABLE_RESPONSES_API_STORE": "0",  # it is one for all keys, and never forgets
         "VLLM_NO_USAGE_STATS": "1",

@@ -6,12 +6,14 @@ shows is told once a second. Telling Ray lets go of Python's lock, and whoever t
 """
 
 import asyncio
+from collections import deque
 from typing import Any
 
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.ray_wrappers import RayCounterWrapper, RayGaugeWrapper, RayHistogramWrapper
 
 from cluster.metrics import PREFIX, TABLE, VLLM
+from serve.observed import NUM_TOLD_AT_ONCE
 
 LABELS = ["model_name", "engine"]
 TELL_EVERY_S = 1.0
@@ -31,7 +33,7 @@ class EngineStats(PrometheusStatLogger):  # type: ignore[misc]
                 self.metrics[name.removeprefix("vllm_")] = kinds[metric.kind](name, metric.help, LABELS, **buckets).labels(*labels)
         self._now: dict[str, float] = {}
         self._counted = dict.fromkeys(("prefix_cache_queries", "prefix_cache_hits"), 0)
-        self._queued_s: list[float] = []
+        self._queued_s: deque[float] = deque()
         self._is_to_tell = False
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
@@ -43,7 +45,7 @@ class EngineStats(PrometheusStatLogger):  # type: ignore[misc]
             self._counted["prefix_cache_queries"] += scheduler_stats.prefix_cache_stats.queries
             self._counted["prefix_cache_hits"] += scheduler_stats.prefix_cache_stats.hits
         if iteration_stats:
-            self._queued_s += [ended.queued_time for ended in iteration_stats.finished_requests]
+            self._queued_s.extend(ended.queued_time for ended in iteration_stats.finished_requests)
         if not self._is_to_tell:
             self._is_to_tell = True
             asyncio.get_running_loop().call_later(TELL_EVERY_S, self._tell)
@@ -55,9 +57,13 @@ class EngineStats(PrometheusStatLogger):  # type: ignore[misc]
         for name, number in self._counted.items():
             self.metrics[name].inc(number)
             self._counted[name] = 0
-        for queued_s in self._queued_s:
-            self.metrics["request_queue_time_seconds"].observe(queued_s)
-        self._queued_s.clear()
+        self._tell_queued()
+
+    def _tell_queued(self) -> None:
+        for _ in range(min(len(self._queued_s), NUM_TOLD_AT_ONCE)):
+            self.metrics["request_queue_time_seconds"].observe(self._queued_s.popleft())
+        if self._queued_s:
+            asyncio.get_running_loop().call_soon(self._tell_queued)
 
     def record_sleep_state(self, *_: Any, **__: Any) -> None:
         """Do nothing: the arbiter tells in its log, and among the handovers, that an engine goes to sleep."""

@@ -17,7 +17,7 @@ from configs.errors import AccessError
 from configs.schema import ServeConfig
 from serve.adapters import Adapters, BrokenAdapterError, UnknownNameError
 from serve.alive import dead_engine
-from serve.body import dump, parse, read_body, replay
+from serve.body import dump, read_json, replay
 from serve.bounds import check_bounds
 from serve.completion_ids import ID_HEADER, request_id_of
 from serve.feedback import FeedbackDesk
@@ -126,13 +126,9 @@ class Front:
             if method != "POST":
                 raise RefusedError(405, f"{path} takes POST, not {method}")
             if path == FEEDBACK_PATH:
-                await self.feedback.take(parse(await read_body(receive, self.config.max_body_bytes)), key, send)
+                await self.feedback.take(await read_json(receive, self.config.max_body_bytes), key, send)
             else:
-                if self.doors.engine_has_died():  # before it costs a key anything of its quota
-                    raise dead_engine()
-                body = await read_body(receive, self.config.max_body_bytes)
-                async with self.intake.place():
-                    await self._generate(key, parse(body), scope, receive, send, seen)
+                await self._generate(key, scope, receive, send, seen)
         elif path == "/v1/models" and method == "GET":
             await send_json(send, 200, {"object": "list", "data": [self._model_card(name) for name in self._names(key)]})
         elif path == "/openapi.json" and method == "GET":
@@ -166,7 +162,10 @@ class Front:
     def _names(self, key: Key | None) -> list[str]:
         return [name for name in self.adapters.names() if key is None or key.may_use(name)]
 
-    async def _generate(self, key: Key | None, request: dict[str, Any], scope: Scope, receive: Receive, send: Send, seen: Observed) -> None:
+    async def _generate(self, key: Key | None, scope: Scope, receive: Receive, send: Send, seen: Observed) -> None:
+        if self.doors.engine_has_died():  # before it costs a key anything of its quota
+            raise dead_engine()
+        request = await read_json(receive, self.config.max_body_bytes)
         name = request.get("model")
         if not isinstance(name, str) or not name:
             known = ", ".join(self._names(key)[:10])
@@ -188,7 +187,8 @@ class Front:
                 protocol.add_system_prompt(request, self.adapters.system_prompt(version))
                 hold = hold_of(scope) if request.get("stream") is True else None
                 begun = hold and partial(hold, LAST_WORDS[scope["path"]])
-                async with self._counted(key, request, seen.meter) as standing, self.doors.awake():
+                # A turn comes last: nobody waits in it for the registry, a quota or an engine that wakes.
+                async with self._counted(key, request, seen.meter) as standing, self.doors.awake(), self.intake.turn():
                     send_named = _with_headers(send_heard, [(MODEL_HEADER, version.encode()), *standing], begun)
                     await self._hand_on(request, scope, receive, send_named)
 

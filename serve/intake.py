@@ -17,21 +17,22 @@ _leave: ContextVar[Callable[[], None]] = ContextVar("leave")
 
 
 class Intake:
-    """The few places on the way."""
+    """Whose turn it is."""
 
     def __init__(self, num_at_once: int = NUM_AT_ONCE) -> None:
-        self._places = asyncio.Semaphore(num_at_once)
+        self._turns = asyncio.Semaphore(num_at_once)
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Wait for a place, and have it until the engine has the request, it ends before that, or it has had it too long."""
-        await self._places.acquire()
-        held = [True]
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for a turn, and have it until the engine has the request, it ends before that, or it has had it too long."""
+        await self._turns.acquire()
+        has_turn = True
 
         def leave() -> None:
-            if held:
-                held.clear()
-                self._places.release()
+            nonlocal has_turn
+            if has_turn:
+                has_turn = False
+                self._turns.release()
 
         too_long = asyncio.get_running_loop().call_later(HELD_AT_MOST_S, leave)
         _leave.set(leave)
@@ -43,7 +44,7 @@ class Intake:
 
 
 def reached() -> None:
-    """Give the place to the next: the engine has this task's request, if it came by one."""
+    """Give the turn to the next: the engine has this task's request, if it waited for a turn."""
     leave = _leave.get(None)
     if leave is not None:
         leave()

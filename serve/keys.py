@@ -21,7 +21,7 @@ from configs.schema import is_loopback
 
 KEY_BYTES = 32
 PREFIX = "sk-tandem-"
-LOOK_EVERY_S = 0.25  # a key that was revoked is out after that on every replica, and few requests wait for a disk
+LOOK_EVERY_S = 0.25  # a revoked key is out after that on this machine, and few requests wait for a disk
 OPERATOR = "tandem"  # whose key is made from the cluster's token, and may use everything
 ModelName = Annotated[str, StringConstraints(pattern=r"^[^\s,]{1,200}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from serve.completion_ids import ID_HEADER, new_id
+from serve.completion_ids import ID_HEADER, request_id_of
 from serve.guardian import NUM_CONNECTIONS, NUMBER
 from serve.refusal import Message, Scope, Send, send_nothing
 
@@ -75,10 +75,10 @@ class GuardedProtocol(HttpToolsProtocol):
     """This connection's number, and the event that it ends with, where the guardian holds it."""
 
     def on_headers_complete(self) -> None:
-        """Hand the request on, with our word of whether Ray Serve watches its client, and not the client's own; and with an id."""
-        self.headers[:] = [header for header in self.headers if header[0] != UNWATCHED[0]]
-        if not any(name == ID_HEADER for name, _ in self.headers):  # Ray Serve would make one, which takes longer
-            self.headers.append((ID_HEADER, new_id().encode()))
+        """Hand the request on with one id, and with our word, and not its client's, of whether Ray Serve watches that client."""
+        given = [value for name, value in self.headers if name == ID_HEADER]
+        self.headers[:] = [header for header in self.headers if header[0] not in (UNWATCHED[0], ID_HEADER)]
+        self.headers.append((ID_HEADER, request_id_of(given[-1] if given else b"").encode()))  # Ray Serve says it again, as it came
         if self.guardian and not self.guardian.may_wait():  # the engine's application itself looks whether its client is still there
             self.headers.append(UNWATCHED)
         super().on_headers_complete()

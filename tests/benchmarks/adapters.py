@@ -86,8 +86,9 @@ def compare(ports: dict[str, tuple[int, str]], base: Path, adapters: dict[str, S
     rounds: dict[str, list[float]] = {}
     for number in range(NUM_ROUNDS):
         for server, (port, model) in sorted(ports.items(), reverse=number % 2 == 1):
-            for kind, names in (("base", ()), ("one_adapter", adapters[server][:1]), ("eight_adapters", adapters[server])):
-                found = load(port, model, base, NUM_AT_ONCE, number, names)
+            kinds = (("base", ()), ("one_adapter", adapters[server][:1]), ("eight_adapters", adapters[server]))
+            for place, (kind, names) in enumerate(kinds):
+                found = load(port, model, base, NUM_AT_ONCE, number * len(kinds) + place, names)
                 rounds.setdefault(f"{server}_{kind}_tokens_per_s", []).append(found["tokens_per_s"])
                 console.print(f"{server}, {kind}: {found}")
     figures = {name: median(found) for name, found in rounds.items()}

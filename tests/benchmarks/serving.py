@@ -25,7 +25,7 @@ from bench import make_model, run_cli, write_result
 from cluster.session import require_session
 from configs.cli import console
 from configs.loader import ROOT, load_chatbot
-from serve.engine import CPU_WORKER, TURNS, engine_arguments, engine_environment
+from serve.engine import CPU_WORKER, OUTPUT_CHUNK, engine_arguments, engine_environment
 
 BARE_PORT = 8100
 NUM_PROMPTS = {1: 8, 64: 256, 256: 1024}
@@ -48,7 +48,7 @@ def bare_vllm(config_file: str, overrides: Sequence[str] = (), modules: Sequence
     if CPU_WORKER in arguments:  # ours, not vLLM's own
         del arguments[arguments.index(CPU_WORKER) - 1 : arguments.index(CPU_WORKER) + 1]
     environment = {**os.environ, **engine_environment(config.serve, share is not None, os.cpu_count() or 1)}
-    for name in TURNS:  # ours, not vLLM's own
+    for name in OUTPUT_CHUNK:  # ours, not vLLM's own
         del environment[name]
     command = [sys.executable, "-m", BARE_MODULE, "--port", str(BARE_PORT), *arguments, *modules]
     started_s = time.monotonic()

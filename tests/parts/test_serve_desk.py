@@ -35,8 +35,9 @@ def test_nobody_comes_in_before_the_head_told_its_keys_or_long_after(keys):
     assert key.is_valid()
     assert keys.find(operator_key() or "") is not None, "the operator's is made from the token, which both have"
     keys.take(KeyFile().read(), time.monotonic() - MAX_AGE_S)
-    with pytest.raises(AccessError, match="has not answered"):
-        keys.are_asked_for()
+    for look in (keys.are_asked_for, lambda: keys.find(secret)):
+        with pytest.raises(AccessError, match="has not answered"):
+            look()
 
 
 def test_what_is_revoked_at_the_head_is_out_with_the_next_answer(keys):

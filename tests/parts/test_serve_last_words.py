@@ -14,6 +14,7 @@ import pytest
 
 from cluster.processes import free_port
 from configs.loader import ROOT
+from serve.completion_ids import REQUEST_ID
 from serve.last_words import GUARDIAN_FILE
 from tests.ray.stack import wait_for
 
@@ -27,6 +28,11 @@ async def application(scope, receive, send):
         await send({"type": "websocket.close", "code": 1008})
         return
     how = scope["path"]
+    if how == "/ids":
+        ids = b",".join(value for name, value in scope["headers"] if name == b"x-request-id")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": ids})
+        return
     send = straight(scope, send) if scope["query_string"] else send
     headers = [(b"content-length", b"1000")] if how == "/whole" else []
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -246,3 +252,21 @@ def test_without_its_guardian_a_server_goes_on_and_a_guardian_does_not_outlive_i
             server.kill()
             with pytest.raises(httpx.RemoteProtocolError):
                 b"".join(coming)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_kept"),
+    [
+        ([], False),
+        ([b"one"], True),
+        ([b"one", b"two"], True),
+        ([b""], False),
+        ([b"my id"], False),
+        ([b"\xff"], False),
+        ([b"x" * 65], False),
+    ],
+)
+def test_a_request_has_one_id_which_may_stand_in_ours(server, given, is_kept):
+    first, second = (httpx.get(f"{server.address}/ids", headers=[(b"X-Request-Id", value) for value in given]).text for _ in range(2))
+    assert REQUEST_ID.fullmatch(first)
+    assert (first == given[-1].decode()) if is_kept else (first != second)

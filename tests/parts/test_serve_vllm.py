@@ -251,10 +251,10 @@ def test_a_request_that_vllms_engine_has_is_no_more_on_its_way(monkeypatch):
     intake, was_free = Intake(num_at_once=1), []
 
     async def ask() -> None:
-        async with intake.place():
-            was_free.append(not intake._places.locked())
+        async with intake.turn():
+            was_free.append(not intake._turns.locked())
             async for _ in engine.generate("so", SamplingParams(), "1"):
-                was_free.append(not intake._places.locked())
+                was_free.append(not intake._turns.locked())
 
     asyncio.run(ask())
     assert was_free == [False, True]

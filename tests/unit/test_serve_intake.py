@@ -23,7 +23,7 @@ class Way:
 
     async def request(self, number: int, is_reached: bool = True) -> None:
         may_go = self.may_go[number] = asyncio.Event()
-        async with self.intake.place():
+        async with self.intake.turn():
             self.begun.append(number)
             await may_go.wait()
             if is_reached:
@@ -73,7 +73,7 @@ async def test_one_that_the_engine_never_gets_makes_room_as_it_ends():
     assert way.begun == [1, 2]
 
 
-async def test_who_goes_away_while_waiting_or_on_the_way_takes_no_place_along():
+async def test_who_goes_away_while_waiting_or_on_the_way_takes_no_turn_along():
     way = Way(num_at_once=1)
     first, second, _ = await way.begin(1, 2, 3)
     second.cancel()
@@ -91,44 +91,82 @@ async def test_one_that_takes_long_keeps_nobody_waiting_and_makes_room_only_once
     await way.begin(2, 3)
     assert way.begun == [1, 2]
     await way.go(1)
-    assert way.begun == [1, 2], "its place was given away before"
+    assert way.begun == [1, 2], "its turn was given away before"
     await way.go(2)
     assert way.begun == [1, 2, 3]
 
 
-async def test_what_came_by_no_place_has_none_to_give():
+async def test_what_had_no_turn_has_none_to_give():
     reached()
 
 
-async def test_before_an_engine_a_few_are_on_the_way_and_none_of_them_still_sends_its_body(shelf, keys):
-    arrived, may_go = [], asyncio.Event()
+class Crowd:
+    """Requests before a front, whose engine tells that it has one when it may."""
 
-    async def engine(scope, receive, send) -> None:
-        arrived.append(scope)
-        await may_go.wait()
+    def __init__(self, shelf, keys) -> None:
+        self.arrived, self.may_go = 0, asyncio.Event()
+        self.front = make_front(self.engine, shelf, keys)
+        self.requests: list[asyncio.Task[None]] = []
+
+    async def engine(self, scope, receive, send) -> None:
+        self.arrived += 1
+        await self.may_go.wait()
         reached()
         await asyncio.Event().wait()
 
-    front = make_front(engine, shelf, keys)
-    await front.adapters.refresh()
-    body = json.dumps({**ASKED, "model": BASE.name}).encode()
-
-    def asked(more_body: bool) -> asyncio.Task[None]:
-        parts = iter([{"type": "http.request", "body": body, "more_body": more_body}])
-
-        async def receive() -> dict[str, Any]:
-            return next(parts, None) or await asyncio.Event().wait()
-
+    def ask(self, num_requests: int, model: str = BASE.name, more_body: bool = False) -> None:
+        body = json.dumps({**ASKED, "model": model}).encode()
         scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
-        return asyncio.create_task(front(scope, receive, Answer().send))
+        for _ in range(num_requests):
+            parts = iter([{"type": "http.request", "body": body, "more_body": more_body}])
 
-    requests = [asked(more_body=True) for _ in range(NUM_AT_ONCE)] + [asked(more_body=False) for _ in range(NUM_AT_ONCE + 2)]
+            async def receive(parts=parts) -> dict[str, Any]:
+                return next(parts, None) or await asyncio.Event().wait()
+
+            self.requests.append(asyncio.create_task(self.front(scope, receive, Answer().send)))
+
+    async def leave(self) -> None:
+        for request in self.requests:
+            request.cancel()
+        await asyncio.wait(self.requests)
+        self.front.feedback.store.close()
+
+
+async def test_before_an_engine_a_few_are_on_the_way_and_the_next_when_it_has_them(shelf, keys):
+    crowd = Crowd(shelf, keys)
+    await crowd.front.adapters.refresh()
+    crowd.ask(NUM_AT_ONCE + 2)
     await turns()
-    assert len(arrived) == NUM_AT_ONCE
-    may_go.set()
+    assert crowd.arrived == NUM_AT_ONCE
+    crowd.may_go.set()
     await turns()
-    assert len(arrived) == NUM_AT_ONCE + 2
-    for request in requests:
-        request.cancel()
-    await asyncio.wait(requests)
-    front.feedback.store.close()
+    assert crowd.arrived == NUM_AT_ONCE + 2
+    await crowd.leave()
+
+
+async def test_who_waits_for_a_body_or_for_the_registry_has_no_turn_yet(shelf, keys, monkeypatch):
+    crowd = Crowd(shelf, keys)
+    await crowd.front.adapters.refresh()
+    resolve = crowd.front.adapters.resolve
+
+    async def slowly(name: str, *others: Any) -> str:
+        return await (resolve(name, *others) if name == BASE.name else asyncio.Event().wait())
+
+    monkeypatch.setattr(crowd.front.adapters, "resolve", slowly)
+    crowd.ask(NUM_AT_ONCE, more_body=True)
+    crowd.ask(NUM_AT_ONCE, model="helpdesk:999")
+    crowd.ask(1)
+    await turns()
+    assert crowd.arrived == 1
+    await crowd.leave()
+
+
+async def test_whoever_is_over_the_bound_hears_it_and_waits_for_no_turn(shelf, keys):
+    crowd = Crowd(shelf, keys)
+    await crowd.front.adapters.refresh()
+    bound = crowd.front.config.max_num_seqs + crowd.front.config.max_waiting_requests
+    crowd.ask(bound + 1)
+    await turns()
+    assert crowd.arrived == NUM_AT_ONCE
+    assert [request.done() for request in crowd.requests] == [False] * bound + [True]
+    await crowd.leave()
