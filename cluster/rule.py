@@ -122,6 +122,7 @@ class Decision:
 def decide(seen: Snapshot, lending: LendingConfig) -> Decision:
     """Say who is to start, who is to leave, and how many engines chat may have."""
     hand = _Hand(seen, lending)
+    hand.let_go_of_what_engines_took()
     hand.give_chat_its_own()
     for job in sorted((job for job in seen.jobs if job.state == "waiting"), key=lambda job: (job.rank, job.place, job.id)):
         hand.place(job)
@@ -150,6 +151,13 @@ class _Hand:
         self.free = sorted(free, key=lambda card: card.pool == SERVE)  # a train card first
         self.coming = [card for card in alive if card.name in self.holders and self.holders[card.name].state == "leaving"]
         self.is_quiet = chat.quiet_s >= self.lending.quiet_after_s
+
+    def let_go_of_what_engines_took(self) -> None:
+        """Have jobs leave cards that an engine was quicker to take, when their process was killed and begun anew."""
+        taken = {card.name for card in self.engines if not card.is_seated}
+        for job in self.seen.jobs:
+            if job.state == "running" and not taken.isdisjoint(job.cards):
+                self.actions.append(Leave(job.id, "an engine took its card while it began anew"))
 
     def give_chat_its_own(self) -> None:
         """Keep serve cards free for the engines that chat wants, and call back those that are lent."""

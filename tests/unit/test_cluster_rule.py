@@ -254,3 +254,22 @@ def test_thousands_of_requests_a_second_for_ten_minutes_beside_a_line_of_jobs():
         if not enabled:
             assert simulation.longest_wait_s <= START_S + 2, "no engine ever sleeps"
     assert steps[True] > 1.3 * steps[False]
+
+
+def test_a_job_whose_card_an_engine_took_as_it_began_anew_goes_on_elsewhere():
+    simulation = Simulation(
+        Setting(
+            num_serve=1,
+            num_train=1,
+            min_engines=1,
+            max_engines=1,
+            uses_train_cards=True,
+            can_sleep=False,
+            engines_first=True,
+            lending=LendingConfig(enabled=True, quiet_after_s=0.0, min_hold_s=0.0),
+        )
+    )
+    submit = ("submit_job", "train", 5, 0, 1, 0)
+    live_through(simulation, [*[(submit, 0)] * 6, (("kill_run",), 1), (("kill_raylet", 0, 2), 0)])
+    simulation.run(600)
+    assert not standing(simulation)
