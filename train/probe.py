@@ -22,7 +22,7 @@ from cluster.home import BYTES_PER_GIB
 from configs.schema import ChatbotConfig
 from data.template import NO_LOSS
 from train.fp8 import quantise_base, require_fp8
-from train.model import add_adapter, fuse_kernels, let_segments_grow, pick_attention, pick_dtype
+from train.model import add_adapter, blocks, fuse_kernels, let_segments_grow, pick_attention, pick_dtype
 from train.reporting import peak_memory_gib, taken_memory_gib, wait_for_gpu
 from train.rows import Packer, Padder, Row, RowOrder
 from train.step import OrderedTrainer, training_arguments
@@ -133,7 +133,7 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
     config, clock = config.model_copy(update={"train": train}), _Clock()
     _forget()
     try:
-        model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing)
+        model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing, train.compile)
         with tempfile.TemporaryDirectory(prefix="tandem-probe-") as scratch:
             longest_tokens = max(len(row["input_ids"]) for row in rows)
             arguments = training_arguments(config, Path(scratch), 1, len(rows), longest_tokens, base.dtype == torch.bfloat16)
@@ -150,9 +150,11 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
 
 
 def _take_off(base: Any) -> None:
-    """Take adapter, shortcut and hooks off a base."""
+    """Take adapter, shortcut, compiled code and hooks off a base."""
     from peft.tuners.lora import LoraLayer
 
+    for block in blocks(base):
+        block._compiled_call_impl = None
     for name, layer in list(base.named_modules()):
         if isinstance(layer, LoraLayer):
             base.set_submodule(name, layer.get_base_layer())

@@ -48,15 +48,9 @@ KERNELS = {
 @contextmanager
 def changed(way: str) -> Iterator[None]:
     """Do one thing in another way."""
-    fuse_adapter, blocks = train.model.fuse_adapter, []
-
-    def compile_blocks(model: Any) -> None:
-        blocks[:] = model.get_base_model().model.layers
-        for block in blocks:
-            block.compile()
-
-    if way in ("peft", "compiled"):
-        train.model.fuse_adapter = compile_blocks if way == "compiled" else lambda model: None
+    fuse_adapter = train.model.fuse_adapter
+    if way == "peft":
+        train.model.fuse_adapter = lambda model: None
     if way in ("cudnn", "flash"):
         torch.backends.cuda.enable_flash_sdp(way == "flash")
         torch.backends.cuda.enable_cudnn_sdp(way == "cudnn")
@@ -64,8 +58,6 @@ def changed(way: str) -> Iterator[None]:
         yield
     finally:
         train.model.fuse_adapter = fuse_adapter
-        for block in blocks:
-            block._compiled_call_impl = None
         torch.backends.cuda.enable_flash_sdp(True)
         torch.backends.cuda.enable_cudnn_sdp(True)
 
@@ -105,6 +97,7 @@ def main() -> None:
         base = make_base(model_config(arguments.shape), config, length)
         rows = make_rows((length,), config.train.batch_size * (NUM_WARMUP_STEPS + NUM_STEPS), VOCABULARY)
         for way in arguments.ways:
+            config = config.model_copy(update={"train": config.train.model_copy(update={"compile": way == "compiled"})})
             with changed(way):
                 found = run_steps(base, config, rows, NUM_STEPS)
                 step_ms = config.train.batch_size * length / found.tokens_per_s * 1000
