@@ -117,6 +117,8 @@ class Decision:
     """Cards whose engines are to go to sleep."""
     waits: dict[int, str]
     """Why each waiting job waits."""
+    next_job: int | None = None
+    """Whose process may get ready before it has cards: the first that waits for one that chat may lend, for a while and at any moment."""
 
 
 def decide(seen: Snapshot, lending: LendingConfig) -> Decision:
@@ -126,7 +128,7 @@ def decide(seen: Snapshot, lending: LendingConfig) -> Decision:
     hand.give_chat_its_own()
     for job in sorted((job for job in seen.jobs if job.state == "waiting"), key=lambda job: (job.rank, job.place, job.id)):
         hand.place(job)
-    return Decision(tuple(hand.actions), *hand.bounds(), hand.bedtimes(), hand.waits)
+    return Decision(tuple(hand.actions), *hand.bounds(), hand.bedtimes(), hand.waits, hand.next_job)
 
 
 @dataclass
@@ -141,6 +143,7 @@ class _Hand:
     """Cards that engines are to leave."""
     kept: dict[str, str] = field(default_factory=dict)
     """For whom a card is kept that is free, or becomes so."""
+    next_job: int | None = None
 
     def __post_init__(self) -> None:
         seen, chat = self.seen, self.seen.chat
@@ -200,6 +203,8 @@ class _Hand:
             for other in below:
                 self.actions.append(Leave(other.id, f"job {job.id} goes before it", for_job=job.id))
         self.waits[job.id] = self._reason(job, usable)
+        if self.next_job is None and job.kind == "train" and any(card.pool == SERVE for card in usable):
+            self.next_job = job.id
 
     def bounds(self) -> tuple[tuple[int, int], str]:
         """Return the fewest and most engines that chat may have now, and why."""

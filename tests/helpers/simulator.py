@@ -10,8 +10,9 @@ from collections import deque
 from dataclasses import replace
 
 from cluster.arbiter import LOST, Arbiter, Driver, Sight
-from cluster.job_queue import STANDING, NewJob, QueuedJob
+from cluster.job_queue import LEAVING, RUNNING, STANDING, NewJob, QueuedJob
 from cluster.rule import SERVE, TRAIN, Card, Chat
+from configs.errors import EXIT_STOPPED
 from tests.helpers.laws import Laws
 from tests.helpers.simulated import (
     DOWN_AFTER_S,
@@ -280,9 +281,11 @@ class Simulation:
             place()
 
     def _place_runs(self) -> None:
-        for run in self.runs.values():
+        given = {job.submission: job for job in self.queue.jobs(RUNNING, LEAVING)}
+        for submission, run in self.runs.items():
+            run.job = given.get(submission, run.job)  # one that was started before its turn hears of its cards
             wanted = [spot for spot in self._free() if spot.card.name in run.job.cards]
-            if not run.spots and len(wanted) == len(run.job.cards):
+            if not run.spots and len(wanted) == len(run.job.cards) > 0:
                 run.spots, run.placed_s = wanted, self.now_s
                 for spot in wanted:
                     spot.occupant = run
@@ -305,8 +308,11 @@ class Simulation:
         return None
 
     def _train(self) -> None:
+        standing = {job.submission for job in self.queue.jobs(*STANDING)}
         for submission, run in list(self.runs.items()):
-            if self.now_s >= run.leaves_s:
+            if not run.job.cards and submission not in standing:
+                self._finish(submission, Driver("ended", EXIT_STOPPED), saved=False)
+            elif self.now_s >= run.leaves_s:
                 hung = self.leave_s > LEAVE_WITHIN_S
                 self._finish(submission, Driver("stopped"), saved=not hung)
             elif self.now_s >= run.placed_s + SETUP_S:
