@@ -55,7 +55,11 @@ def test_quiet_chat_sends_its_engine_to_sleep_only_where_a_job_waits_for_the_car
 def test_an_engine_that_can_sleep_is_told_to_and_none_is_ended():
     seated = replace(ANSWERING, is_seated=True)
     found = decided(RUNNING, WAITING, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT)
-    assert (found.bedtimes, found.num_engines, found.actions) == (("card0",), (1, 1), ())
+    start = Start(3, ("card0",), "card0 is lent by chat, which does not need it")
+    assert (found.bedtimes, found.num_engines, found.actions) == (("card0",), (1, 1), (start,)), "its process gets ready meanwhile"
+    other = Card("card9", "serve", engine_since_s=0)
+    found = decided(RUNNING, replace(WAITING, num_cards=2), cards=(seated, other, TRAIN_CARD), chat=QUIET_CHAT)
+    assert (found.bedtimes, found.actions) == (("card0",), ()), "the other one must end, and may be begun anew on either card"
     asleep, nobody = replace(seated, engine_since_s=None), replace(QUIET_CHAT, num_wanted=0)
     found = decided(RUNNING, WAITING, cards=(asleep, TRAIN_CARD), chat=nobody)
     assert (found.actions[0].cards, found.num_engines, found.bedtimes) == (("card0",), (1, 1), ())
@@ -69,6 +73,8 @@ def test_an_engine_that_can_sleep_is_told_to_and_none_is_ended():
     assert decided(RUNNING, WAITING, cards=(seated, TRAIN_CARD)).bedtimes == (), "chat is not quiet"
     woken = decided(RUNNING, LENT, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT)
     assert woken.bedtimes == ("card0",), "it woke before the job's process had the card, and would keep it from the job for ever"
+    (leave,) = decided(RUNNING, LENT, cards=(seated, TRAIN_CARD)).actions
+    assert leave == Leave(2, "chat has requests again, and its engine did not fall asleep")
     leaving = replace(LENT, state="leaving")
     assert decided(RUNNING, leaving, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT).bedtimes == (), "a job that leaves needs no card"
 
