@@ -7,6 +7,7 @@ trained.
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import ray
@@ -15,16 +16,33 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2._internal.logging import LoggingManager
 
+HEAR_EVERY_S = 1  # whole seconds, as Ray takes them
 NOT_OURS = (
     DatasetsCallback,  # a process that would hand Ray's own data sets to workers: ours read their rows
     PlacementGroupCleanerCallback,  # another for workers that outlive their controller: Ray ends those of a driver that is gone
 )
 
 
+class HearingHandle(DefaultPlacementGroupHandle):  # type: ignore[misc]
+    """Cards that are waited for by a process that hears meanwhile: a signal is not answered within one wait of Ray's, which is a minute."""
+
+    def wait(self, timeout_seconds: float = 30) -> bool:
+        """Wait for the cards, and return whether they are there."""
+        until_s = time.monotonic() + timeout_seconds
+        while not super().wait(HEAR_EVERY_S):
+            if time.monotonic() >= until_s:
+                return False
+        return True
+
+
 class Workers(WorkerGroup):  # type: ignore[misc]
     """Workers that are not told of an actor of the controller's: they would ask it for checkpoints of their own run."""
+
+    def _create_placement_group(self, *asked: Any) -> Any:
+        return HearingHandle(super()._create_placement_group(*asked).placement_group)
 
     def _init_train_context_on_workers(self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]) -> None:
         told = [
