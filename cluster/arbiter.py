@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
-from cluster.job_queue import CANCELLED, DONE, FAILED, LEAVING, RUNNING, STANDING, WAITING, Queue, QueuedJob, clock
+from cluster.job_queue import CANCELLED, DONE, FAILED, LEAVING, STANDING, WAITING, Queue, QueuedJob, clock
 from cluster.rule import Card, Chat, Job, Leave, Snapshot, Start, decide
 from configs.errors import EXIT_BAD_INPUT, EXIT_NOT_PROMOTED, EXIT_STOPPED, TandemError
 from configs.schema import LendingConfig
@@ -88,7 +88,9 @@ class Arbiter:
             note(seen, now_s)
 
     def _respond(self, seen: Sight, now_s: float) -> None:
-        for job in self.queue.jobs(RUNNING, LEAVING):
+        for job in self.queue.jobs(*STANDING):
+            if not job.submission:
+                continue  # it waits, and has no process
             try:
                 self._follow(job, seen, now_s)
             except (TandemError, OSError, ValueError) as error:  # the others are looked after all the same
@@ -108,6 +110,7 @@ class Arbiter:
                 log.info("%s: %s", what, why)
                 self.queue.note_handover("chat", what, why, now_s)
         self.queue.explain(decision.waits)
+        self._get_ready(decision.next_job)
         if seen.num_engines not in (None, decision.num_engines):
             fewest, most = decision.num_engines
             what, why = f"chat may have {fewest} to {most} engines", decision.engines_reason or "as its config says"
@@ -123,6 +126,14 @@ class Arbiter:
         elif job := self.queue.begin(action.job, action.cards, action.reason, now_s):
             log.info("job %d starts on %s: %s", job.id, ", ".join(job.cards), action.reason)
             self._submit(job)
+
+    def _get_ready(self, next_job: int | None) -> None:
+        """Start the process of the job that is next, which then waits for its cards; one that is not next any more ends."""
+        for job in self.queue.jobs(WAITING):
+            if job.submission and job.id != next_job:
+                self.queue.forget_process(job.id)
+            elif job.id == next_job and (ready := self.queue.make_ready(job.id)):
+                self._submit(ready)
 
     def _submit(self, job: QueuedJob) -> None:
         self.ground.submit(job)

@@ -152,18 +152,33 @@ class Queue:
         return _job(row)
 
     def begin(self, job_id: int, cards: tuple[str, ...], reason: str, now_s: float) -> QueuedJob | None:
-        """Give a waiting job its cards, and a new name for Ray; None if it does not wait any more, or a card was given meanwhile."""
+        """Give a waiting job its cards; None if it does not wait any more, or a card was given meanwhile."""
         with self._transaction():
             taken = {name for job in self.jobs(RUNNING, LEAVING) for name in job.cards}
             if self.find(job_id).state != WAITING or taken & set(cards):
                 return None
-            name = f"tandem-{job_id}-{secrets.token_hex(4)}"
+            self.make_ready(job_id)
             self._change(
-                job_id, state=RUNNING, reason=reason, cards=json.dumps(cards), submission=name, is_submitted=0, since_s=now_s,
+                job_id, state=RUNNING, reason=reason, cards=json.dumps(cards), since_s=now_s,
                 step=0, num_steps=0, first_step=0, first_step_s=0, step_s=0,
             )  # fmt: skip
             self._note(cards, f"job {job_id} starts", reason, now_s)
             return self.find(job_id)
+
+    def make_ready(self, job_id: int) -> QueuedJob | None:
+        """Give a waiting job a name for Ray, by which its process may start before it has cards; None if it has one, or does not wait."""
+        with self._transaction():
+            job = self.find(job_id)
+            if job.state != WAITING or job.submission:
+                return None
+            self._change(job_id, submission=f"tandem-{job_id}-{secrets.token_hex(4)}", is_submitted=0)
+            return self.find(job_id)
+
+    def forget_process(self, job_id: int) -> None:
+        """Take its name from a job that waits; the process sees it, and ends."""
+        with self._transaction():
+            if self.find(job_id).state == WAITING:
+                self._change(job_id, submission="", is_submitted=0)
 
     def mark_submitted(self, job_id: int) -> None:
         """Note that Ray knows of it by its present name."""

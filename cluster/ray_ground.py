@@ -24,6 +24,7 @@ from cluster.machines import Raylets, remember, with_lost
 from cluster.placement import CARDS_VARIABLE, as_lent
 from cluster.rule import TRAIN, Card, Chat
 from cluster.session import Session, is_alive, is_joined, known_cards
+from cluster.turn import EARLY_VARIABLE
 from configs.cli import JOB_VARIABLE
 from configs.errors import ClusterError, last_lines
 
@@ -90,7 +91,8 @@ class RayGround:
         module = MODULES[job.kind]
         again = ["--resume", job.run_id] if job.run_id else []
         command = shlex.join([sys.executable, "-m", module, str(file), *again])
-        environment = {JOB_VARIABLE: str(job.id), CARDS_VARIABLE: ",".join(job.cards), "PYTHONUNBUFFERED": "1"}
+        environment = {JOB_VARIABLE: str(job.id), "PYTHONUNBUFFERED": "1"}
+        environment |= {CARDS_VARIABLE: ",".join(job.cards)} if job.cards else {EARLY_VARIABLE: job.submission}
         environment["BASE_MODEL_NAME"] = ""  # what was set when it was submitted is in its config
         body = {
             "submission_id": job.submission,

@@ -6,6 +6,7 @@ nothing, so that it says the same again until it is done, whoever was killed mea
     1. Chat comes first on serve cards. A job that was lent one leaves as soon as chat wants it.
     2. Jobs stand in line: training before sweeps, then by priority, then by age. Nobody passes one who waits for the same card.
     3. A job takes free cards; else one that quiet chat lends, or that an engine is a guest on; else one of a job that ranks below it.
+       One that falls asleep for a job has it already: Ray hands it over when the engine has let go.
     4. Who has a card keeps it for `min_hold_s` against other jobs. Chat takes its own at once, and lends after `quiet_after_s`.
 """
 
@@ -117,16 +118,18 @@ class Decision:
     """Cards whose engines are to go to sleep."""
     waits: dict[int, str]
     """Why each waiting job waits."""
+    next_job: int | None = None
+    """Whose process may get ready before it has cards: the first that waits for one that chat may lend, for a while and at any moment."""
 
 
 def decide(seen: Snapshot, lending: LendingConfig) -> Decision:
     """Say who is to start, who is to leave, and how many engines chat may have."""
     hand = _Hand(seen, lending)
-    hand.let_go_of_what_engines_took()
+    hand.let_go_of_what_engines_have()
     hand.give_chat_its_own()
     for job in sorted((job for job in seen.jobs if job.state == "waiting"), key=lambda job: (job.rank, job.place, job.id)):
         hand.place(job)
-    return Decision(tuple(hand.actions), *hand.bounds(), hand.bedtimes(), hand.waits)
+    return Decision(tuple(hand.actions), *hand.bounds(), hand.bedtimes(), hand.waits, hand.next_job)
 
 
 @dataclass
@@ -141,6 +144,7 @@ class _Hand:
     """Cards that engines are to leave."""
     kept: dict[str, str] = field(default_factory=dict)
     """For whom a card is kept that is free, or becomes so."""
+    next_job: int | None = None
 
     def __post_init__(self) -> None:
         seen, chat = self.seen, self.seen.chat
@@ -152,12 +156,15 @@ class _Hand:
         self.coming = [card for card in alive if card.name in self.holders and self.holders[card.name].state == "leaving"]
         self.is_quiet = chat.quiet_s >= self.lending.quiet_after_s
 
-    def let_go_of_what_engines_took(self) -> None:
-        """Have jobs leave cards that an engine was quicker to take, when their process was killed and begun anew."""
+    def let_go_of_what_engines_have(self) -> None:
+        """Have jobs leave cards that an engine was quicker to take, when their process was killed and begun anew, or did not give back."""
         taken = {card.name for card in self.engines if not card.is_seated}
+        awake = set() if self.is_quiet else {card.name for card in self.engines if card.is_seated}
         for job in self.seen.jobs:
             if job.state == "running" and not taken.isdisjoint(job.cards):
                 self.actions.append(Leave(job.id, "an engine took its card while it began anew"))
+            elif job.state == "running" and not awake.isdisjoint(job.cards):
+                self.actions.append(Leave(job.id, "chat has requests again, and its engine did not fall asleep"))
 
     def give_chat_its_own(self) -> None:
         """Keep serve cards free for the engines that chat wants, and call back those that are lent."""
@@ -191,6 +198,9 @@ class _Hand:
         self._keep_for(job, claimed)
         num_missing = job.num_cards - len(claimed)
         lent = self._guests(job)[:num_missing]
+        if len(claimed) == len(free) and self._fall_asleep(lent, num_missing):
+            self._start(job, [*free, *lent])
+            return
         below = self._below(job, num_missing - len(lent))
         num_below = sum(self._num_suitable(other, job) for other in below)
         if len(lent) + num_below >= num_missing:
@@ -200,6 +210,8 @@ class _Hand:
             for other in below:
                 self.actions.append(Leave(other.id, f"job {job.id} goes before it", for_job=job.id))
         self.waits[job.id] = self._reason(job, usable)
+        if self.next_job is None and job.kind == "train" and any(card.pool == SERVE for card in usable):
+            self.next_job = job.id
 
     def bounds(self) -> tuple[tuple[int, int], str]:
         """Return the fewest and most engines that chat may have now, and why."""
@@ -223,12 +235,9 @@ class _Hand:
         return (fewest, most), "" if most == chat.max_engines else f"{_count(room)} for engines"
 
     def bedtimes(self) -> tuple[str, ...]:
-        """Return the cards whose engines keep their process, and are to give the card back.
-
-        Also one that a job was given and has not got yet, since the engine woke before the job's process had asked for it.
-        """
+        """Return the cards whose engines keep their process, and are to give the card back: a job was given it, or is to get it."""
         given = {name for name, job in self.holders.items() if job.state == "running"} if self.is_quiet else set()
-        wanted = self.given_back | given
+        wanted = self.given_back | given | {name for action in self.actions if isinstance(action, Start) for name in action.cards}
         return tuple(card.name for card in self.engines if card.is_seated and card.name in wanted)
 
     def _start(self, job: Job, cards: list[Card]) -> None:
@@ -251,6 +260,10 @@ class _Hand:
             return found
         num_own = sum(card.pool == SERVE and card.is_alive for card in self.seen.cards) if self.lending.enabled else 1
         return found[: max(0, len(engines) - max(1, num_own))]
+
+    def _fall_asleep(self, lent: list[Card], num_missing: int) -> bool:
+        """Whether engines give back all that is missing without ending: the first in line asks for it now, and has it when they sleep."""
+        return not self.waits and self.is_quiet and len(lent) == num_missing and all(card.is_seated for card in lent)
 
     def _is_held_long_enough(self, card: Card) -> bool:
         return card.pool == TRAIN and self.seen.now_s - (card.engine_since_s or 0.0) >= self.lending.min_hold_s

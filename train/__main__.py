@@ -38,8 +38,9 @@ def run(
         why = "a run goes on with the config that it was begun with"
         raise RunError("--resume takes no settings", why, f"leave out {' '.join(overrides)}, or --resume to train anew")
     settings = load_chatbot(config, overrides or [])
-    from train.driver import had_ended
+    from train.driver import had_ended, wait_readily
 
+    wait_readily()
     if resume and had_ended(resume):
         console.print(f"[green]done[/]   run {resume} had ended before")
         return

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +19,7 @@ from cluster.placement import is_usable
 from cluster.plan import require_precision
 from cluster.registry import Registry, mlflow_errors
 from cluster.session import LOGS_VARIABLE, RAY_NAMESPACE, Session, require_session, with_joined
+from cluster.turn import is_early, wait_for_turn
 from configs.cli import JOB_VARIABLE
 from configs.errors import ClusterError, RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig
@@ -26,6 +28,7 @@ from train.record import FAILED, FINISHED, RUN, STOPPED, Record
 from train.sizing import require_room
 
 ASKED = "the job was asked to stop"
+SLOW_IMPORTS = ("mlflow.tracking", "torch", "train.controller", "train.worker")
 Say = Callable[[str], None]
 Handler = Callable[[int, FrameType | None], None]
 
@@ -77,6 +80,16 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
     return Start(session, registry, config, folder, data, base_fingerprint, kind, earlier)
 
 
+def wait_readily() -> None:
+    """Where this job's process was started before its turn: import what takes seconds, and wait for its cards."""
+    if not is_early():
+        return
+    say_who_asks(require_session())
+    for module in SLOW_IMPORTS:
+        import_module(module)
+    wait_for_turn()
+
+
 def had_ended(run_id: str) -> bool:
     """Whether this is a job of the queue that had ended well, and what it ran in was killed before anybody saw that."""
     if JOB_VARIABLE not in os.environ:
@@ -113,11 +126,15 @@ def on_record(start: Start, num_cards: int) -> Iterator[Record]:
             raise
 
 
+def say_who_asks(session: Session) -> None:
+    """Set what Ray reads as it is imported, and talks to no cluster without."""
+    os.environ.update({key: value for key, value in session.environment().items() if key.startswith("RAY_AUTH") or key == LOGS_VARIABLE})
+
+
 @contextmanager
 def connect(session: Session) -> Iterator[None]:
     """Connect to the cluster, as part of a Ray job or straight."""
-    # Ray reads these as it is imported, and talks to no cluster without them.
-    os.environ.update({key: value for key, value in session.environment().items() if key.startswith("RAY_AUTH") or key == LOGS_VARIABLE})
+    say_who_asks(session)
     # Before Ray connects: a process that loads torch afterwards, in a Ray job, dies in MKL ("Cannot load libtorch_cpu.so").
     import ray
     import torch  # noqa: F401

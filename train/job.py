@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from train.worker import Task
 
 POLL_S = 0.5
-# Ray Train's controller takes these from its driver.
+# Of Ray Train's controller.
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # it takes one checkpoint at each look; by Ray's two seconds a run also ends later
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for what our workers do not ask: the run's control calls them back
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would write to the console; `train.controller` says where it writes
 }
 DEATHS = ("ActorDiedError", "ActorUnavailableError", "NodeDiedError", "OwnerDiedError", "WorkerCrashedError")
 
@@ -96,19 +97,10 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
     """Run the workers; return the checkpoint to register, its metrics, and why the run was stopped if it was."""
     import ray
     from ray import train as ray_train
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks import DatasetsCallback
 
     from train.control import make_control
+    from train.controller import Trainer
     from train.worker import train_worker
-
-    class Trainer(TorchTrainer):  # type: ignore[misc]
-        def _register_sigint_handler(self, controller: Any) -> None:
-            """Leave SIGINT to us: Ray's handler would abort the run and exit with status 0."""
-
-        def _create_default_callbacks(self) -> list[Any]:
-            """Leave out the process that would hand Ray's own data sets to workers: ours read their rows."""
-            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
 
     config, run_id = task.config, task.run_id
     os.environ.update(SETTINGS)

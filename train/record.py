@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -22,8 +22,10 @@ from cluster.versions import git_commit
 from configs.errors import RunError
 from configs.loader import setting_paths
 from configs.schema import ChatbotConfig
-from data.prepare import Prepared
 from train.scores import Interval, shown_interval
+
+if TYPE_CHECKING:
+    from data.prepare import Prepared
 
 FINISHED, STOPPED, FAILED = "FINISHED", "KILLED", "FAILED"
 MAX_PARAM_LETTERS = 500
@@ -53,7 +55,7 @@ class Record:
         self.client, self.run_id = client, run_id
 
     @classmethod
-    def begin(cls, client: Any, config: ChatbotConfig, data: Prepared, base_fingerprint: str, kind: str = RUN) -> "Record":
+    def begin(cls, client: Any, config: ChatbotConfig, data: "Prepared", base_fingerprint: str, kind: str = RUN) -> "Record":
         """Start a run, or a sweep's, with every parameter, the fingerprints, the commit and the environment."""
         from mlflow.entities import Param, RunTag
 
@@ -104,7 +106,7 @@ class Record:
             raise RunError(f"run {run_id} is finished", "there is nothing left to do", "leave out --resume to train anew")
         return cls(client, run_id), read_config(client, run_id)
 
-    def require_same(self, data: Prepared, base_fingerprint: str) -> None:
+    def require_same(self, data: "Prepared", base_fingerprint: str) -> None:
         """Refuse to go on with another base model or other data than the run began with.
 
         Raises:

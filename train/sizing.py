@@ -6,7 +6,7 @@ Knows the plan (`cluster.plan`) and prepared data. Does not know the step.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.home import BYTES_PER_GIB
 from cluster.memory import Rows, Step
@@ -18,7 +18,9 @@ from cluster.rates import step_s
 from cluster.shape import Shape, read_shape
 from configs.errors import ModelError
 from configs.schema import ChatbotConfig, TrainConfig
-from data.prepare import Prepared
+
+if TYPE_CHECKING:
+    from data.prepare import Prepared  # for types alone: a worker reads rows that are prepared, and need not import how
 
 S_PER_MINUTE = 60
 ADAPTER_BYTES = 16  # a weight in fp32, its gradient and two moments
@@ -57,7 +59,7 @@ class Sizing:
         """Return the memory that a run takes whose size is settled."""
         return Step(self.shape, train, self.rows, self.place.device).need().gib
 
-    def describe(self, step: Step, data: Prepared) -> str:
+    def describe(self, step: Step, data: "Prepared") -> str:
         """Tell what was chosen, and how long training takes where the card's rate is known."""
         words = f"plan: {show_size(step)}; about {step.need().gib:.1f} of the {self.place.memory_gib:.4g} GiB of {self.place.name}"
         if self.place.rate is None or not self.place.rate.is_of(step.train) or not self.place.device.on_gpu:
@@ -87,7 +89,7 @@ def make_sizing(config: ChatbotConfig, model: Mapping[str, Any], rows: Rows, car
     return Sizing(shape, rows, place_on(smallest, config))
 
 
-def size_prepared(config: ChatbotConfig, model_folder: Path, data: Prepared, cards: Sequence[dict[str, str]]) -> Sizing | None:
+def size_prepared(config: ChatbotConfig, model_folder: Path, data: "Prepared", cards: Sequence[dict[str, str]]) -> Sizing | None:
     """Return what runs on prepared conversations are sized by; None where the plan does not know the model."""
     model = read_config_file(model_folder)
     return make_sizing(config, model, Rows(data.longest_tokens, data.most_loss_tokens), cards)

@@ -17,6 +17,8 @@ START_S = 8.0
 """From the moment an engine has its card."""
 WAKE_S = 2.0
 """The same of one that slept."""
+FALL_ASLEEP_S = 3.0
+"""From the moment an engine is told to; whoever asks meanwhile waits until it has slept and woken."""
 RELEASE_S = 2.0
 """Until the memory of an engine that ended is free."""
 SETUP_S = 4.0
@@ -66,8 +68,13 @@ class Engine:
     """Of one that can sleep: the card that it may have."""
     starts_s: float = START_S
     is_asleep: bool = False
+    asleep_s: float = math.inf
+    """When one that was told to sleep will."""
 
     def runs(self, now_s: float) -> bool:
+        return self.is_up(now_s) and self.asleep_s == math.inf
+
+    def is_up(self, now_s: float) -> bool:
         return now_s >= self.placed_s + self.starts_s and self.gone_s == math.inf
 
 

@@ -10,11 +10,13 @@ from collections import deque
 from dataclasses import replace
 
 from cluster.arbiter import LOST, Arbiter, Driver, Sight
-from cluster.job_queue import STANDING, NewJob, QueuedJob
+from cluster.job_queue import LEAVING, RUNNING, STANDING, NewJob, QueuedJob
 from cluster.rule import SERVE, TRAIN, Card, Chat
+from configs.errors import EXIT_STOPPED
 from tests.helpers.laws import Laws
 from tests.helpers.simulated import (
     DOWN_AFTER_S,
+    FALL_ASLEEP_S,
     LEAVE_WITHIN_S,
     RELEASE_S,
     REQUESTS_PER_S,
@@ -159,8 +161,7 @@ class Simulation:
         assert self._quiet_s() >= self.setting.lending.quiet_after_s, "an engine is sent to sleep before chat was quiet long enough"
         if self.waiting or not engine.runs(self.now_s):
             return True  # it has something to do by now, and stays
-        engine.seat.occupant, engine.spot, engine.placed_s, engine.is_asleep = None, None, math.inf, True
-        engine.starts_s = WAKE_S
+        engine.asleep_s = self.now_s + FALL_ASLEEP_S
         self.sleeps_s.append(self.now_s)
         return True
 
@@ -218,7 +219,7 @@ class Simulation:
         return self.setting.uses_train_cards and not self.setting.can_sleep
 
     def _quiet_s(self) -> float:
-        running = [engine.placed_s + engine.starts_s for engine in self.engines if engine.runs(self.now_s)]
+        running = [engine.placed_s + engine.starts_s for engine in self.engines if engine.is_up(self.now_s)]
         if self.waiting or (self.target and not running and not any(engine.is_asleep for engine in self.engines)):
             return 0.0
         return self.now_s - max(self.last_request_s, *running) if running else math.inf
@@ -232,6 +233,7 @@ class Simulation:
             if self.now_s >= self.head_back_s:
                 self._serve()
                 self._scale()
+                self._fall_asleep()
                 self._place()
                 self._train()
             self._arbitrate()
@@ -274,15 +276,23 @@ class Simulation:
         for engine in [engine for engine in self.engines if self.now_s >= engine.gone_s]:
             self._remove(engine)
 
+    def _fall_asleep(self) -> None:
+        for engine in self.engines:
+            if engine.seat and self.now_s >= engine.asleep_s:
+                engine.seat.occupant, engine.spot, engine.placed_s, engine.is_asleep = None, None, math.inf, True
+                engine.starts_s, engine.asleep_s = WAKE_S, math.inf
+
     def _place(self) -> None:
         order = [self._place_runs, self._place_engines]
         for place in reversed(order) if self.setting.engines_first else order:
             place()
 
     def _place_runs(self) -> None:
-        for run in self.runs.values():
+        given = {job.submission: job for job in self.queue.jobs(RUNNING, LEAVING)}
+        for submission, run in self.runs.items():
+            run.job = given.get(submission, run.job)  # one that was started before its turn hears of its cards
             wanted = [spot for spot in self._free() if spot.card.name in run.job.cards]
-            if not run.spots and len(wanted) == len(run.job.cards):
+            if not run.spots and len(wanted) == len(run.job.cards) > 0:
                 run.spots, run.placed_s = wanted, self.now_s
                 for spot in wanted:
                     spot.occupant = run
@@ -305,8 +315,11 @@ class Simulation:
         return None
 
     def _train(self) -> None:
+        standing = {job.submission for job in self.queue.jobs(*STANDING)}
         for submission, run in list(self.runs.items()):
-            if self.now_s >= run.leaves_s:
+            if not run.job.cards and submission not in standing:
+                self._finish(submission, Driver("ended", EXIT_STOPPED), saved=False)
+            elif self.now_s >= run.leaves_s:
                 hung = self.leave_s > LEAVE_WITHIN_S
                 self._finish(submission, Driver("stopped"), saved=not hung)
             elif self.now_s >= run.placed_s + SETUP_S:

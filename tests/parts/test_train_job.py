@@ -108,6 +108,17 @@ def test_a_cluster_that_is_gone_ends_the_watch_without_noise(control, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_run_that_waits_for_cards_hears_signals_all_the_time():
+    """While Ray waits, Python answers none: a job that is to leave would be killed, and a card that chat wants be kept for that long."""
+    from train.controller import HearingHandle
+
+    waits: list[float] = []
+    handle = HearingHandle(SimpleNamespace(wait=lambda seconds: waits.append(seconds) or len(waits) == 3))
+    assert handle.wait(60)
+    assert waits == [1, 1, 1]
+    assert not HearingHandle(SimpleNamespace(wait=lambda seconds: False)).wait(0)
+
+
 def test_sigterm_may_be_taken_for_ctrl_c():
     with pytest.raises(KeyboardInterrupt), on_signals(signal.default_int_handler):
         be_sent(signal.SIGTERM)

@@ -75,6 +75,7 @@ def test_workers_train_together_as_one_does_and_go_on_from_their_checkpoint_when
     wait_for(lambda: len(list(history.glob("checkpoint_*/"))) >= 2)
     workers = stack.workers("RayTrainWorker")
     assert len(workers) == num_workers
+    assert not stack.workers("TrainController"), "the driver has it, and need not wait until a process of its own has imported all again"
     workers[-1].kill()
     text, _ = run.communicate(timeout=300)
     assert run.returncode == 0, text

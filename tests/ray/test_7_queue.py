@@ -140,11 +140,15 @@ def test_quiet_chat_lends_its_card_and_a_request_gets_it_back_and_its_answer(sta
     """The engine sleeps meanwhile, and is the same one afterwards; `stop` is Serve's own growth from zero, of which test_5_scaling is."""
     assert chat() == 200
     (core,) = stack.parts("", "EngineCore")
-    long = submit(stack, config, both_cards, "train.max_steps=100000", "name=long")
-    guest = submit(stack, config, "train.max_steps=100000", "name=guest")
+    with asked_all_the_time(chat):
+        long = submit(stack, config, both_cards, "train.max_steps=100000", "name=long")
+        guest = submit(stack, config, "train.max_steps=100000", "name=guest")
+        (early,) = wait_for(lambda: stack.parts("python", f"queue/{guest}.yaml"))
+        assert job(stack, guest).state == WAITING, "its process gets ready while it waits"
     started = wait_for(lambda: (now := job(stack, guest)).num_steps and now, timeout_s=180)
     assert started.cards == ("card0",)
     assert "lent by chat" in started.reason
+    assert stack.parts("python", f"queue/{guest}.yaml") == [early]
     assert re.search(rf"card0\s+serve .*job {guest} \(guest\), running .*lent by chat", stack.run("cluster", "status").stdout)
     assert "the engine on card0 goes to sleep" in handovers(stack)
     assert chat() == 200

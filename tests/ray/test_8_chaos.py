@@ -2,7 +2,7 @@
 
 import httpx
 
-from cluster.job_queue import CANCELLED
+from cluster.job_queue import CANCELLED, RUNNING
 from tests.ray.stack import Stack, wait_for
 from tests.ray.test_7_queue import handovers, job, submit
 
@@ -34,8 +34,8 @@ def test_a_job_and_chat_outlive_mlflow_a_card_and_the_head(stack: Stack, config,
     wait_for(lambda: not head.is_running())
     answer = wait_for(lambda: (got := ask(stack, tiny_model.name, secret)) == 200 and got, timeout_s=300)
     assert answer == 200
-    # A job that waits has no submission, and still the steps of before.
-    begun_again = lambda now: now.submission not in ("", after_card.submission) and now.num_steps  # noqa: E731
+    # A job that waits has still the steps of before.
+    begun_again = lambda now: now.state == RUNNING and now.submission != after_card.submission and now.num_steps  # noqa: E731
     after_head = wait_for(lambda: begun_again(now := job(stack, number)) and now, timeout_s=300)
     assert after_head.run_id == began.run_id
     # The checkpoint of the step that it was killed at may have been under way.

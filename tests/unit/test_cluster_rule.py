@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.job_queue import DONE, FAILED, STANDING
 from cluster.job_queue import RUNNING as RUNNING_STATE
+from cluster.job_queue import WAITING as WAITING_STATE
 from cluster.queue_view import told
 from cluster.rule import Card, Chat, Decision, Job, Leave, Snapshot, Start, decide
 from configs.schema import LendingConfig
@@ -54,7 +55,11 @@ def test_quiet_chat_sends_its_engine_to_sleep_only_where_a_job_waits_for_the_car
 def test_an_engine_that_can_sleep_is_told_to_and_none_is_ended():
     seated = replace(ANSWERING, is_seated=True)
     found = decided(RUNNING, WAITING, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT)
-    assert (found.bedtimes, found.num_engines, found.actions) == (("card0",), (1, 1), ())
+    start = Start(3, ("card0",), "card0 is lent by chat, which does not need it")
+    assert (found.bedtimes, found.num_engines, found.actions) == (("card0",), (1, 1), (start,)), "its process gets ready meanwhile"
+    other = Card("card9", "serve", engine_since_s=0)
+    found = decided(RUNNING, replace(WAITING, num_cards=2), cards=(seated, other, TRAIN_CARD), chat=QUIET_CHAT)
+    assert (found.bedtimes, found.actions) == (("card0",), ()), "the other one must end, and may be begun anew on either card"
     asleep, nobody = replace(seated, engine_since_s=None), replace(QUIET_CHAT, num_wanted=0)
     found = decided(RUNNING, WAITING, cards=(asleep, TRAIN_CARD), chat=nobody)
     assert (found.actions[0].cards, found.num_engines, found.bedtimes) == (("card0",), (1, 1), ())
@@ -68,8 +73,17 @@ def test_an_engine_that_can_sleep_is_told_to_and_none_is_ended():
     assert decided(RUNNING, WAITING, cards=(seated, TRAIN_CARD)).bedtimes == (), "chat is not quiet"
     woken = decided(RUNNING, LENT, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT)
     assert woken.bedtimes == ("card0",), "it woke before the job's process had the card, and would keep it from the job for ever"
+    (leave,) = decided(RUNNING, LENT, cards=(seated, TRAIN_CARD)).actions
+    assert leave == Leave(2, "chat has requests again, and its engine did not fall asleep")
     leaving = replace(LENT, state="leaving")
     assert decided(RUNNING, leaving, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT).bedtimes == (), "a job that leaves needs no card"
+
+
+def test_the_first_that_waits_for_a_card_that_chat_may_lend_may_get_ready():
+    behind, sweep = Job(4, "train", place=1), Job(5, "sweep", place=-1)
+    assert decided(RUNNING, behind, sweep, WAITING, cards=(ANSWERING, TRAIN_CARD)).next_job == 3
+    assert decided(RUNNING, WAITING, cards=(ANSWERING, TRAIN_CARD), lending=OFF).next_job is None, "it may wait for days"
+    assert decided(WAITING, cards=(ANSWERING, TRAIN_CARD)).next_job is None, "it starts"
 
 
 def test_a_request_calls_the_lent_card_back_at_once_and_nobody_else_gets_it():
@@ -215,6 +229,26 @@ def test_an_arbiter_may_be_killed_at_each_of_its_words_and_deeds_while_a_lent_ca
         assert not simulation.waiting
         simulation.run(300)
         assert not standing(simulation)
+
+
+def test_the_job_that_is_next_has_its_process_before_its_cards_and_no_other_has():
+    simulation = Simulation(Setting())
+    simulation.submit_job("train", 500)
+    simulation.rush(100, 5)
+    second = simulation.submit_job("train", 50)
+    simulation.rush(100, 5)
+    early = simulation.queue.find(second.id)
+    assert (early.state, early.cards, list(simulation.runs).count(early.submission)) == (WAITING_STATE, (), 1)
+    urgent = simulation.submit_job("train", 5, priority=1)
+    simulation.arbiter.lending = LendingConfig(enabled=True, quiet_after_s=10, min_hold_s=1000)  # it gets nobody's card
+    simulation.rush(100, 5)
+    assert early.submission not in simulation.runs, "another one is next"
+    next_one = simulation.queue.find(urgent.id).submission
+    assert next_one in simulation.runs
+    simulation.run(15)
+    lent = simulation.queue.find(urgent.id)
+    assert (lent.cards, lent.submission) == (("serve0",), next_one)
+    assert simulation.queue.find(second.id).submission in simulation.runs
 
 
 def test_a_job_that_always_dies_is_begun_three_times_and_the_next_one_runs(caplog):

@@ -1,6 +1,8 @@
 """A run's size: by its own rows and the smallest train card; what cannot fit is refused, and an unknown model is left alone."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,9 @@ def test_a_model_that_the_plan_does_not_know_is_sized_by_nobody(config, tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 64}))
     assert read_config_file(tmp_path)["model_type"] == "gpt2"
     assert size_prepared(config, tmp_path, data(512, 512), MIXED) is None
+
+
+def test_a_worker_imports_nothing_of_how_data_is_prepared():
+    """It reads rows that are; a run starts the sooner."""
+    words = "import sys, train.worker, train.sizing; sys.exit('data.prepare' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False).returncode == 0
