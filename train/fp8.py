@@ -53,8 +53,7 @@ def _quantiser(device: str) -> Callable[[torch.Tensor], Quantised]:
 
 def _multiply(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return values (..., inputs) times a quantised weight (outputs, inputs), in the values' format; it is held as `_hold` does."""
-    quantise = quantise_rows if torch.compiler.is_compiling() else _quantiser(values.device.type)  # in a compiled block it is part of it
-    tokens, scales = quantise(values.detach().reshape(-1, values.shape[-1]))
+    tokens, scales = _quantiser(values.device.type)(values.detach().reshape(-1, values.shape[-1]))
     # Fast sums: torchao takes torch's kernels for row-wise scales to be quick with no others, and FP8's own rounding is coarser still.
     sides = (tokens, weight.view(FP8).t(), scales, scale.view(torch.float32))
     bias = None if bias is None else bias.to(torch.bfloat16)  # a change of the model's format changes it

@@ -32,8 +32,6 @@ def why_apart(config: ChatbotConfig, base: ChatbotConfig | None = None) -> str |
     """Tell why this chatbot's adapter cannot share a base, or not that of another config, if it cannot."""
     if config.train.lora.dropout:
         return "train.lora.dropout draws random numbers in an order that depends on who else is there"
-    if config.train.compile:
-        return "train.compile compiles a base with one adapter"
     if config.train.num_workers > 1:
         return "train.num_workers wants several cards for one adapter"
     for name in ("model", "data", "train.quantization", "train.double_quantization", "train.precision"):

@@ -100,17 +100,13 @@ def fuse_kernels(base: Any) -> None:
     _apply_liger_kernel_to_instance(model=base, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
-def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label_smoothing: float = 0.0, compiles: bool = False) -> Any:
+def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label_smoothing: float = 0.0) -> Any:
     """Put a fresh adapter beside the base's linear layers, and make its forward pass compute only the logits that carry loss."""
     if gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     model = insert_adapter(base, lora)
-    if compiles:  # torch fuses PEFT's own adapter; ours it could not look into
-        for block in blocks(base):
-            block.compile()
-    else:
-        fuse_adapter(model)
+    fuse_adapter(model)
     changes_logits = has_logit_settings(base)
     if label_smoothing or not changes_logits:
         # An instance attribute: forward() of this one model, not of its class.
@@ -152,12 +148,6 @@ def insert_adapter(base: Any, lora: LoraConfig, model: Any = None, adapter: str 
         if hasattr(layer, "cast_input_dtype_enabled"):
             layer.cast_input_dtype_enabled = base.dtype == torch.float32
     return model
-
-
-def blocks(base: Any) -> list[Any]:
-    """Return the model's blocks, as transformers names their kinds."""
-    kinds = set(base._no_split_modules or ())
-    return [module for module in base.modules() if type(module).__name__ in kinds]
 
 
 def has_logit_settings(base: Any) -> bool:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from cluster.home import BYTES_PER_GIB
 from configs.schema import ChatbotConfig
 from data.template import NO_LOSS
 from train.fp8 import quantise_base, require_fp8
-from train.model import add_adapter, blocks, fuse_kernels, let_segments_grow, pick_attention, pick_dtype
+from train.model import add_adapter, fuse_kernels, let_segments_grow, pick_attention, pick_dtype
 from train.reporting import peak_memory_gib, taken_memory_gib, wait_for_gpu
 from train.rows import Packer, Padder, Row, RowOrder
 from train.step import OrderedTrainer, training_arguments
@@ -42,6 +42,8 @@ class Figures:
     """Most that torch's allocator held; resident memory without a GPU."""
     tensors_gib: float
     """Most that lay in tensors at once; resident memory without a GPU."""
+    loss: float
+    """Mean of all steps, the first ones too: rows and adapter begin alike, so that another one says that something else was computed."""
     context_gib: float
     """What the driver counts as used beyond what torch's allocator holds; other processes' too, where there are any."""
 
@@ -132,8 +134,9 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
     )
     config, clock = config.model_copy(update={"train": train}), _Clock()
     _forget()
+    set_seed(train.seed)
     try:
-        model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing, train.compile)
+        model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing)
         with tempfile.TemporaryDirectory(prefix="tandem-probe-") as scratch:
             longest_tokens = max(len(row["input_ids"]) for row in rows)
             arguments = training_arguments(config, Path(scratch), 1, len(rows), longest_tokens, base.dtype == torch.bfloat16)
@@ -141,20 +144,18 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
             order = RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing)
             settings = {"args": arguments, "train_dataset": rows, "eval_dataset": rows, "callbacks": [clock]}
             trainer = OrderedTrainer(order, model=model, data_collator=Packer() if train.packing else Padder(0), **settings)
-            trainer.train()
+            loss = trainer.train().training_loss
             trainer.evaluate(rows[: arguments.per_device_eval_batch_size])  # as a run does, in batches of its own size
         held_gib = torch.cuda.max_memory_reserved() / BYTES_PER_GIB if torch.cuda.is_available() else peak_memory_gib()
-        return Figures(clock.num_tokens / clock.took_s, taken_memory_gib(), held_gib, peak_memory_gib(), _context_gib())
+        return Figures(clock.num_tokens / clock.took_s, taken_memory_gib(), held_gib, peak_memory_gib(), loss, _context_gib())
     finally:
         _take_off(base)
 
 
 def _take_off(base: Any) -> None:
-    """Take adapter, shortcut, compiled code and hooks off a base."""
+    """Take adapter, shortcut and hooks off a base."""
     from peft.tuners.lora import LoraLayer
 
-    for block in blocks(base):
-        block._compiled_call_impl = None
     for name, layer in list(base.named_modules()):
         if isinstance(layer, LoraLayer):
             base.set_submodule(name, layer.get_base_layer())

@@ -116,7 +116,7 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
         raise ModelError(
             "train.packing does not suit this model", "its layers would let packed conversations see each other", "train.packing=false"
         )
-    model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing, train.compile)
+    model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing)
     arguments = training_arguments(task.config, scratch, host.num_workers, len(rows), longest_tokens, base.dtype == torch.bfloat16)
     return OrderedTrainer(
         RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing),

@@ -98,8 +98,6 @@ class TrainConfig(Settings):
     """Quantise the scales of an nf4 base too; saves 0.4 bit a weight."""
     precision: Literal["auto", "fp8"] = "auto"
     """What the frozen base's linear layers multiply in: the base's own number format, or FP8 on a GPU that has it."""
-    compile: bool = False
-    """Have torch compile the model's blocks: quicker steps with `precision: fp8`, after some minutes at the beginning of a run."""
     learning_rate: float = Field(2e-4, gt=0.0, le=1.0)
     """Highest learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -153,8 +151,6 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"train.precision=fp8 needs the base's own weights, not train.quantization={self.quantization}; set one of them"
             )
-        if self.compile and self.precision != "fp8":
-            raise ValueError("train.compile pays with train.precision=fp8 alone: in bf16 our own kernels are quicker; leave it out")
         return self
 
     @model_validator(mode="after")

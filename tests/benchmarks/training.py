@@ -31,7 +31,6 @@ RECOMPUTED, KEPT = "train.gradient_checkpointing=true", "train.gradient_checkpoi
 SETTINGS = {
     "lora_seq4096": (4096, ["train.micro_batch_size=2", KEPT]),
     "lora_fp8_seq4096": (4096, ["train.precision=fp8", "train.micro_batch_size=2", KEPT]),
-    "lora_fp8_compiled_seq4096": (4096, ["train.precision=fp8", "train.compile=true", "train.micro_batch_size=2", KEPT]),
     "qlora_seq2048": (2048, ["train.quantization=nf4", "train.batch_size=1", RECOMPUTED]),
     "lora_seq2048": (2048, ["train.micro_batch_size=4", KEPT]),
     "lora_checkpointing_seq2048": (2048, ["train.micro_batch_size=4", RECOMPUTED]),

@@ -46,13 +46,10 @@ def test_a_secret_that_cannot_be_read_is_told_and_a_folder_for_others_is_left_al
 
 
 def test_a_base_is_in_4_bit_or_multiplies_in_fp8():
-    def made(**train: str | bool) -> ChatbotConfig:
+    def made(**train: str) -> ChatbotConfig:
         return ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": train})
 
     assert made().train.precision == "auto"
     assert made(precision="fp8", quantization="none").train.precision == "fp8"
     with pytest.raises(ValidationError, match=r"precision=fp8 needs the base's own weights, not train\.quantization=nf4"):
         made(precision="fp8", quantization="nf4")
-    assert made(precision="fp8", compile=True).train.compile
-    with pytest.raises(ValidationError, match=r"train\.compile pays with train\.precision=fp8 alone"):
-        made(compile=True)
