@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
-from cluster.job_queue import CANCELLED, DONE, FAILED, LEAVING, STANDING, WAITING, Queue, QueuedJob, clock
+from cluster.job_queue import CANCELLED, DONE, FAILED, LEAVING, STANDING, SUBMISSION, WAITING, Queue, QueuedJob, clock
 from cluster.rule import Card, Chat, Job, Leave, Snapshot, Start, decide
 from configs.errors import EXIT_BAD_INPUT, EXIT_NOT_PROMOTED, EXIT_STOPPED, TandemError
 from configs.schema import LendingConfig
 
 LOST = -1  # the exit status of what was killed
+READY_AFTER_S = 2.0  # of quiet: what a process imports would slow chat that is at work, on a small machine
 GONE_S = 60.0  # a card whose processes were killed is back sooner, and its run goes on there by itself
 
 log = logging.getLogger("tandem.arbiter")
@@ -78,6 +79,8 @@ class Arbiter:
     def __init__(self, queue: Queue, ground: Ground, lending: LendingConfig) -> None:
         self.queue, self.ground, self.lending = queue, ground, lending
         self.missing_since_s: dict[str, float] = {}
+        self.spoilt: set[int] = set()
+        """Jobs whose process ended before its turn: they get none again before they have cards."""
 
     def step(self, now_s: float, note: Callable[[Sight, float], None] = lambda seen, now_s: None) -> None:
         """Look once, and do what is to be done now; what was seen is noted also where that cannot be done."""
@@ -89,12 +92,14 @@ class Arbiter:
 
     def _respond(self, seen: Sight, now_s: float) -> None:
         for job in self.queue.jobs(*STANDING):
-            if not job.submission:
-                continue  # it waits, and has no process
             try:
-                self._follow(job, seen, now_s)
+                if job.state != WAITING:
+                    self._follow(job, seen, now_s)
+                elif job.submission:
+                    self._follow_early(job, seen, now_s)
             except (TandemError, OSError, ValueError) as error:  # the others are looked after all the same
                 log.warning("job %d: %s", job.id, error)
+        self._end_nobodys(seen)
         if seen.lost_chat:
             log.info("chat is deployed again, which the cluster forgot")
             self.ground.restore_chat()
@@ -110,13 +115,13 @@ class Arbiter:
                 log.info("%s: %s", what, why)
                 self.queue.note_handover("chat", what, why, now_s)
         self.queue.explain(decision.waits)
-        self._get_ready(decision.next_job)
         if seen.num_engines not in (None, decision.num_engines):
             fewest, most = decision.num_engines
             what, why = f"chat may have {fewest} to {most} engines", decision.engines_reason or "as its config says"
             log.info("%s: %s", what, why)
             self.ground.bound(fewest, most)
             self.queue.note_handover("chat", what, why, now_s)
+        self._get_ready(decision.next_job, seen.chat.quiet_s >= READY_AFTER_S)
 
     def _act(self, action: Start | Leave, now_s: float) -> None:
         if isinstance(action, Leave):
@@ -127,13 +132,36 @@ class Arbiter:
             log.info("job %d starts on %s: %s", job.id, ", ".join(job.cards), action.reason)
             self._submit(job)
 
-    def _get_ready(self, next_job: int | None) -> None:
+    def _get_ready(self, next_job: int | None, is_quiet: bool) -> None:
         """Start the process of the job that is next, which then waits for its cards; one that is not next any more ends."""
         for job in self.queue.jobs(WAITING):
             if job.submission and job.id != next_job:
                 self.queue.forget_process(job.id)
-            elif job.id == next_job and (ready := self.queue.make_ready(job.id)):
+            elif is_quiet and job.id == next_job and job.id not in self.spoilt and (ready := self.queue.make_ready(job.id)):
                 self._submit(ready)
+
+    def _follow_early(self, job: QueuedJob, seen: Sight, now_s: float) -> None:
+        """Look after the process of a job that waits. One that is lost is no loss: its job starts anew when it has its cards."""
+        driver = seen.drivers.get(job.submission)
+        if driver is None:  # the cluster was started anew, or an arbiter was killed between its word and its deed
+            self.queue.forget_process(job.id)
+        elif driver.state == "alive":
+            if not job.is_submitted:
+                self.queue.mark_submitted(job.id)
+        elif driver.exit_status == EXIT_BAD_INPUT:  # as it would say at its turn
+            self._end(job, FAILED, self.ground.words(job.submission), now_s)
+            self._tell_failure(job)
+        else:
+            log.info("job %d: its process ended before its turn: %s", job.id, self.ground.words(job.submission))
+            self.spoilt.add(job.id)
+            self.queue.forget_process(job.id)
+
+    def _end_nobodys(self, seen: Sight) -> None:
+        """Ask processes to leave that no job names any more, such as one that got ready for a job which is not next now."""
+        named = {job.submission for job in self.queue.jobs(*STANDING)}
+        for name, driver in seen.drivers.items():
+            if driver.state == "alive" and name.startswith(SUBMISSION) and name not in named:
+                self.ground.stop(name)
 
     def _submit(self, job: QueuedJob) -> None:
         self.ground.submit(job)

@@ -22,6 +22,8 @@ from configs.errors import ClusterError
 WAITING, RUNNING, LEAVING = "waiting", "running", "leaving"
 DONE, FAILED, CANCELLED = "done", "failed", "cancelled"
 STANDING = (WAITING, RUNNING, LEAVING)
+SUBMISSION = "tandem-"
+"""How the names of the queue's processes begin, by which Ray knows them."""
 BUSY_TIMEOUT_S = 30.0
 PROGRESS_TIMEOUT_S = 1.0
 PARTS_A_RUN = 100
@@ -171,7 +173,7 @@ class Queue:
             job = self.find(job_id)
             if job.state != WAITING or job.submission:
                 return None
-            self._change(job_id, submission=f"tandem-{job_id}-{secrets.token_hex(4)}", is_submitted=0)
+            self._change(job_id, submission=f"{SUBMISSION}{job_id}-{secrets.token_hex(4)}", is_submitted=0)
             return self.find(job_id)
 
     def forget_process(self, job_id: int) -> None:

@@ -198,6 +198,7 @@ def _cards(known: Iterable[Mapping[str, str]], raylets: Raylets, engines: Iterab
             is_alive=card["card"] in card_of.values(),
             engine_since_s=since_s.get(card["card"]),
             is_seated=card["card"] in placed and placed[card["card"]].can_sleep,
+            is_answering=card["card"] in placed and placed[card["card"]].runs,
             is_called=card["card"] in placed and placed[card["card"]].activity.state == "waiting",
             is_foreign=card["pool"] == TRAIN and card["card"] in taken and card["card"] not in since_s,
         )

@@ -19,6 +19,7 @@ from configs.schema import LendingConfig
 
 SERVE, TRAIN, SWEEP = "serve", "train", "sweep"
 RANKS = {TRAIN: 0, SWEEP: 1}
+ASLEEP_WITHIN_S = 60.0  # an 8B engine on an H200 took 10; what has not slept by then is not waited for
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Card:
     """Since when an engine has it; None where none has."""
     is_seated: bool = False
     """An engine's process is there that can sleep; without `engine_since_s` it does, or waits for the card."""
+    is_answering: bool = False
+    """That engine has begun to take requests: it can be told to sleep."""
     is_called: bool = False
     """That engine waits for the card, and would for no other."""
     is_foreign: bool = False
@@ -159,12 +162,15 @@ class _Hand:
     def let_go_of_what_engines_have(self) -> None:
         """Have jobs leave cards that an engine was quicker to take, when their process was killed and begun anew, or did not give back."""
         taken = {card.name for card in self.engines if not card.is_seated}
-        awake = set() if self.is_quiet else {card.name for card in self.engines if card.is_seated}
+        awake = {card.name for card in self.engines if card.is_seated and card.is_answering}
         for job in self.seen.jobs:
             if job.state == "running" and not taken.isdisjoint(job.cards):
                 self.actions.append(Leave(job.id, "an engine took its card while it began anew"))
             elif job.state == "running" and not awake.isdisjoint(job.cards):
-                self.actions.append(Leave(job.id, "chat has requests again, and its engine did not fall asleep"))
+                if not self.is_quiet:
+                    self.actions.append(Leave(job.id, "chat has requests again, and its engine did not fall asleep"))
+                elif self.seen.now_s - job.since_s > ASLEEP_WITHIN_S:
+                    self.actions.append(Leave(job.id, f"the engine on its card did not fall asleep within {ASLEEP_WITHIN_S:.0f} s"))
 
     def give_chat_its_own(self) -> None:
         """Keep serve cards free for the engines that chat wants, and call back those that are lent."""

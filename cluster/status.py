@@ -4,14 +4,14 @@ Knows the dashboard's HTTP API. Does not change anything.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import httpx
 from rich.table import Table
 
 from cluster.activity import read_activity
-from cluster.job_queue import LEAVING, RUNNING, Queue
+from cluster.job_queue import LEAVING, RUNNING, WAITING, Queue
 from cluster.machines import Raylets, with_lost
 from cluster.session import Session, answers, is_alive, known_cards, read_raylets
 from configs.errors import ClusterError
@@ -37,7 +37,8 @@ def read_status(session: Session) -> list[Table]:
     with Queue() as queue:
         holders = {**_engine_holders(raylets, served), **_job_holders(queue)}
         handovers = queue.handovers(NUM_HANDOVERS)
-    tables = [_cards(session, raylets, holders), _services(session, served), _jobs(jobs)]
+        ready = {job.submission for job in queue.jobs(WAITING)}
+    tables = [_cards(session, raylets, holders), _services(session, served), _jobs(jobs, ready)]
     if machines := _machines(raylets):
         tables.insert(0, machines)
     return [*tables, _handovers(handovers)] if handovers else tables
@@ -127,12 +128,14 @@ def _address(application: dict[str, Any]) -> str:
     return f"http://{serve.get('host')}:{serve.get('port')}/v1" if serve else ""
 
 
-def _jobs(jobs: Raylets) -> Table:
+def _jobs(jobs: Raylets, ready: Set[str]) -> Table:
+    """Show the newest processes of jobs; `ready` are those that wait for their turn."""
     table = Table("job", "state", "took", "command", title="\njobs", title_justify="left", box=None, pad_edge=False)
     submitted = [job for job in jobs if job.get("submission_id")]
     for job in sorted(submitted, key=lambda entry: -(entry.get("start_time") or 0))[:NUM_JOBS]:
         seconds = f"{(job['end_time'] - job['start_time']) / MS_PER_S:.0f} s" if job.get("end_time") else ""
-        table.add_row(job["submission_id"], job["status"].lower(), seconds, job["entrypoint"])
+        state = "waits for cards" if job["submission_id"] in ready else job["status"].lower()
+        table.add_row(job["submission_id"], state, seconds, job["entrypoint"])
     if not submitted:
         table.add_row("none", "", "", "")
     return table

@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import suppress
 
-from cluster.job_queue import WAITING, Queue
+from cluster.job_queue import STANDING, Queue
 from cluster.placement import CARDS_VARIABLE
 from configs.cli import JOB_VARIABLE
 from configs.errors import EXIT_STOPPED, ClusterError
@@ -29,8 +29,8 @@ def wait_for_turn() -> None:
     with Queue() as queue:
         while True:
             with suppress(ClusterError):  # somebody writes for long, or the disk is full
-                job = queue.find(job_id)
-                if job.submission != submission or not (job.cards or job.state == WAITING):
+                job = next((job for job in queue.jobs(*STANDING) if job.id == job_id and job.submission == submission), None)
+                if job is None:
                     sys.exit(EXIT_STOPPED)
                 if job.cards:
                     os.environ[CARDS_VARIABLE] = ",".join(job.cards)

@@ -32,10 +32,11 @@ class HearingHandle(DefaultPlacementGroupHandle):  # type: ignore[misc]
     def wait(self, timeout_seconds: float = 30) -> bool:
         """Wait for the cards, and return whether they are there."""
         until_s = time.monotonic() + timeout_seconds
-        while not super().wait(HEAR_EVERY_S):
-            if time.monotonic() >= until_s:
-                return False
-        return True
+        while (began_s := time.monotonic()) < until_s:
+            if super().wait(HEAR_EVERY_S):
+                return True
+            time.sleep(max(0.0, HEAR_EVERY_S - time.monotonic() + began_s))  # Ray's wait says no at once where it failed
+        return False
 
 
 class Workers(WorkerGroup):  # type: ignore[misc]

@@ -207,7 +207,8 @@ class Simulation:
         engine = spot.occupant.placed_s if isinstance(spot.occupant, Engine) else None
         seen = replace(spot.card, is_alive=self.is_alive(spot), engine_since_s=engine, is_foreign=spot.occupant == "foreign")
         seated = [engine for engine in self.engines if engine.seat is spot]
-        return replace(seen, is_seated=bool(seated), is_called=any(not engine.is_asleep and engine.spot is None for engine in seated))
+        answers, called = any(engine.is_up(self.now_s) for engine in seated), any(not e.is_asleep and e.spot is None for e in seated)
+        return replace(seen, is_seated=bool(seated), is_answering=answers, is_called=called)
 
     def _chat(self) -> Chat:
         setting = self.setting

@@ -28,12 +28,12 @@ def chat(stack: Stack, config, served, secret, tiny_model) -> Callable[[], int]:
 
 
 @contextmanager
-def asked_all_the_time(chat: Callable[[], int]) -> Iterator[None]:
-    """Let chat have no quiet, so that it lends nothing."""
+def asked_all_the_time(chat: Callable[[], int], every_s: float = 1.0) -> Iterator[None]:
+    """Let chat have no quiet, so that it lends nothing: that takes 3 s here."""
     over = threading.Event()
 
     def ask() -> None:
-        while not over.wait(1.0):
+        while not over.wait(every_s):
             with suppress(httpx.HTTPError):
                 chat()
 
@@ -140,11 +140,12 @@ def test_quiet_chat_lends_its_card_and_a_request_gets_it_back_and_its_answer(sta
     """The engine sleeps meanwhile, and is the same one afterwards; `stop` is Serve's own growth from zero, of which test_5_scaling is."""
     assert chat() == 200
     (core,) = stack.parts("", "EngineCore")
-    with asked_all_the_time(chat):
+    with asked_all_the_time(chat, every_s=2.6):  # in its pauses the next job may get ready
         long = submit(stack, config, both_cards, "train.max_steps=100000", "name=long")
         guest = submit(stack, config, "train.max_steps=100000", "name=guest")
         (early,) = wait_for(lambda: stack.parts("python", f"queue/{guest}.yaml"))
         assert job(stack, guest).state == WAITING, "its process gets ready while it waits"
+        assert re.search(rf"tandem-{guest}-\w+ +waits for cards", stack.run("cluster", "status").stdout)
     started = wait_for(lambda: (now := job(stack, guest)).num_steps and now, timeout_s=180)
     assert started.cards == ("card0",)
     assert "lent by chat" in started.reason

@@ -11,7 +11,7 @@ from cluster.job_queue import DONE, FAILED, STANDING
 from cluster.job_queue import RUNNING as RUNNING_STATE
 from cluster.job_queue import WAITING as WAITING_STATE
 from cluster.queue_view import told
-from cluster.rule import Card, Chat, Decision, Job, Leave, Snapshot, Start, decide
+from cluster.rule import ASLEEP_WITHIN_S, Card, Chat, Decision, Job, Leave, Snapshot, Start, decide
 from configs.schema import LendingConfig
 from tests.helpers.simulated import LEAVE_WITHIN_S, RELEASE_S, START_S, Setting
 from tests.helpers.simulator import Simulation
@@ -53,7 +53,7 @@ def test_quiet_chat_sends_its_engine_to_sleep_only_where_a_job_waits_for_the_car
 
 
 def test_an_engine_that_can_sleep_is_told_to_and_none_is_ended():
-    seated = replace(ANSWERING, is_seated=True)
+    seated = replace(ANSWERING, is_seated=True, is_answering=True)
     found = decided(RUNNING, WAITING, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT)
     start = Start(3, ("card0",), "card0 is lent by chat, which does not need it")
     assert (found.bedtimes, found.num_engines, found.actions) == (("card0",), (1, 1), (start,)), "its process gets ready meanwhile"
@@ -75,6 +75,10 @@ def test_an_engine_that_can_sleep_is_told_to_and_none_is_ended():
     assert woken.bedtimes == ("card0",), "it woke before the job's process had the card, and would keep it from the job for ever"
     (leave,) = decided(RUNNING, LENT, cards=(seated, TRAIN_CARD)).actions
     assert leave == Leave(2, "chat has requests again, and its engine did not fall asleep")
+    assert decided(RUNNING, LENT, cards=(replace(seated, is_answering=False), TRAIN_CARD)).actions == (), "it begins, and may not want it"
+    late = replace(LENT, since_s=1000 - ASLEEP_WITHIN_S - 1)
+    (leave,) = decided(RUNNING, late, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT).actions
+    assert leave == Leave(2, "the engine on its card did not fall asleep within 60 s")
     leaving = replace(LENT, state="leaving")
     assert decided(RUNNING, leaving, cards=(seated, TRAIN_CARD), chat=QUIET_CHAT).bedtimes == (), "a job that leaves needs no card"
 
@@ -237,11 +241,14 @@ def test_the_job_that_is_next_has_its_process_before_its_cards_and_no_other_has(
     simulation.rush(100, 5)
     second = simulation.submit_job("train", 50)
     simulation.rush(100, 5)
+    assert simulation.queue.find(second.id).submission == "", "not while chat is at work"
+    simulation.run(5)
     early = simulation.queue.find(second.id)
     assert (early.state, early.cards, list(simulation.runs).count(early.submission)) == (WAITING_STATE, (), 1)
     urgent = simulation.submit_job("train", 5, priority=1)
     simulation.arbiter.lending = LendingConfig(enabled=True, quiet_after_s=10, min_hold_s=1000)  # it gets nobody's card
-    simulation.rush(100, 5)
+    simulation.rush(100, 1)
+    simulation.run(5)
     assert early.submission not in simulation.runs, "another one is next"
     next_one = simulation.queue.find(urgent.id).submission
     assert next_one in simulation.runs
@@ -249,6 +256,21 @@ def test_the_job_that_is_next_has_its_process_before_its_cards_and_no_other_has(
     lent = simulation.queue.find(urgent.id)
     assert (lent.cards, lent.submission) == (("serve0",), next_one)
     assert simulation.queue.find(second.id).submission in simulation.runs
+
+
+def test_a_process_that_is_lost_before_its_turn_costs_its_job_nothing(caplog):
+    simulation = Simulation(Setting())
+    simulation.submit_job("train", 500)
+    simulation.rush(100, 5)
+    second = simulation.submit_job("train", 5)
+    simulation.run(8)
+    early = simulation.queue.find(second.id)
+    simulation._lose(early.submission, simulation.runs[early.submission])
+    simulation.run(3)
+    found = simulation.queue.find(second.id)
+    assert (found.state, found.submission, found.num_lost, found.since_s) == (WAITING_STATE, "", 0, early.since_s)
+    simulation.run(60)
+    assert second.id not in standing(simulation), "it was begun when it had its card"
 
 
 def test_a_job_that_always_dies_is_begun_three_times_and_the_next_one_runs(caplog):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cluster.job_queue import JOB_VARIABLE, WAITING, NewJob, Queue, QueuedJob
+from cluster.job_queue import FAILED, JOB_VARIABLE, NewJob, Queue, QueuedJob
 from cluster.placement import CARDS_VARIABLE, given_cards
 from cluster.turn import EARLY_VARIABLE, is_early, wait_for_turn
 from configs.errors import EXIT_STOPPED
@@ -40,7 +40,15 @@ def test_it_waits_for_its_cards_and_has_the_name_that_it_was_started_by(early):
         assert queue.find(early.id).submission == early.submission
 
 
-@pytest.mark.parametrize("change", [lambda queue, job: queue.cancel(job), lambda queue, job: queue.forget_process(job)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda queue, job: queue.cancel(job),
+        lambda queue, job: queue.forget_process(job),
+        lambda queue, job: queue.end(job, FAILED, "its config is bad", 1.0),
+        lambda queue, job: queue.forget_process(job) or queue.make_ready(job),
+    ],
+)
 def test_it_ends_where_it_is_not_wanted_any_more(early, change):
     with Queue() as queue:
         change(queue, early.id)
@@ -48,11 +56,3 @@ def test_it_ends_where_it_is_not_wanted_any_more(early, change):
         wait_for_turn()
     assert ended.value.code == EXIT_STOPPED
     assert os.environ[CARDS_VARIABLE] == ""
-
-
-def test_a_job_whose_process_was_lost_while_it_waited_gets_another_name(early):
-    with Queue() as queue:
-        queue.lose(early.id, "it was killed", 3, 1.0)
-        assert (queue.find(early.id).state, queue.find(early.id).num_lost) == (WAITING, 1)
-        assert queue.make_ready(early.id).submission not in ("", early.submission)
-        assert queue.handovers(9) == [], "it had no card"
