@@ -4,6 +4,7 @@ Knows Ray Train and the order of things. Does not know the step.
 """
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -178,28 +179,26 @@ def _watch(control: Any, show: Callable[["Progress"], None]) -> Iterator[Callabl
     """
     import ray
 
-    done, asked, begun = threading.Event(), threading.Event(), threading.Event()
-
-    def look(shown: "Progress | None") -> "Progress | None":
-        if asked.is_set():
-            ray.get(control.ask_to_stop.remote(ASKED))
-        progress: Progress | None = ray.get(control.read.remote())
-        if progress and progress != shown:
-            begun.set()
-            show(progress)
-        return progress
+    done, asked = threading.Event(), threading.Event()
 
     def watch() -> None:
-        shown = None
+        shown: Progress | None = None
         with suppress(ray.exceptions.RayError):  # the cluster is gone, and fit() tells why
             while not done.wait(POLL_S):
-                shown = look(shown)
+                progress: Progress | None = ray.get(control.read.remote())
+                if asked.is_set() and progress is None:
+                    os.kill(os.getpid(), signal.SIGINT)  # as if somebody asked a second time
+                    return
+                if asked.is_set():
+                    ray.get(control.ask_to_stop.remote(ASKED))
+                if progress and progress != shown:
+                    show(progress)
+                shown = progress
 
     def ask(number: int, frame: FrameType | None) -> None:
-        at_once = asked.is_set() or not begun.is_set()
-        asked.set()
-        if at_once:
+        if asked.is_set():
             raise KeyboardInterrupt
+        asked.set()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -82,6 +82,14 @@ def test_before_the_first_progress_a_signal_ends_the_run_at_once(number, control
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_just_after_the_first_progress_is_a_wish(control):
+    """What the run has learnt is saved, though nobody has looked since how far it is."""
+    control.read.answer = "step 1"
+    with _watch(control, lambda progress: None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(lambda: control.ask_to_stop.calls)
+
+
 def test_later_the_first_signal_is_a_wish_and_the_second_an_order(control):
     shown = []
     control.read.answer = "step 1"
