@@ -99,7 +99,6 @@ class Arbiter:
                     self._follow_early(job, seen, now_s)
             except (TandemError, OSError, ValueError) as error:  # the others are looked after all the same
                 log.warning("job %d: %s", job.id, error)
-        self._end_nobodys(seen)
         if seen.lost_chat:
             log.info("chat is deployed again, which the cluster forgot")
             self.ground.restore_chat()
@@ -121,7 +120,9 @@ class Arbiter:
             log.info("%s: %s", what, why)
             self.ground.bound(fewest, most)
             self.queue.note_handover("chat", what, why, now_s)
+        # Last: what fails here keeps chat and jobs from nothing.
         self._get_ready(decision.next_job, seen.chat.quiet_s >= READY_AFTER_S)
+        self._end_nobodys(seen)
 
     def _act(self, action: Start | Leave, now_s: float) -> None:
         if isinstance(action, Leave):
