@@ -80,7 +80,7 @@ class Arbiter:
         self.queue, self.ground, self.lending = queue, ground, lending
         self.missing_since_s: dict[str, float] = {}
         self.spoilt: set[int] = set()
-        """Jobs whose process ended before its turn: they get none again before they have cards."""
+        """Jobs whose process ended before its turn: this arbiter gets none ready for them again."""
 
     def step(self, now_s: float, note: Callable[[Sight, float], None] = lambda seen, now_s: None) -> None:
         """Look once, and do what is to be done now; what was seen is noted also where that cannot be done."""
