@@ -26,7 +26,7 @@ def put(tmp_path, write_adapter):
 
 
 @pytest.fixture
-def shelf(put) -> Shelf:
+def adapter_shelf(put) -> Shelf:
     made = Shelf(live={"helpdesk": 1})
     put(made, "helpdesk:1")
     return made

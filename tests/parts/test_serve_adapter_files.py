@@ -60,23 +60,23 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_adapter_is_refused_with_the_reason_while_others_go_on(name, shelf, put):
+def test_a_broken_adapter_is_refused_with_the_reason_while_others_go_on(name, adapter_shelf, put):
     damage, reason = BROKEN[name]
-    damage(put(shelf, "helpdesk:2"))
-    adapters = Adapters(shelf, BASE)
+    damage(put(adapter_shelf, "helpdesk:2"))
+    adapters = Adapters(adapter_shelf, BASE)
     assert why_broken(adapters, "helpdesk:2").startswith(reason)
     assert adapters.fetched("helpdesk:2") is None
     assert run(adapters.resolve("helpdesk:1")) == "helpdesk:1"
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_adapter_that_is_live_does_not_end_the_watch(name, shelf, put):
-    put(shelf, "helpdesk:2")
-    BROKEN[name][0](put(shelf, "broken:1"))
-    shelf.live["broken"] = 1
-    adapters = Adapters(shelf, BASE)
+def test_a_broken_adapter_that_is_live_does_not_end_the_watch(name, adapter_shelf, put):
+    put(adapter_shelf, "helpdesk:2")
+    BROKEN[name][0](put(adapter_shelf, "broken:1"))
+    adapter_shelf.live["broken"] = 1
+    adapters = Adapters(adapter_shelf, BASE)
     run(adapters.refresh())
-    shelf.live["helpdesk"] = 2
+    adapter_shelf.live["helpdesk"] = 2
     run(adapters.refresh())
     assert run(adapters.resolve("helpdesk")) == "helpdesk:2"
 
@@ -94,9 +94,9 @@ def test_the_rank_is_read_from_the_weights_not_from_the_config(tmp_path, write_a
         check_adapter(folder, 16)
 
 
-def test_a_truncated_download_can_be_replaced(shelf, put):
-    cut(put(shelf, "helpdesk:2"))
-    adapters = Adapters(shelf, BASE)
+def test_a_truncated_download_can_be_replaced(adapter_shelf, put):
+    cut(put(adapter_shelf, "helpdesk:2"))
+    adapters = Adapters(adapter_shelf, BASE)
     why_broken(adapters, "helpdesk:2")
-    put(shelf, "helpdesk:2")
+    put(adapter_shelf, "helpdesk:2")
     assert run(adapters.resolve("helpdesk:2")) == "helpdesk:2"

@@ -47,79 +47,79 @@ def test_a_chatbot_goes_from_registered_to_live_to_rolled_back_on_a_real_registr
     run(story())
 
 
-def test_versions_are_read_again_only_when_something_changed(shelf, put):
+def test_versions_are_read_again_only_when_something_changed(adapter_shelf, put):
     """There may be hundreds of them, and a look is taken each second."""
-    adapters = Adapters(shelf, BASE)
+    adapters = Adapters(adapter_shelf, BASE)
 
     async def looks() -> None:
         for _ in range(3):
             await adapters.refresh()
 
     run(looks())
-    assert (shelf.num_asked, shelf.num_read) == (3, 1)
-    put(shelf, "helpdesk:2")
-    shelf.live["helpdesk"] = 2
+    assert (adapter_shelf.num_asked, adapter_shelf.num_read) == (3, 1)
+    put(adapter_shelf, "helpdesk:2")
+    adapter_shelf.live["helpdesk"] = 2
     run(looks())
-    assert (shelf.num_read, run(adapters.resolve("helpdesk"))) == (2, "helpdesk:2")
+    assert (adapter_shelf.num_read, run(adapters.resolve("helpdesk"))) == (2, "helpdesk:2")
 
 
-def test_a_new_version_is_found_at_its_first_request_even_just_after_a_look(shelf, put, monkeypatch):
+def test_a_new_version_is_found_at_its_first_request_even_just_after_a_look(adapter_shelf, put, monkeypatch):
     monkeypatch.undo()  # with the pause between two looks
-    adapters = Adapters(shelf, BASE)
+    adapters = Adapters(adapter_shelf, BASE)
 
     async def story() -> str:
         await adapters.refresh()
-        put(shelf, "helpdesk:2")
+        put(adapter_shelf, "helpdesk:2")
         return await adapters.resolve("helpdesk:2")
 
     assert run(story()) == "helpdesk:2"
 
 
-def test_many_requests_for_unknown_names_do_not_each_ask_the_registry(shelf, monkeypatch):
+def test_many_requests_for_unknown_names_do_not_each_ask_the_registry(adapter_shelf, monkeypatch):
     monkeypatch.undo()
-    adapters = Adapters(shelf, BASE)
+    adapters = Adapters(adapter_shelf, BASE)
 
     async def story() -> list[Any]:
         return await asyncio.gather(*(adapters.resolve(f"gone:{number}") for number in range(1, 100)), return_exceptions=True)
 
     assert {type(error) for error in run(story())} == {UnknownNameError}
-    assert shelf.num_asked < 10
+    assert adapter_shelf.num_asked < 10
 
 
-def test_the_base_and_fetched_versions_are_found_without_the_registry(shelf):
-    adapters = Adapters(shelf, BASE)
+def test_the_base_and_fetched_versions_are_found_without_the_registry(adapter_shelf):
+    adapters = Adapters(adapter_shelf, BASE)
     assert run(adapters.resolve("helpdesk:1")) == "helpdesk:1"
-    shelf.is_down, asked = True, shelf.num_asked
+    adapter_shelf.is_down, asked = True, adapter_shelf.num_asked
     assert run(adapters.resolve("helpdesk:1")) == "helpdesk:1"
     assert run(adapters.resolve("smollm2-135m")) == "smollm2-135m"
-    assert shelf.num_asked == asked
+    assert adapter_shelf.num_asked == asked
 
 
-def test_a_live_adapter_is_fetched_before_its_first_request(shelf):
-    adapters = Adapters(shelf, BASE)
+def test_a_live_adapter_is_fetched_before_its_first_request(adapter_shelf):
+    adapters = Adapters(adapter_shelf, BASE)
     run(adapters.refresh())
-    assert shelf.downloads == ["helpdesk:1"]
+    assert adapter_shelf.downloads == ["helpdesk:1"]
     run(adapters.refresh())
     assert run(adapters.resolve("helpdesk")) == "helpdesk:1"
-    assert shelf.downloads == ["helpdesk:1"]
+    assert adapter_shelf.downloads == ["helpdesk:1"]
 
 
-def test_an_adapter_asked_for_many_times_at_once_is_fetched_once(shelf, put):
-    put(shelf, "other:1")
-    adapters = Adapters(shelf, BASE)
+def test_an_adapter_asked_for_many_times_at_once_is_fetched_once(adapter_shelf, put):
+    put(adapter_shelf, "other:1")
+    adapters = Adapters(adapter_shelf, BASE)
 
     async def story() -> list[str]:
         return await asyncio.gather(*(adapters.resolve("other:1") for _ in range(20)))
 
     assert set(run(story())) == {"other:1"}
-    assert shelf.downloads.count("other:1") == 1
+    assert adapter_shelf.downloads.count("other:1") == 1
 
 
-def test_names_stay_known_while_the_registry_is_down(shelf, put, caplog):
-    put(shelf, "helpdesk:2")
-    adapters = Adapters(shelf, BASE)
+def test_names_stay_known_while_the_registry_is_down(adapter_shelf, put, caplog):
+    put(adapter_shelf, "helpdesk:2")
+    adapters = Adapters(adapter_shelf, BASE)
     run(adapters.refresh())
-    shelf.is_down = True
+    adapter_shelf.is_down = True
     with caplog.at_level(logging.WARNING):
         run(adapters.refresh())
     assert "the registry does not answer" in caplog.text
@@ -128,45 +128,45 @@ def test_names_stay_known_while_the_registry_is_down(shelf, put, caplog):
     with pytest.raises(UnknownNameError):
         run(adapters.resolve("helpdesk:3"))
     assert why_broken(adapters, "helpdesk:2") == "its files cannot be had from the registry: connection refused"
-    shelf.is_down = False
+    adapter_shelf.is_down = False
     assert run(adapters.resolve("helpdesk:2")) == "helpdesk:2", "a failed download is tried again"
 
 
-def test_only_versions_of_this_base_are_listed(shelf, put):
-    put(shelf, "other:1")
-    shelf.live["other"], shelf.fingerprints["other"] = 1, "f" * 16
-    adapters = Adapters(shelf, BASE)
+def test_only_versions_of_this_base_are_listed(adapter_shelf, put):
+    put(adapter_shelf, "other:1")
+    adapter_shelf.live["other"], adapter_shelf.fingerprints["other"] = 1, "f" * 16
+    adapters = Adapters(adapter_shelf, BASE)
     run(adapters.refresh())
     assert adapters.names() == ["smollm2-135m", "helpdesk", "helpdesk:1"]
     for name in ("other", "other:1"):
         assert why_broken(adapters, name) == f"it was made for some/base, and this engine serves smollm2-135m ({FINGERPRINT})"
-    assert "other:1" not in shelf.downloads
+    assert "other:1" not in adapter_shelf.downloads
 
 
-def test_live_chatbots_of_another_base_are_no_warning_each_second(shelf, put, caplog):
-    put(shelf, "other:1")
-    shelf.live["other"], shelf.fingerprints["other"] = 1, "f" * 16
-    adapters = Adapters(shelf, BASE)
+def test_live_chatbots_of_another_base_are_no_warning_each_second(adapter_shelf, put, caplog):
+    put(adapter_shelf, "other:1")
+    adapter_shelf.live["other"], adapter_shelf.fingerprints["other"] = 1, "f" * 16
+    adapters = Adapters(adapter_shelf, BASE)
     with caplog.at_level(logging.WARNING):
         run(adapters.refresh())
         run(adapters.refresh())
     assert [record.getMessage() for record in caplog.records if "other" in record.getMessage()] == []
 
 
-def test_watching_goes_on_whatever_the_registry_does(shelf, put, monkeypatch, home):
+def test_watching_goes_on_whatever_the_registry_does(adapter_shelf, put, monkeypatch, home):
     monkeypatch.setattr("serve.adapters.REFRESH_S", 0.001)
-    adapters = Adapters(shelf, BASE)
+    adapters = Adapters(adapter_shelf, BASE)
 
     async def story() -> str:
         watcher = asyncio.create_task(adapters.watch())
         await asyncio.sleep(0)
-        shelf.is_down = True
-        while shelf.num_asked < 3:
+        adapter_shelf.is_down = True
+        while adapter_shelf.num_asked < 3:
             await asyncio.sleep(0.001)
-        shelf.is_down = False
-        put(shelf, "helpdesk:2")
-        shelf.live["helpdesk"] = 2
-        while await adapters.resolve("helpdesk:1") and "helpdesk:2" not in shelf.downloads:
+        adapter_shelf.is_down = False
+        put(adapter_shelf, "helpdesk:2")
+        adapter_shelf.live["helpdesk"] = 2
+        while await adapters.resolve("helpdesk:1") and "helpdesk:2" not in adapter_shelf.downloads:
             await asyncio.sleep(0.001)
         assert not watcher.done()
         watcher.cancel()
@@ -175,15 +175,15 @@ def test_watching_goes_on_whatever_the_registry_does(shelf, put, monkeypatch, ho
     assert run(asyncio.wait_for(story(), 30)) == "helpdesk:2"
 
 
-def test_versions_with_foreign_tags_do_no_harm(shelf):
+def test_versions_with_foreign_tags_do_no_harm(adapter_shelf):
     """An MLflow server of others holds versions that Tandem did not make."""
-    adapters = Adapters(shelf, BASE)
-    own = shelf.versions
+    adapters = Adapters(adapter_shelf, BASE)
+    own = adapter_shelf.versions
 
     def with_foreign(standings: dict[str, Standing] | None = None) -> list[Version]:
         return [*own(), replace(own()[0], chatbot="Their Model", tags={}, run_id="", aliases=("live",))]
 
-    shelf.versions = with_foreign
+    adapter_shelf.versions = with_foreign
     run(adapters.refresh())
     assert adapters.names() == ["smollm2-135m", "helpdesk", "helpdesk:1"]
     assert "another base model" in why_broken(adapters, "Their Model")

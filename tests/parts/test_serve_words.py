@@ -19,14 +19,14 @@ async def until(what: Callable[[], Awaitable[bool]]) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_a_word_is_taken_while_the_registry_has_no_time_and_the_registry_has_the_last_one(shelf, put, home, monkeypatch):
+def test_a_word_is_taken_while_the_registry_has_no_time_and_the_registry_has_the_last_one(adapter_shelf, put, home, monkeypatch):
     monkeypatch.setattr("serve.adapters.REFRESH_S", 0.01)
-    put(shelf, "helpdesk:2")
-    adapters = Adapters(shelf, BASE)
+    put(adapter_shelf, "helpdesk:2")
+    adapters = Adapters(adapter_shelf, BASE)
 
     def say(live: int, canary: int | None = None) -> None:
         aliases = {"live": live, **({"canary": canary} if canary else {})}
-        Word(shelf.url).spread({"helpdesk": Standing(aliases, {f"canary_share.{canary}": "0.999"}, 0)})
+        Word(adapter_shelf.url).spread({"helpdesk": Standing(aliases, {f"canary_share.{canary}": "0.999"}, 0)})
 
     async def answers(wanted: str) -> None:
         async def is_so() -> bool:
@@ -37,7 +37,7 @@ def test_a_word_is_taken_while_the_registry_has_no_time_and_the_registry_has_the
     async def story() -> None:
         await adapters.refresh()
         await adapters.resolve("helpdesk:2")
-        shelf.is_down = True
+        adapter_shelf.is_down = True
         watcher = asyncio.create_task(adapters.watch())
         await asyncio.sleep(0)
         await answers("helpdesk:1")
@@ -46,29 +46,29 @@ def test_a_word_is_taken_while_the_registry_has_no_time_and_the_registry_has_the
         say(live=1, canary=2)
         await answers("helpdesk:2")
         say(live=3)
-        num_asked = shelf.num_asked
-        while shelf.num_asked < num_asked + 30:
+        num_asked = adapter_shelf.num_asked
+        while adapter_shelf.num_asked < num_asked + 30:
             await asyncio.sleep(0.01)
         assert await adapters.resolve("helpdesk") == "helpdesk:2", "a version that is not known here is not taken on word"
-        shelf.is_down = False
+        adapter_shelf.is_down = False
         await answers("helpdesk:1")
         watcher.cancel()
 
     run(story())
 
 
-def test_a_word_that_makes_no_sense_does_not_end_the_listening(shelf, put, home, caplog):
-    put(shelf, "helpdesk:2")
-    adapters = Adapters(shelf, BASE)
+def test_a_word_that_makes_no_sense_does_not_end_the_listening(adapter_shelf, put, home, caplog):
+    put(adapter_shelf, "helpdesk:2")
+    adapters = Adapters(adapter_shelf, BASE)
 
     async def story() -> None:
         await adapters.refresh()
         await adapters.resolve("helpdesk:2")
-        shelf.is_down = True
+        adapter_shelf.is_down = True
         watcher = asyncio.create_task(adapters.watch())
         await asyncio.sleep(LISTEN_S)
         for tags, live in (({"canary_share.2": None}, 1), ({}, 2)):
-            Word(shelf.url).spread({"helpdesk": Standing({"live": live, "canary": 2}, tags, 0)})
+            Word(adapter_shelf.url).spread({"helpdesk": Standing({"live": live, "canary": 2}, tags, 0)})
             await asyncio.sleep(3 * LISTEN_S)
 
         async def is_known() -> bool:
@@ -82,11 +82,11 @@ def test_a_word_that_makes_no_sense_does_not_end_the_listening(shelf, put, home,
     run(story())
 
 
-def test_a_look_that_began_before_a_word_does_not_take_it_back(shelf, put, home, monkeypatch):
-    put(shelf, "helpdesk:2")
-    adapters = Adapters(shelf, BASE)
+def test_a_look_that_began_before_a_word_does_not_take_it_back(adapter_shelf, put, home, monkeypatch):
+    put(adapter_shelf, "helpdesk:2")
+    adapters = Adapters(adapter_shelf, BASE)
     slow, asked = threading.Event(), threading.Event()
-    own = shelf.versions
+    own = adapter_shelf.versions
 
     def versions(standings: dict[str, Standing] | None = None) -> list[Version]:
         before = own(standings)
@@ -97,20 +97,20 @@ def test_a_look_that_began_before_a_word_does_not_take_it_back(shelf, put, home,
 
     async def story() -> None:
         await adapters.refresh()
-        shelf.versions = versions
-        put(shelf, "helpdesk:3")  # a reason to read the versions
+        adapter_shelf.versions = versions
+        put(adapter_shelf, "helpdesk:3")  # a reason to read the versions
         watcher = asyncio.create_task(adapters.watch())
         await asyncio.to_thread(asked.wait, 30)
-        shelf.live["helpdesk"] = 2
-        Word(shelf.url).spread({"helpdesk": Standing({"live": 2}, {}, 0)})
+        adapter_shelf.live["helpdesk"] = 2
+        Word(adapter_shelf.url).spread({"helpdesk": Standing({"live": 2}, {}, 0)})
 
         async def is_known() -> bool:
             return await adapters.resolve("helpdesk") == "helpdesk:2"
 
         await asyncio.wait_for(until(is_known), 20)
         slow.set()
-        num_read = shelf.num_read
-        while shelf.num_read == num_read:
+        num_read = adapter_shelf.num_read
+        while adapter_shelf.num_read == num_read:
             assert await is_known()
             await asyncio.sleep(0.01)
         watcher.cancel()
