@@ -3,6 +3,7 @@
 Knows typer and the error tree. Does not know any command.
 """
 
+import gc
 import os
 import re
 import sys
@@ -73,6 +74,8 @@ def run_app(app: typer.Typer, module: str) -> None:
         sys.exit(EXIT_UNAVAILABLE if mends_itself and JOB_VARIABLE in os.environ else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    finally:
+        gc.freeze()  # the interpreter else goes through all that torch and MLflow brought, as it ends: a second, and three on busy cores
 
 
 def print_error(error: TandemError) -> None:
