@@ -110,14 +110,15 @@ def on_record(start: Start, num_cards: int) -> Iterator[Record]:
     # Ray, as it connects, takes SIGTERM for itself.
     with connect(start.session), on_signals(signal.default_int_handler):
         require_cards(num_cards)
-        record = start.earlier
-        if record:
-            require_at_rest(record.run_id)
-            record.reopen()
-        else:
-            record = Record.begin(start.registry.client, start.config, start.data, start.base_fingerprint, start.kind)
-        note_run(record.run_id)
+        if start.earlier:
+            require_at_rest(start.earlier.run_id)
+        record = start.earlier or Record.create(start.registry.client, start.config.name)
         try:
+            if start.earlier:
+                record.reopen()
+            else:
+                record.describe(start.config, start.data, start.base_fingerprint, start.kind)
+            note_run(record.run_id)
             yield record
         except BaseException as error:
             asked = isinstance(error, KeyboardInterrupt)

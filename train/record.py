@@ -55,8 +55,13 @@ class Record:
         self.client, self.run_id = client, run_id
 
     @classmethod
-    def begin(cls, client: Any, config: ChatbotConfig, data: "Prepared", base_fingerprint: str, kind: str = RUN) -> "Record":
-        """Start a run, or a sweep's, with every parameter, the fingerprints, the commit and the environment."""
+    def create(cls, client: Any, chatbot: str) -> "Record":
+        """Start a run of which nothing is told yet."""
+        with mlflow_errors(client.tracking_uri):
+            return cls(client, client.create_run(_experiment_id(client, chatbot)).info.run_id)
+
+    def describe(self, config: ChatbotConfig, data: "Prepared", base_fingerprint: str, kind: str = RUN) -> None:
+        """Tell what a run, or a sweep, begins with: every parameter, the fingerprints, the commit and the environment."""
         from mlflow.entities import Param, RunTag
 
         facts = {
@@ -72,13 +77,11 @@ class Record:
         params += [
             Param(f"data.{name}", str(getattr(data, name))) for name in ("num_train", "num_heldout", "num_train_tokens", "num_loss_tokens")
         ]
-        with mlflow_errors(client.tracking_uri):
-            record = cls(client, client.create_run(_experiment_id(client, config.name)).info.run_id)
-            client.log_batch(record.run_id, params=params, tags=[RunTag(name, text) for name, text in facts.items()])
-        run_logger(record.run_id).info("begun", chatbot=config.name, kind=kind)
-        record.attach("environment.txt", "\n".join(sorted({f"{found.name}=={found.version}" for found in distributions()})))
-        record.attach(CONFIG_FILE, config.model_dump_json(indent=2))
-        return record
+        with mlflow_errors(self.client.tracking_uri):
+            self.client.log_batch(self.run_id, params=params, tags=[RunTag(name, text) for name, text in facts.items()])
+        run_logger(self.run_id).info("begun", chatbot=config.name, kind=kind)
+        self.attach("environment.txt", "\n".join(sorted({f"{found.name}=={found.version}" for found in distributions()})))
+        self.attach(CONFIG_FILE, config.model_dump_json(indent=2))
 
     @classmethod
     def find(cls, client: Any, run_id: str, kind: str = RUN) -> tuple["Record", ChatbotConfig]:

@@ -1,9 +1,12 @@
 """What a run's record tells: every setting, fingerprints that change when they should, and the commit."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
@@ -20,6 +23,8 @@ from configs.loader import load_chatbot, setting_paths
 from configs.schema import ChatbotConfig, SweepConfig
 from data.prepare import Prepared, prepare
 from tests.helpers.data import chat, tokenizer_folder, write_rows
+from train import driver
+from train.driver import ASKED, Start, on_record
 from train.record import FAILED, FINISHED, RUN, STOPPED, SWEEP, Record, _experiment_id, config_fingerprint, flat_settings
 from tune.record import trial_run
 
@@ -37,6 +42,12 @@ def write_bot(folder: Path) -> Path:
 @pytest.fixture
 def config(home, tmp_path) -> ChatbotConfig:
     return load_chatbot(write_bot(tmp_path))
+
+
+def begun(client: Any, config: ChatbotConfig, *facts: Any) -> Record:
+    record = Record.create(client, config.name)
+    record.describe(config, *facts)
+    return record
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +131,7 @@ def client(registry, config, tmp_path) -> Any:
 
 
 def test_a_run_begins_with_all_that_went_in(client, config, data):
-    record = Record.begin(client, config, data, "f" * 16)
+    record = begun(client, config, data, "f" * 16)
     run = client.get_run(record.run_id)
     assert run.info.status == "RUNNING"
     assert set(LEAVES) <= set(run.data.params)
@@ -129,6 +140,17 @@ def test_a_run_begins_with_all_that_went_in(client, config, data):
     assert run.data.tags["config_fingerprint"] == config_fingerprint(config)
     assert (run.data.tags["data_fingerprint"], run.data.tags["base_fingerprint"]) == (data.fingerprint, "f" * 16)
     assert {file.path for file in client.list_artifacts(record.run_id)} == {"config.json", "environment.txt"}
+
+
+def test_a_run_that_is_asked_to_stop_as_it_begins_says_so(registry, client, config, data, monkeypatch, tmp_path):
+    monkeypatch.setattr(driver, "connect", lambda session: nullcontext())  # no cluster is needed until a run is described
+    monkeypatch.setattr(driver, "require_cards", lambda num_cards: None)
+    monkeypatch.setattr(driver, "note_run", lambda run_id: os.kill(os.getpid(), signal.SIGTERM))
+    start = Start(None, registry, config, tmp_path, data, "f" * 16)
+    with pytest.raises(KeyboardInterrupt), on_record(start, 1):
+        pytest.fail("it trains")
+    (run,) = client.search_runs([client.get_experiment_by_name(config.name).experiment_id])
+    assert (run.info.status, run.data.tags["reason"]) == (STOPPED, ASKED)
 
 
 def test_first_runs_that_begin_at_once_are_of_one_experiment(registry):
@@ -144,7 +166,7 @@ def test_first_runs_that_begin_at_once_are_of_one_experiment(registry):
 
 
 def test_the_log_says_how_a_run_began_and_ended(client, config, data):
-    record = Record.begin(client, config, data, "f" * 16)
+    record = begun(client, config, data, "f" * 16)
     record.end(FAILED, "no memory")
     record.reopen()
     record.end(FINISHED)
@@ -161,12 +183,12 @@ def test_the_log_says_how_a_run_began_and_ended(client, config, data):
 
 def test_a_long_setting_does_not_stop_a_run(client, config, data, tmp_path):
     long = load_chatbot(tmp_path / "bot.yaml", [f"data.system_prompt={'x' * 10_000}"])
-    record = Record.begin(client, long, data, "f" * 16)
+    record = begun(client, long, data, "f" * 16)
     assert Record.find(client, record.run_id)[1] == long
 
 
 def test_a_run_goes_on_with_its_own_config_until_it_is_finished(client, config, data):
-    record = Record.begin(client, config, data, "f" * 16)
+    record = begun(client, config, data, "f" * 16)
     for status in (STOPPED, FAILED):
         record.end(status, "the card was wanted " * 100)
         run = client.get_run(record.run_id)
@@ -190,7 +212,7 @@ def test_a_run_that_is_not_there_cannot_go_on(client):
 def test_a_run_a_sweep_and_a_trial_are_told_apart(registry, client, config, data):
     """The config has a space to search, as every chatbot's may: only the record says whether it was searched."""
     config = config.model_copy(update={"tune": SweepConfig.model_validate({"space": {"train.lora.rank": {"choice": [4, 8]}}})})
-    run, sweep = (Record.begin(client, config, data, "f" * 16, kind).run_id for kind in (RUN, SWEEP))
+    run, sweep = (begun(client, config, data, "f" * 16, kind).run_id for kind in (RUN, SWEEP))
     trial = trial_run(registry.url, sweep, "trial_00001", {"train.lora.rank": 4})
     assert Record.find(client, run)[0].run_id == run
     assert Record.find(client, sweep, SWEEP)[0].run_id == sweep
@@ -204,14 +226,14 @@ def test_a_run_a_sweep_and_a_trial_are_told_apart(registry, client, config, data
 
 
 def test_a_run_whose_own_config_can_no_longer_be_read_is_refused(client, config, data):
-    record = Record.begin(client, config, data, "f" * 16)
+    record = begun(client, config, data, "f" * 16)
     client.log_text(record.run_id, json.dumps({"name": "bot", "no_longer": "a setting"}), "config.json")
     with pytest.raises(RunError, match=record.run_id):
         Record.find(client, record.run_id)
 
 
 def test_a_run_goes_on_with_the_data_and_the_base_that_it_began_with(client, config, data):
-    record = Record.begin(client, config, data, "f" * 16)
+    record = begun(client, config, data, "f" * 16)
     record.require_same(data, "f" * 16)
     with pytest.raises(RunError, match=f"(?s)base model changed.*{'f' * 16}.*{'0' * 16}.*--resume"):
         record.require_same(data, "0" * 16)
@@ -225,7 +247,7 @@ def test_a_server_that_does_not_answer_is_an_error_with_a_remedy(config, data, m
         held.bind(("127.0.0.1", 0))
         away = Record(Registry(f"http://127.0.0.1:{held.getsockname()[1]}").client, "0" * 32)
         asks = [lambda: away.end(FAILED), away.reopen, lambda: away.attach("note.txt", "x"), lambda: Record.find(away.client, "gone")]
-        asks += [lambda: Record.begin(away.client, config, data, "f" * 16), lambda: away.require_same(data, "f" * 16)]
+        asks += [lambda: begun(away.client, config, data, "f" * 16), lambda: away.require_same(data, "f" * 16)]
         for ask in asks:
             with pytest.raises(RegistryError, match="cluster status"):
                 ask()
