@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from train.worker import Task
 
 KIB = 1024
+ASK_EVERY_S = 0.5  # in the midst of a step
 NUM_WARMUP_STEPS = 2  # kernels are compiled and memory is first taken in them
 
 
@@ -44,6 +45,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.step_began_s = 0.0  # where the step before it ended, later by what is left out
         self.counted_until_s = 0.0
         self.tokens_at_step_begin = 0
+        self.asked_s = 0.0
         self.steps_s = 0.0
         self.tokens_before = 0
         self.newest: dict[str, float] = {}
@@ -70,11 +72,25 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.step_began_s, self.tokens_at_step_begin = now_s, state.num_input_tokens_seen
         if self.host.is_first:
             self.tally.count(state.global_step, state.num_input_tokens_seen)
+        self.asked_s = now_s
         if self._asked_to_stop(state):
             control.should_save = control.should_training_stop = True
         elif state.global_step >= state.max_steps:
             control.should_evaluate = True
         self.counted_until_s = time.perf_counter()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave in the midst of a step, if the driver asks for it: the step before it is saved, and this one is done anew.
+
+        Not where that could not be told apart from a run that nobody disturbs: the random numbers of dropout are used up. Several workers
+        leave after whole steps.
+        """
+        is_free = self.host.num_workers == 1 and not self.task.config.train.lora.dropout
+        if self.num_steps_here and is_free and time.perf_counter() - self.asked_s >= ASK_EVERY_S:
+            self.asked_s = time.perf_counter()
+            if self._asked_to_stop(state):
+                state.num_input_tokens_seen = self.tokens_at_step_begin
+                control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Write losses, rate and speed to MLflow.

@@ -38,7 +38,7 @@ MAX_TOKENS = 24
 QUESTION = "How do I start?"
 WHOLE = {"temperature": 0, "ignore_eos": True}  # each answer has all its tokens
 PORTS = ("ray_port", "dashboard_port", "mlflow_port", "chat")
-FOREVER = ("train.max_steps=1000000", "train.checkpoint_every_steps=100")
+FOREVER = ("train.max_steps=1000000", "train.log_every_steps=1", "train.checkpoint_every_steps=100")
 WAYS = ("fixed", "lending")
 ONE_ENGINE = ("serve.scaling.min_replicas=1", "serve.scaling.max_replicas=1", "serve.scaling.use_train_cards=false")
 

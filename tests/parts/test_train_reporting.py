@@ -2,8 +2,12 @@
 
 import json
 import math
+import shutil
 import time
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +16,12 @@ from cluster.home import log_folder
 from cluster.logs import TRAINING, stream_file
 from cluster.memory import Device, Rows
 from cluster.plan import Place
+from cluster.registry import Registry
 from cluster.shape import Shape
 from configs.errors import RunError
 from configs.schema import ChatbotConfig
 from tests.parts.test_train_model import rows, tiny
+from train.control import Progress
 from train.model import add_adapter
 from train.reporting import NUM_WARMUP_STEPS, ReportCallback
 from train.rows import Padder, RowOrder
@@ -44,34 +50,91 @@ class Timed(ReportCallback):
         super().on_save(args, state, control)
 
 
-@pytest.fixture
-def reported(registry, make_run, tmp_path, monkeypatch):
-    """Train six steps, evaluate each second and save each; return the callback and what its host was told."""
-    monkeypatch.setattr("train.reporting.time", SimpleNamespace(perf_counter=lambda: Timed.now_s, time=time.time))
-    found: list[dict[str, float]] = []
+def make_trainer(callback: ReportCallback, scratch: Path) -> OrderedTrainer:
     torch.manual_seed(0)
-    settings = {
-        "batch_size": 4,
-        "micro_batch_size": 4,
-        "max_steps": 6,
-        "log_every_steps": 1,
-        "checkpoint_every_steps": 1,
-        "eval_every_steps": 2,
-    }
-    config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": settings})
-    task = Task(config, make_run().manifest.run_id, "", "", "", registry.url, SIZING)
-    host = SimpleNamespace(num_workers=1, is_first=True, report=lambda metrics, folder: found.append(metrics), send=lambda progress: None)
-    callback = Timed(task, host)
-    OrderedTrainer(
+    config = callback.task.config
+    return OrderedTrainer(
         RowOrder(ROWS, 4, 0, by_length=True),
         model=add_adapter(tiny(), config.train.lora, False),
-        args=training_arguments(config, tmp_path / "scratch", 1, len(ROWS), 32, autocast=False),
+        args=training_arguments(config, scratch, 1, len(ROWS), 32, autocast=False),
         train_dataset=ROWS,
         eval_dataset=ROWS,
         data_collator=Padder(0),
         callbacks=[callback],
-    ).train()
+    )
+
+
+@pytest.fixture
+def make_task(registry, make_run):
+    def make(**settings: Any) -> Task:
+        train = {"batch_size": 4, "max_steps": 6, "log_every_steps": 1, **settings}
+        config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": train})
+        return Task(config, make_run().manifest.run_id, "", "", "", registry.url, SIZING)
+
+    return make
+
+
+@pytest.fixture
+def reported(make_task, tmp_path, monkeypatch):
+    """Train six steps, evaluate each second and save each; return the callback and what its host was told."""
+    monkeypatch.setattr("train.reporting.time", SimpleNamespace(perf_counter=lambda: Timed.now_s, time=time.time))
+    found: list[dict[str, float]] = []
+    task = make_task(micro_batch_size=4, checkpoint_every_steps=1, eval_every_steps=2)
+    host = SimpleNamespace(num_workers=1, is_first=True, report=lambda metrics, folder: found.append(metrics), send=lambda progress: None)
+    callback = Timed(task, host)
+    make_trainer(callback, tmp_path / "scratch").train()
     return callback, found
+
+
+class AskedInStep:
+    """A host that asks a run to leave while it is in the midst of a step."""
+
+    num_workers, is_first = 1, True
+
+    def __init__(self, after_step: int, kept: Path) -> None:
+        self.after_step, self.kept, self.heard = after_step, kept, Counter[int]()
+
+    def send(self, progress: Progress) -> str | None:
+        self.heard[progress.step] += 1
+        return "chat wants its card" if progress.step == self.after_step and self.heard[progress.step] > 1 else None
+
+    def report(self, metrics: dict[str, float], folder: Path) -> None:
+        self.metrics = metrics
+        shutil.copytree(folder, self.kept)
+
+
+def losses_of(registry: Registry, callback: ReportCallback) -> dict[int, float]:
+    return {metric.step: metric.value for metric in registry.client.get_metric_history(callback.task.run_id, "loss")}
+
+
+def test_a_run_leaves_in_the_midst_of_a_step_and_goes_on_as_if_it_had_not(make_task, registry, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.reporting.ASK_EVERY_S", 0.0)
+    task = make_task(micro_batch_size=1, checkpoint_every_steps=100)
+    undisturbed = ReportCallback(task, AskedInStep(-1, tmp_path / "whole"))
+    make_trainer(undisturbed, tmp_path / "1").train()
+
+    leaving = ReportCallback(make_task(micro_batch_size=1, checkpoint_every_steps=100), AskedInStep(2, tmp_path / "left"))
+    make_trainer(leaving, tmp_path / "2").train()
+    assert leaving.host.metrics["step"] == 2
+    assert leaving.host.heard[2] == 2, "it left after the first of the third step's four rows"
+    state = json.loads((tmp_path / "left" / "trainer_state.json").read_text())
+    assert state["num_input_tokens_seen"] == leaving.host.metrics["num_tokens"]
+
+    going_on = ReportCallback(leaving.task, AskedInStep(-1, tmp_path / "whole again"))
+    make_trainer(going_on, tmp_path / "3").train(resume_from_checkpoint=str(tmp_path / "left"))
+    assert losses_of(registry, going_on) == pytest.approx(losses_of(registry, undisturbed))
+    assert going_on.host.metrics["num_tokens"] == undisturbed.host.metrics["num_tokens"]
+
+
+@pytest.mark.parametrize(("settings", "asked_after"), [({"lora": {"dropout": 0.1}}, 2), ({}, 0)], ids=["dropout", "first step"])
+def test_a_step_is_ended_where_it_could_not_be_done_again(settings, asked_after, make_task, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.reporting.ASK_EVERY_S", 0.0)
+    callback = ReportCallback(
+        make_task(micro_batch_size=1, checkpoint_every_steps=100, **settings), AskedInStep(asked_after, tmp_path / "left")
+    )
+    make_trainer(callback, tmp_path / "scratch").train()
+    assert callback.host.heard[asked_after] == 1
+    assert callback.host.metrics["step"] == 6
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_reason(reported):
