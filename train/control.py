@@ -42,7 +42,7 @@ class Control:
         return self.progress
 
     def ask_to_stop(self, reason: str) -> None:
-        """Let the workers save and leave after the step they are in."""
+        """Let the workers save and leave, at the latest after the step they are in."""
         self.stop_reason = self.stop_reason or reason
 
     def refuse(self, error: TandemError) -> None:

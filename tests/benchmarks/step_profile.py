@@ -2,8 +2,9 @@
 
 `PYTHONPATH=. python tests/benchmarks/step_profile.py [--shape 8b] [--kinds lora lora_fp8 qlora] [--ways ours ...]`
 Random weights, rows of equal length, no Ray: `training.py` measures what a user gets. A way is a change to ours: `peft` leaves the
-adapter's products to PEFT, `cudnn` takes attention from cuDNN, `flash` from torch's own, `compiled` has each block compiled by torch.
-A way whose loss is another one computes something else: compiled blocks did on an H200, and why is not known.
+adapter's products to PEFT, `cudnn` takes attention from cuDNN, `flash` from torch's own, `compiled` has each block compiled by torch,
+`reentrant` recomputes in torch's older way. A way whose loss is another one computes something else: compiled blocks did on an H200,
+and why is not known.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from bench import SHAPES, VOCABULARY, write_result
 from memory import model_config
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import DeviceType, ProfilerActivity, profile, schedule
+from transformers import PreTrainedModel
 
 import train.model
 from configs.cli import console
@@ -31,6 +33,10 @@ KINDS = {
     "lora_fp8": (4096, {"precision": "fp8", "batch_size": 2, "micro_batch_size": 2, "gradient_checkpointing": False}),
     "lora_recomputed": (2048, {"batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True}),
     "qlora": (2048, {"quantization": "nf4", "batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True}),
+    "qlora_quantised_once": (
+        2048,
+        {"quantization": "nf4", "double_quantization": False, "batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True},
+    ),
     "qlora_4_rows": (2048, {"quantization": "nf4", "batch_size": 4, "micro_batch_size": 4, "gradient_checkpointing": True}),
 }
 """Of each the length of its rows, in tokens, and what it sets."""
@@ -49,7 +55,7 @@ KERNELS = {
 @contextmanager
 def changed(way: str) -> Iterator[None]:
     """Do one thing in another way."""
-    fuse_adapter, blocks = train.model.fuse_adapter, []
+    fuse_adapter, enable, blocks = train.model.fuse_adapter, PreTrainedModel.gradient_checkpointing_enable, []
 
     def compile_blocks(model: Any) -> None:
         blocks[:] = model.get_base_model().model.layers
@@ -58,13 +64,15 @@ def changed(way: str) -> Iterator[None]:
 
     if way in ("peft", "compiled"):
         train.model.fuse_adapter = compile_blocks if way == "compiled" else lambda model: None
+    if way == "reentrant":
+        PreTrainedModel.gradient_checkpointing_enable = lambda base, settings: enable(base, {"use_reentrant": True})
     if way in ("cudnn", "flash"):
         torch.backends.cuda.enable_flash_sdp(way == "flash")
         torch.backends.cuda.enable_cudnn_sdp(way == "cudnn")
     try:
         yield
     finally:
-        train.model.fuse_adapter = fuse_adapter
+        train.model.fuse_adapter, PreTrainedModel.gradient_checkpointing_enable = fuse_adapter, enable
         for block in blocks:
             block._compiled_call_impl = None
         torch.backends.cuda.enable_flash_sdp(True)
@@ -109,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["lora", "lora_fp8", "qlora"])
-    parser.add_argument("--ways", nargs="+", choices=["ours", "peft", "cudnn", "flash", "compiled"], default=["ours"])
+    parser.add_argument("--ways", nargs="+", choices=["ours", "peft", "cudnn", "flash", "compiled", "reentrant"], default=["ours"])
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     for kind in arguments.kinds:

@@ -1,7 +1,7 @@
 """Training speed and memory of `python -m train` against a plain PyTorch + PEFT loop, in the same run.
 
 Without a GPU: the 135M model on the helpdesk data. With one: the 8B Llama shape with random weights, LoRA and QLoRA, rows of equal length.
-`PYTHONPATH=. python tests/benchmarks/training.py [--shape 8b|tiny] [--steps N] [--settings lora_seq4096 ...]`
+`PYTHONPATH=. python tests/benchmarks/training.py [--shape 8b|tiny] [--steps N] [--settings lora_seq4096 ...] [--alone]`
 """
 
 import argparse
@@ -20,7 +20,7 @@ from bench import make_model, run_cli, write_result, write_rows
 
 from cluster.cards import find_gpus
 from cluster.models import ensure_model
-from cluster.registry import Registry
+from cluster.registry import Registry, Version
 from cluster.session import require_session
 from configs.loader import ROOT, load_chatbot
 from data.prepare import prepare
@@ -94,35 +94,48 @@ def plain_loop(arguments: argparse.Namespace) -> None:
 
 def measure(config_file: str, overrides: list[str], steps: int) -> dict[str, float]:
     """Run Tandem and the plain loop on the same rows; return tokens/s and peak of both, or `plain_failed` in the place of the latter's."""
-    # As a user runs it; both leave out the first steps.
+    return measure_plain(config_file, overrides, steps, scores_of(train_ours(config_file, overrides, steps)))
+
+
+def train_ours(config_file: str, overrides: list[str], steps: int) -> Version:
+    """Train as a user does; speed leaves out the first steps, as the plain loop's."""
     said = run_cli("train", config_file, *overrides, f"train.max_steps={steps}")
     found = re.search(r"registered as (\S+);", said)
     assert found, said
-    version = Registry(require_session().mlflow_url).find(found[1])
-    ours = json.loads(version.tags["scores"])
+    return Registry(require_session().mlflow_url).find(found[1])
+
+
+def scores_of(version: Version) -> dict[str, float]:
+    """Return what counts of a version's scores."""
+    scores = json.loads(version.tags["scores"])
+    return {name: scores[name] for name in ("eval_loss", "tokens_per_s", "peak_memory_gib")}
+
+
+def measure_plain(config_file: str, overrides: list[str], steps: int, ours: dict[str, float]) -> dict[str, float]:
+    """Return our figures with those of the plain loop beside them."""
     config = load_chatbot(config_file, overrides)
     data = prepare(config, ensure_model(config.model))
-    command = [
-        sys.executable,
-        __file__,
-        "--plain",
-        "--config",
-        config_file,
-        "--train-file",
-        str(data.train_file),
-        "--steps",
-        str(steps),
-        *overrides,
-    ]
+    files = ["--config", config_file, "--train-file", str(data.train_file)]
+    command = [sys.executable, __file__, "--plain", *files, "--steps", str(steps), *overrides]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
-    figures = {name: ours[name] for name in ("eval_loss", "tokens_per_s", "peak_memory_gib")}
     if done.returncode:
         print(done.stderr[-1500:])  # such as no memory where Tandem had enough: that is a result too
-        return {**figures, "plain_failed": 1.0}
+        return {**ours, "plain_failed": 1.0}
     plain = json.loads(done.stdout.strip().splitlines()[-1])
-    figures |= {f"plain_{name}": plain[name] for name in ("tokens_per_s", "peak_memory_gib")}
-    return {**figures, "ratio": ours["tokens_per_s"] / plain["tokens_per_s"]}
+    found = {f"plain_{name}": plain[name] for name in ("tokens_per_s", "peak_memory_gib")}
+    return {**ours, **found, "ratio": ours["tokens_per_s"] / plain["tokens_per_s"]}
+
+
+def loss_curve(version: Version) -> dict[int, float]:
+    """Return the mean training loss up to each step that was logged."""
+    history = Registry(require_session().mlflow_url).client.get_metric_history(version.run_id, "loss")
+    return {metric.step: metric.value for metric in history}
+
+
+def difference(ours: dict[int, float], right: dict[int, float]) -> float:
+    """Return the largest part of a loss by which another run of the same rows is off."""
+    return max(abs(ours[step] / right[step] - 1) for step in ours.keys() & right.keys())
 
 
 def on_cpu(steps: int) -> None:
@@ -131,12 +144,13 @@ def on_cpu(steps: int) -> None:
     write_result("training", {f"lora_135m_{name}": value for name, value in found.items()})
 
 
-def on_gpu(shape: str, steps: int, settings: list[str]) -> None:
-    """Random weights in the 8B shape."""
+def on_gpu(shape: str, steps: int, settings: list[str], with_plain: bool) -> None:
+    """Random weights in the 8B shape; of FP8 also how far its losses are from those of bf16, where both are measured."""
     folder = make_model(shape, Path(tempfile.gettempdir()) / f"tandem-bench-{shape}")
     work = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
     config = work / "bench.yaml"
     figures: dict[str, float] = {}
+    curves: dict[str, dict[int, float]] = {}
     notes: dict[str, Any] = {"rank": 16, "batch_size": "4, QLoRA 1", "steps": steps}
     for name in settings:
         length, overrides = SETTINGS[name]
@@ -148,7 +162,12 @@ def on_gpu(shape: str, steps: int, settings: list[str]) -> None:
             "train: {batch_size: 4, lora: {rank: 16, alpha: 32}, learning_rate: 1.0e-4, log_every_steps: 5}\n"
         )
         kind, _, tokens = name.rpartition("_")
-        found = measure(str(config), [ALONE, *overrides], steps)
+        version = train_ours(str(config), [ALONE, *overrides], steps)
+        found, curves[name] = scores_of(version), loss_curve(version)
+        if right := curves.get(name.replace("_fp8", "")) if "fp8" in name else None:
+            found["largest_loss_difference"] = difference(curves[name], right)
+        if with_plain:
+            found = measure_plain(str(config), [ALONE, *overrides], steps, found)
         figures |= {f"{kind}_{shape}_{tokens}_{key}": value for key, value in found.items()}
         notes[name] = overrides
         # So that a setting that fails leaves what was measured of the others.
@@ -161,7 +180,8 @@ def main() -> None:
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
-    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="without the plain loop")
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--config")
     parser.add_argument("--train-file")
     parser.add_argument("overrides", nargs="*")
@@ -173,7 +193,7 @@ def main() -> None:
     elif torch.cuda.is_available() or arguments.shape == "tiny":
         has_fp8 = torch.cuda.is_available() and all(gpu.has_fp8 for gpu in find_gpus())  # elsewhere it is refused
         usual = [name for name in SETTINGS if "fp8" not in name or has_fp8]
-        on_gpu(arguments.shape, arguments.steps, arguments.settings or usual)
+        on_gpu(arguments.shape, arguments.steps, arguments.settings or usual, not arguments.alone)
     else:
         on_cpu(arguments.steps)
 
