@@ -1,5 +1,6 @@
 """What the tests share: a home of their own, command lines, adapters, an MLflow store; and each folder's mark."""
 
+import gc
 import importlib
 import json
 import os
@@ -87,6 +88,7 @@ def command(home, monkeypatch, capsys) -> Callable[..., Ended]:
         monkeypatch.setattr(sys, "argv", [f"python -m {module}", *words])
         with pytest.raises(SystemExit) as ended:
             run_app(importlib.import_module(f"{module}.__main__").app, module)
+        gc.unfreeze()  # a process that ends would not need it
         shown = capsys.readouterr()
         return Ended(int(ended.value.code or 0), shown.out, shown.err)
 

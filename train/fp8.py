@@ -44,12 +44,11 @@ def quantise_rows(values: torch.Tensor) -> Quantised:
 
 @cache
 def _quantiser(device: str) -> Callable[[torch.Tensor], Quantised]:
-    """Return what quantises rows on such a device: eager torch would write fp32 to a GPU's memory between many kernels."""
+    """Return what quantises rows on such a device: on a GPU compiled, where eager torch writes fp32 to memory between many kernels."""
     if device != "cuda":
         return quantise_rows
-    from train.fp8_rows import quantise_rows as in_one_kernel
-
-    return in_one_kernel
+    compiled: Callable[[torch.Tensor], Quantised] = torch.compile(quantise_rows, dynamic=True)
+    return compiled
 
 
 def _multiply(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

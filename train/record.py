@@ -64,6 +64,8 @@ class Record:
         """Tell what a run, or a sweep, begins with: every parameter, the fingerprints, the commit and the environment."""
         from mlflow.entities import Param, RunTag
 
+        self.attach("environment.txt", "\n".join(sorted({f"{found.name}=={found.version}" for found in distributions()})))
+        self.attach(CONFIG_FILE, config.model_dump_json(indent=2))
         facts = {
             KIND_TAG: kind,
             "data_fingerprint": data.fingerprint,
@@ -77,11 +79,9 @@ class Record:
         params += [
             Param(f"data.{name}", str(getattr(data, name))) for name in ("num_train", "num_heldout", "num_train_tokens", "num_loss_tokens")
         ]
-        with mlflow_errors(self.client.tracking_uri):
+        with mlflow_errors(self.client.tracking_uri):  # last: what has a kind has all else, and can be resumed
             self.client.log_batch(self.run_id, params=params, tags=[RunTag(name, text) for name, text in facts.items()])
         run_logger(self.run_id).info("begun", chatbot=config.name, kind=kind)
-        self.attach("environment.txt", "\n".join(sorted({f"{found.name}=={found.version}" for found in distributions()})))
-        self.attach(CONFIG_FILE, config.model_dump_json(indent=2))
 
     @classmethod
     def find(cls, client: Any, run_id: str, kind: str = RUN) -> tuple["Record", ChatbotConfig]:
@@ -102,7 +102,11 @@ class Record:
         found = run.data.tags.get(KIND_TAG)
         if found != kind:
             called, remedy = KINDS.get(
-                found, ("none that this version of Tandem began", "take the run's id from MLflow, or leave out --resume")
+                found,
+                (
+                    "none that this version of Tandem began, or one that was stopped as it began",
+                    "take the run's id from MLflow, or leave out --resume",
+                ),
             )
             raise RunError(f"run {run_id} is not {KINDS[kind][0]}", f"it is {called}", remedy.format(run_id))
         if run.info.status == FINISHED:

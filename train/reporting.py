@@ -46,10 +46,13 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.counted_until_s = 0.0
         self.tokens_at_step_begin = 0
         self.asked_s = 0.0
+        self.begins_epoch = False
+        self.chance: list[torch.Tensor] = []  # where random numbers were before the step, as a run that goes on there takes them up
         self.steps_s = 0.0
         self.tokens_before = 0
         self.newest: dict[str, float] = {}
         self.evaluated_step: int | None = None
+        self.saved_step: int | None = None
         self.tally = Tally(task.config.name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any) -> None:
@@ -60,6 +63,15 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
             self.tally.begin(state.global_step, state.num_input_tokens_seen, last_logged_step(self.mlflow, self.task.run_id))
         self._send(state)
         self.step_began_s = time.perf_counter()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note where random numbers are; the order of rows takes one before the first step."""
+        self.begins_epoch, self.chance = True, _chance()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note where random numbers are."""
+        self.chance = self.chance if self.begins_epoch else _chance()
+        self.begins_epoch = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Send progress; save and leave if the driver asks for it; evaluate at the end."""
@@ -80,17 +92,18 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.counted_until_s = time.perf_counter()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave in the midst of a step, if the driver asks for it: the step before it is saved, and this one is done anew.
+        """Leave in the midst of a step, if the driver asks for it, as if it had not begun: it is done anew when the run goes on.
 
-        Not where that could not be told apart from a run that nobody disturbs: the random numbers of dropout are used up. Several workers
-        leave after whole steps.
+        A process's first step is ended, and so is any step of several workers, who all leave after the same one.
         """
-        is_free = self.host.num_workers == 1 and not self.task.config.train.lora.dropout
-        if self.num_steps_here and is_free and time.perf_counter() - self.asked_s >= ASK_EVERY_S:
+        is_time = time.perf_counter() - self.asked_s >= ASK_EVERY_S
+        if self.host.num_workers == 1 and self.num_steps_here and is_time:
             self.asked_s = time.perf_counter()
             if self._asked_to_stop(state):
                 state.num_input_tokens_seen = self.tokens_at_step_begin
-                control.should_save = control.should_training_stop = True
+                _set_chance(self.chance)
+                control.should_save = self.saved_step != state.global_step
+                control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Write losses, rate and speed to MLflow.
@@ -101,7 +114,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         names = {"loss": "loss", "eval_loss": "eval_loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "epoch": "epoch"}
         found = {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
         if "loss" in found:
-            found["tokens_per_s"] = self._tokens_per_s(state)
+            found["tokens_per_s"] = self._tokens_per_s()
         if not found:
             return
         self.newest.update(found)
@@ -147,7 +160,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
             **self.newest,
             "step": state.global_step,
             "num_steps": state.max_steps,
-            "tokens_per_s": self._tokens_per_s(state),
+            "tokens_per_s": self._tokens_per_s(),
             "saved_s": time.time(),
             "num_tokens": state.num_input_tokens_seen,
             "peak_memory_gib": peak_memory_gib(),
@@ -156,6 +169,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
             metrics.pop("eval_loss", None)
         self._compare_memory(state.global_step)
         self.host.report(metrics, folder)
+        self.saved_step = state.global_step
         self._leave_out()
 
     def _compare_memory(self, step: int) -> None:
@@ -174,12 +188,12 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.step_began_s += now_s - self.counted_until_s
         self.counted_until_s = now_s
 
-    def _tokens_per_s(self, state: Any) -> float:
-        return (state.num_input_tokens_seen - self.tokens_before) / self.steps_s if self.steps_s else 0.0
+    def _tokens_per_s(self) -> float:
+        return (self.tokens_at_step_begin - self.tokens_before) / self.steps_s if self.steps_s else 0.0
 
     def _send(self, state: Any) -> str | None:
         progress = Progress(
-            state.global_step, state.max_steps, self.newest.get("loss"), self._tokens_per_s(state) or None, self.newest.get("eval_loss")
+            state.global_step, state.max_steps, self.newest.get("loss"), self._tokens_per_s() or None, self.newest.get("eval_loss")
         )
         return self.host.send(progress)
 
@@ -191,6 +205,17 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         flag = torch.tensor([int(asked)], device="cuda" if torch.cuda.is_available() else "cpu")
         torch.distributed.broadcast(flag, src=0)
         return bool(flag.item())
+
+
+def _chance() -> list[torch.Tensor]:
+    """Return where torch's random numbers are; a GPU is not waited for."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def _set_chance(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
 
 
 def wait_for_gpu(is_wanted: bool) -> None:

@@ -44,7 +44,7 @@ KERNELS = {
     "attention": r"flash|fmha|sdpa|attention",
     "unpacking": r"dequantize|kDequant",
     "product": r"gemm|cutlass|nvjet|xmma|cublas|_mm|splitK",
-    "quantising": r"triton_(red|per|poi)|_quantise",
+    "quantising": r"triton_(red|per|poi)",
     "optimizer": r"multi_tensor|adam|foreach",
     "norm_gate_rotation": r"rms_norm|rope|swiglu",
     "loss": r"softmax|nll|index",

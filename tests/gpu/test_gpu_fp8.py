@@ -4,7 +4,6 @@ import pytest
 
 from cluster.cards import find_gpus
 from tests.parts.test_train_fp8 import (  # noqa: F401 (collected here too: each night these run alone, on a GPU)
-    test_a_gpus_kernel_quantises_as_torch_does,
     test_a_run_has_the_losses_of_bf16_and_recomputing_changes_none,
     test_products_and_gradients_are_those_of_bf16,
 )

@@ -142,15 +142,17 @@ def test_a_run_begins_with_all_that_went_in(client, config, data):
     assert {file.path for file in client.list_artifacts(record.run_id)} == {"config.json", "environment.txt"}
 
 
-def test_a_run_that_is_asked_to_stop_as_it_begins_says_so(registry, client, config, data, monkeypatch, tmp_path):
+def test_a_run_that_is_asked_to_stop_as_it_begins_says_so_and_cannot_be_resumed(registry, client, config, data, monkeypatch, tmp_path):
     monkeypatch.setattr(driver, "connect", lambda session: nullcontext())  # no cluster is needed until a run is described
     monkeypatch.setattr(driver, "require_cards", lambda num_cards: None)
-    monkeypatch.setattr(driver, "note_run", lambda run_id: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("train.record.git_commit", lambda: os.kill(os.getpid(), signal.SIGTERM))
     start = Start(None, registry, config, tmp_path, data, "f" * 16)
     with pytest.raises(KeyboardInterrupt), on_record(start, 1):
         pytest.fail("it trains")
     (run,) = client.search_runs([client.get_experiment_by_name(config.name).experiment_id])
     assert (run.info.status, run.data.tags["reason"]) == (STOPPED, ASKED)
+    with pytest.raises(RunError, match="stopped as it began"):
+        Record.find(client, run.info.run_id)
 
 
 def test_first_runs_that_begin_at_once_are_of_one_experiment(registry):

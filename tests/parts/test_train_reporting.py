@@ -92,14 +92,18 @@ class AskedInStep:
     num_workers, is_first = 1, True
 
     def __init__(self, after_step: int, kept: Path) -> None:
-        self.after_step, self.kept, self.heard = after_step, kept, Counter[int]()
+        self.after_step, self.kept, self.heard, self.told = after_step, kept, Counter[int](), set[Progress]()
+        self.saved: list[int] = []
 
     def send(self, progress: Progress) -> str | None:
         self.heard[progress.step] += 1
+        self.told.add(progress)
         return "chat wants its card" if progress.step == self.after_step and self.heard[progress.step] > 1 else None
 
     def report(self, metrics: dict[str, float], folder: Path) -> None:
         self.metrics = metrics
+        self.saved.append(int(metrics["step"]))
+        shutil.rmtree(self.kept, ignore_errors=True)
         shutil.copytree(folder, self.kept)
 
 
@@ -107,34 +111,41 @@ def losses_of(registry: Registry, callback: ReportCallback) -> dict[int, float]:
     return {metric.step: metric.value for metric in registry.client.get_metric_history(callback.task.run_id, "loss")}
 
 
-def test_a_run_leaves_in_the_midst_of_a_step_and_goes_on_as_if_it_had_not(make_task, registry, tmp_path, monkeypatch):
+@pytest.mark.parametrize("after_step", [2, 3], ids=["in an epoch", "after an epoch"])
+def test_a_run_leaves_in_the_midst_of_a_step_and_goes_on_as_if_it_had_not(after_step, make_task, registry, tmp_path, monkeypatch):
     monkeypatch.setattr("train.reporting.ASK_EVERY_S", 0.0)
-    task = make_task(micro_batch_size=1, checkpoint_every_steps=100)
-    undisturbed = ReportCallback(task, AskedInStep(-1, tmp_path / "whole"))
+    settings = {"micro_batch_size": 1, "checkpoint_every_steps": 100, "eval_every_steps": 1, "lora": {"dropout": 0.2}}
+    undisturbed = ReportCallback(make_task(**settings), AskedInStep(-1, tmp_path / "whole"))
     make_trainer(undisturbed, tmp_path / "1").train()
 
-    leaving = ReportCallback(make_task(micro_batch_size=1, checkpoint_every_steps=100), AskedInStep(2, tmp_path / "left"))
+    leaving = ReportCallback(make_task(**settings), AskedInStep(after_step, tmp_path / "left"))
     make_trainer(leaving, tmp_path / "2").train()
-    assert leaving.host.metrics["step"] == 2
-    assert leaving.host.heard[2] == 2, "it left after the first of the third step's four rows"
+    host = leaving.host
+    assert host.saved == [after_step]
+    assert host.heard[after_step] == 2, "it left after the first of the next step's four rows"
+    speeds = {(progress.step, progress.tokens_per_s) for progress in host.told}
+    assert len(speeds) == after_step + 1, "in the midst of a step the speed is that of whole steps"
     state = json.loads((tmp_path / "left" / "trainer_state.json").read_text())
-    assert state["num_input_tokens_seen"] == leaving.host.metrics["num_tokens"]
+    assert state["num_input_tokens_seen"] == host.metrics["num_tokens"]
 
     going_on = ReportCallback(leaving.task, AskedInStep(-1, tmp_path / "whole again"))
     make_trainer(going_on, tmp_path / "3").train(resume_from_checkpoint=str(tmp_path / "left"))
-    assert losses_of(registry, going_on) == pytest.approx(losses_of(registry, undisturbed))
+    assert losses_of(registry, going_on) == pytest.approx(losses_of(registry, undisturbed), rel=1e-6)
     assert going_on.host.metrics["num_tokens"] == undisturbed.host.metrics["num_tokens"]
 
 
-@pytest.mark.parametrize(("settings", "asked_after"), [({"lora": {"dropout": 0.1}}, 2), ({}, 0)], ids=["dropout", "first step"])
-def test_a_step_is_ended_where_it_could_not_be_done_again(settings, asked_after, make_task, tmp_path, monkeypatch):
+def test_a_step_that_is_saved_already_is_not_saved_again(make_task, tmp_path, monkeypatch):
     monkeypatch.setattr("train.reporting.ASK_EVERY_S", 0.0)
-    callback = ReportCallback(
-        make_task(micro_batch_size=1, checkpoint_every_steps=100, **settings), AskedInStep(asked_after, tmp_path / "left")
-    )
+    callback = ReportCallback(make_task(micro_batch_size=1, checkpoint_every_steps=2), AskedInStep(2, tmp_path / "left"))
     make_trainer(callback, tmp_path / "scratch").train()
-    assert callback.host.heard[asked_after] == 1
-    assert callback.host.metrics["step"] == 6
+    assert callback.host.saved == [2]
+
+
+def test_a_process_ends_its_first_step(make_task, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.reporting.ASK_EVERY_S", 0.0)
+    callback = ReportCallback(make_task(micro_batch_size=1, checkpoint_every_steps=100), AskedInStep(0, tmp_path / "left"))
+    make_trainer(callback, tmp_path / "scratch").train()
+    assert (callback.host.heard[0], callback.host.saved) == (1, [6])
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_reason(reported):
