@@ -220,7 +220,9 @@ def test_a_reader_that_stands_still_gets_no_words_in_the_midst_of_others(server)
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
         wait_for(lambda: is_full(server))
+        (guardian,) = server.guardians()
         server.kill()
+        guardian.wait(30)  # it looks before the reader goes on
         said = b""
         try:
             while piece := connection.recv(2**20):

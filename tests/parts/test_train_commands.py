@@ -49,7 +49,8 @@ def good(bot, registry, register) -> Version:
     ],
 )
 def test_what_is_finished_or_of_another_kind_is_not_resumed(module, kind, status, says, bot, command, registry):
-    record = Record.begin(registry.client, load_chatbot(bot), DATA, "0" * 16, kind)
+    record = Record.create(registry.client, "bot")
+    record.describe(load_chatbot(bot), DATA, "0" * 16, kind)
     record.end(status)
     done = command(module, str(bot), "--resume", record.run_id)
     assert done.status == 2, done.out
