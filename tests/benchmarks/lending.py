@@ -250,7 +250,7 @@ def main() -> None:
         "settings": arguments.overrides,
         "cards": cards,
     }
-    write_result("lending", figures, notes)
+    write_result(f"lending-{Path(arguments.config).stem}" if arguments.config else "lending", figures, notes)
 
 
 if __name__ == "__main__":

@@ -110,24 +110,25 @@ def test_a_sweep_that_is_asked_to_stop_says_how_to_go_on(stack: Stack, config):
     assert stack.registry.client.get_run(found[1]).info.status == "KILLED"
 
 
-@pytest.mark.parametrize("killed", ["base", "raylet"])
-def test_trials_that_share_a_base_go_on_when_it_is_killed(stack: Stack, config, killed):
-    """It costs each at most the training between two looks; a raylet that is begun again is another node to Ray."""
+def test_trials_that_share_a_base_go_on_when_it_is_killed(stack: Stack, config):
+    """Each time it costs each at most the training between two looks; a raylet that is begun again is another node to Ray."""
     space = "tune.space={train.lora.rank: {choice: [2, 4]}}"
-    settings = ["train.max_steps=200", "tune.num_looks=8", "tune.scheduler=grid", "tune.trials_per_card=2"]
+    settings = ["train.max_steps=300", "tune.num_looks=12", "tune.scheduler=grid", "tune.trials_per_card=2"]
     driver = stack.begin("tune", str(config), space, *settings)
     found, _ = read_until(driver, SWEEP_ID)
-    wait_for(lambda: num_looks(stack, found[1]) >= 2)
-    for base in wait_for(lambda: stack.workers("BaseActor")):  # one a card; the trials may be on one of them
-        (base if killed == "base" else base.parent()).kill()
+    for killed in ("base", "raylet"):
+        looks_before = num_looks(stack, found[1])
+        wait_for(lambda: num_looks(stack, found[1]) >= looks_before + 2)  # noqa: B023 (it is asked at once)
+        for base in wait_for(lambda: stack.workers("BaseActor")):  # one a card; the trials may be on one of them
+            (base if killed == "base" else base.parent()).kill()
     text, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, text
     trials = trial_runs(stack, found[1])
     assert [run.info.status for run in trials] == ["FINISHED"] * 2
     looks = [steps_of(stack, run) for run in trials]
-    assert all(sorted(steps) == list(range(25, 201, 25)) for steps in looks)
-    assert max(max(steps.values()) for steps in looks) <= 2
-    assert sum(sum(steps.values()) for steps in looks) <= 2 * (8 + 1)
+    assert all(sorted(steps) == list(range(25, 301, 25)) for steps in looks)
+    assert max(max(steps.values()) for steps in looks) <= 3
+    assert sum(sum(steps.values()) for steps in looks) <= 2 * (12 + 2)
     version = stack.registry.find(CANDIDATE.search(text)[1])
     assert (stack.registry.download(version) / "adapter_model.safetensors").is_file()
 
