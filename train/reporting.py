@@ -46,7 +46,6 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.counted_until_s = 0.0
         self.tokens_at_step_begin = 0
         self.asked_s = 0.0
-        self.begins_epoch = False
         self.chance: list[torch.Tensor] = []  # where random numbers were before the step, as a run that goes on there takes them up
         self.steps_s = 0.0
         self.tokens_before = 0
@@ -65,13 +64,13 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.step_began_s = time.perf_counter()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Note where random numbers are; the order of rows takes one before the first step."""
-        self.begins_epoch, self.chance = True, _chance()
+        """Note where random numbers are: the order of rows takes one before an epoch's first step."""
+        self.chance = _chance()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Note where random numbers are."""
-        self.chance = self.chance if self.begins_epoch else _chance()
-        self.begins_epoch = False
+        """Note where random numbers are before any other step."""
+        if state.epoch % 1:
+            self.chance = _chance()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Send progress; save and leave if the driver asks for it; evaluate at the end."""
@@ -84,7 +83,6 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         self.step_began_s, self.tokens_at_step_begin = now_s, state.num_input_tokens_seen
         if self.host.is_first:
             self.tally.count(state.global_step, state.num_input_tokens_seen)
-        self.asked_s = now_s
         if self._asked_to_stop(state):
             control.should_save = control.should_training_stop = True
         elif state.global_step >= state.max_steps:
@@ -97,13 +95,11 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         A process's first step is ended, and so is any step of several workers, who all leave after the same one.
         """
         is_time = time.perf_counter() - self.asked_s >= ASK_EVERY_S
-        if self.host.num_workers == 1 and self.num_steps_here and is_time:
-            self.asked_s = time.perf_counter()
-            if self._asked_to_stop(state):
-                state.num_input_tokens_seen = self.tokens_at_step_begin
-                _set_chance(self.chance)
-                control.should_save = self.saved_step != state.global_step
-                control.should_training_stop = True
+        if self.host.num_workers == 1 and self.num_steps_here and is_time and self._asked_to_stop(state):
+            state.num_input_tokens_seen = self.tokens_at_step_begin
+            _set_chance(self.chance)
+            control.should_save = self.saved_step != state.global_step
+            control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Write losses, rate and speed to MLflow.
@@ -199,6 +195,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
 
     def _asked_to_stop(self, state: Any) -> bool:
         """Ask the driver; with several workers the first one asks for all, since all must leave after the same step."""
+        self.asked_s = time.perf_counter()
         asked = bool(self._send(state)) if self.host.is_first else False
         if self.host.num_workers == 1:
             return asked

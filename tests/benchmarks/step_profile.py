@@ -28,16 +28,14 @@ from configs.schema import ChatbotConfig
 from train.probe import NUM_WARMUP_STEPS, make_base, make_rows, run_steps
 
 NUM_STEPS = 8
+QLORA = {"quantization": "nf4", "batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True}
 KINDS = {
     "lora": (4096, {"batch_size": 2, "micro_batch_size": 2, "gradient_checkpointing": False}),
     "lora_fp8": (4096, {"precision": "fp8", "batch_size": 2, "micro_batch_size": 2, "gradient_checkpointing": False}),
     "lora_recomputed": (2048, {"batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True}),
-    "qlora": (2048, {"quantization": "nf4", "batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True}),
-    "qlora_quantised_once": (
-        2048,
-        {"quantization": "nf4", "double_quantization": False, "batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True},
-    ),
-    "qlora_4_rows": (2048, {"quantization": "nf4", "batch_size": 4, "micro_batch_size": 4, "gradient_checkpointing": True}),
+    "qlora": (2048, QLORA),
+    "qlora_quantised_once": (2048, QLORA | {"double_quantization": False}),
+    "qlora_4_rows": (2048, QLORA | {"batch_size": 4, "micro_batch_size": 4}),
 }
 """Of each the length of its rows, in tokens, and what it sets."""
 KERNELS = {

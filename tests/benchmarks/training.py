@@ -24,6 +24,7 @@ from cluster.registry import Registry, Version
 from cluster.session import require_session
 from configs.loader import ROOT, load_chatbot
 from data.prepare import prepare
+from tests.ray.stack import losses_of
 
 NUM_WARMUP = 3
 ALONE = "train.max_memory_gib=76"  # of an H100 on which nothing else runs
@@ -127,21 +128,20 @@ def measure_plain(config_file: str, overrides: list[str], steps: int, ours: dict
     return {**ours, **found, "ratio": ours["tokens_per_s"] / plain["tokens_per_s"]}
 
 
-def loss_curve(version: Version) -> dict[int, float]:
-    """Return the mean training loss up to each step that was logged."""
-    history = Registry(require_session().mlflow_url).client.get_metric_history(version.run_id, "loss")
-    return {metric.step: metric.value for metric in history}
-
-
 def loss_differences(curves: dict[str, dict[int, float]], shape: str) -> dict[str, float]:
     """Return for each setting in FP8 the largest part of a loss by which it is off that of bf16 on the same rows, where both were run."""
     found = {}
     for name, losses in curves.items():
         right = curves.get(name.replace("_fp8", ""), {})
-        kind, _, tokens = name.rpartition("_")
         if "fp8" in name and right:
-            found[f"{kind}_{shape}_{tokens}_largest_loss_difference"] = max(abs(losses[step] / right[step] - 1) for step in losses)
+            found[f"{named(name, shape)}_largest_loss_difference"] = max(abs(losses[step] / right[step] - 1) for step in losses)
     return found
+
+
+def named(setting: str, shape: str) -> str:
+    """Return what the figures of a setting begin with."""
+    kind, _, tokens = setting.rpartition("_")
+    return f"{kind}_{shape}_{tokens}"
 
 
 def on_cpu(steps: int) -> None:
@@ -155,6 +155,7 @@ def on_gpu(shape: str, steps: int, settings: list[str], with_plain: bool) -> Non
     folder = make_model(shape, Path(tempfile.gettempdir()) / f"tandem-bench-{shape}")
     work = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
     config = work / "bench.yaml"
+    registry = Registry(require_session().mlflow_url)
     figures: dict[str, float] = {}
     curves: dict[str, dict[int, float]] = {}
     notes: dict[str, Any] = {"rank": 16, "batch_size": "4, QLoRA 1", "steps": steps}
@@ -167,12 +168,11 @@ def on_gpu(shape: str, steps: int, settings: list[str], with_plain: bool) -> Non
             f"serve: {{max_model_len_tokens: {length}}}\n"
             "train: {batch_size: 4, lora: {rank: 16, alpha: 32}, learning_rate: 1.0e-4, log_every_steps: 5}\n"
         )
-        kind, _, tokens = name.rpartition("_")
         version = train_ours(str(config), [ALONE, *overrides], steps)
-        found, curves[name] = scores_of(version), loss_curve(version)
+        found, curves[name] = scores_of(version), losses_of(registry.client, version.run_id)
         if with_plain:
             found = measure_plain(str(config), [ALONE, *overrides], steps, found)
-        figures |= {f"{kind}_{shape}_{tokens}_{key}": value for key, value in found.items()}
+        figures |= {f"{named(name, shape)}_{key}": value for key, value in found.items()}
         notes[name] = overrides
         figures |= loss_differences(curves, shape)
         # So that a setting that fails leaves what was measured of the others.

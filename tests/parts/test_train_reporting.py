@@ -16,11 +16,11 @@ from cluster.home import log_folder
 from cluster.logs import TRAINING, stream_file
 from cluster.memory import Device, Rows
 from cluster.plan import Place
-from cluster.registry import Registry
 from cluster.shape import Shape
 from configs.errors import RunError
 from configs.schema import ChatbotConfig
 from tests.parts.test_train_model import rows, tiny
+from tests.ray.stack import losses_of
 from train.control import Progress
 from train.model import add_adapter
 from train.reporting import NUM_WARMUP_STEPS, ReportCallback
@@ -107,10 +107,6 @@ class AskedInStep:
         shutil.copytree(folder, self.kept)
 
 
-def losses_of(registry: Registry, callback: ReportCallback) -> dict[int, float]:
-    return {metric.step: metric.value for metric in registry.client.get_metric_history(callback.task.run_id, "loss")}
-
-
 @pytest.mark.parametrize("after_step", [2, 3], ids=["in an epoch", "after an epoch"])
 def test_a_run_leaves_in_the_midst_of_a_step_and_goes_on_as_if_it_had_not(after_step, make_task, registry, tmp_path, monkeypatch):
     monkeypatch.setattr("train.reporting.ASK_EVERY_S", 0.0)
@@ -130,7 +126,7 @@ def test_a_run_leaves_in_the_midst_of_a_step_and_goes_on_as_if_it_had_not(after_
 
     going_on = ReportCallback(leaving.task, AskedInStep(-1, tmp_path / "whole again"))
     make_trainer(going_on, tmp_path / "3").train(resume_from_checkpoint=str(tmp_path / "left"))
-    assert losses_of(registry, going_on) == pytest.approx(losses_of(registry, undisturbed), rel=1e-6)
+    assert losses_of(registry.client, going_on.task.run_id) == pytest.approx(losses_of(registry.client, undisturbed.task.run_id), rel=1e-6)
     assert going_on.host.metrics["num_tokens"] == undisturbed.host.metrics["num_tokens"]
 
 

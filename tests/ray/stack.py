@@ -156,9 +156,7 @@ class Stack:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def losses(self, run_id: str) -> dict[int, float]:
-        """The loss of each step; where a step was done twice, that of the last time."""
-        history = self.registry.client.get_metric_history(run_id, "loss")
-        return {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)}
+        return losses_of(self.registry.client, run_id)
 
     def workers(self, title: str) -> list[psutil.Process]:
         """This stack's own Ray processes of a title."""
@@ -210,6 +208,12 @@ def _cmdline(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def losses_of(client: Any, run_id: str) -> dict[int, float]:
+    """The loss of each step of a run; where a step was done twice, that of the last time."""
+    history = client.get_metric_history(run_id, "loss")
+    return {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)}
 
 
 def wait_for(what: Callable[[], Any], timeout_s: float = 120) -> Any:

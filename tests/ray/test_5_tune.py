@@ -116,9 +116,12 @@ def test_trials_that_share_a_base_go_on_when_it_is_killed(stack: Stack, config):
     settings = ["train.max_steps=300", "tune.num_looks=12", "tune.scheduler=grid", "tune.trials_per_card=2"]
     driver = stack.begin("tune", str(config), space, *settings)
     found, _ = read_until(driver, SWEEP_ID)
-    for killed in ("base", "raylet"):
+    for num_killed, killed in enumerate(("base", "raylet")):
         looks_before = num_looks(stack, found[1])
-        wait_for(lambda: num_looks(stack, found[1]) >= looks_before + 2)  # noqa: B023 (it is asked at once)
+        wait_for(lambda: num_looks(stack, found[1]) >= looks_before + 2 + 3 * num_killed)  # noqa: B023 (it is asked at once)
+        looks = [steps_of(stack, run) for run in trial_runs(stack, found[1])]
+        assert max(max(steps.values(), default=0) for steps in looks) <= 1 + num_killed
+        assert sum(sum(steps.values()) - len(steps) for steps in looks) <= 2 * num_killed
         for base in wait_for(lambda: stack.workers("BaseActor")):  # one a card; the trials may be on one of them
             (base if killed == "base" else base.parent()).kill()
     text, _ = driver.communicate(timeout=300)
