@@ -8,6 +8,7 @@ prompts of its own, the same for both: else an engine's cache of prefixes knows 
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -32,7 +33,7 @@ NUM_PROMPTS = {1: 8, 64: 256, 256: 1024}
 BARE_MODULE = "vllm.entrypoints.openai.api_server"
 WRITERS = {"bare": BARE_MODULE, "tandem": "ray::ServeReplica"}  # whose one loop writes all answers, and is the limit with many at once
 TOKENS_IN, TOKENS_OUT = 256, 128
-START_TIMEOUT_S = 400
+START_TIMEOUT_S, CLIENT_TIMEOUT_S = 400, 300
 
 Rounds = dict[str, list[float]]
 """What each round gave, by the figure's name."""
@@ -72,17 +73,25 @@ def bare_vllm(config_file: str, overrides: Sequence[str] = (), modules: Sequence
             os.killpg(server.pid, signal.SIGKILL)
 
 
+def run_client(words: list[str], log: Path) -> None:
+    """Be vLLM's benchmark client with these arguments; what it says goes into a file."""
+    with log.open("w") as stream:
+        for number in (1, 2):
+            os.dup2(stream.fileno(), number)
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    main(parser.parse_args(words))
+
+
 def load(port: int, model: str, tokenizer: Path, num_at_once: int, seed: int, adapters: Sequence[str] = ()) -> dict[str, float]:
     """Run vLLM's benchmark client once, on the model or on its adapters in turn; return tokens/s and the median time to first token.
 
     The prompts are drawn by `seed`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        code = (
-            "from vllm.benchmarks.serve import add_cli_args, main\n"
-            "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
-            "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())\n"
-        )
         settings = {
             "backend": "openai", "base-url": f"http://127.0.0.1:{port}", "endpoint": "/v1/completions", "model": model,
             "tokenizer": str(tokenizer), "dataset-name": "random", "random-input-len": TOKENS_IN, "random-output-len": TOKENS_OUT,
@@ -91,10 +100,15 @@ def load(port: int, model: str, tokenizer: Path, num_at_once: int, seed: int, ad
         }  # fmt: skip
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         words += ["--lora-assignment", "round-robin", "--lora-modules", *adapters] if adapters else []
-        command = [sys.executable, "-c", code, *words, "--save-result", "--ignore-eos", "--disable-tqdm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        if done.returncode:
-            raise SystemExit(f"the benchmark client failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        log = Path(folder) / "client.log"
+        # Forked from a process that has vLLM imported: that takes longer than most rounds.
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(["vllm.benchmarks.serve"])
+        client = processes.Process(target=run_client, args=([*words, "--save-result", "--ignore-eos", "--disable-tqdm"], log), daemon=True)
+        client.start()
+        client.join(CLIENT_TIMEOUT_S)
+        if client.exitcode != 0:
+            raise SystemExit(f"the benchmark client failed ({client.exitcode}):\n{log.read_text()[-4000:]}")
         result = json.loads((Path(folder) / "result.json").read_text())
     assert result["completed"] == NUM_PROMPTS[num_at_once], result
     return {"tokens_per_s": result["output_throughput"], "ttft_ms": result["median_ttft_ms"], "tpot_ms": result["median_tpot_ms"]}
