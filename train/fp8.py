@@ -7,8 +7,6 @@ Each row that is summed over has a scale of its own: a token's values, an output
 product wants both of its sides row by row, so the weight lies there twice, as it is and transposed: in all the bytes of bf16.
 """
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 # A row of zeros has a scale too; gradients, divided by a batch's number of tokens, are far above this.
 SMALLEST_ROW = 1e-30
+MAX_WIDTH = 65536  # of a row that the kernel holds whole
 GRAIN = 16  # torch's products in FP8 want sizes that are multiples of it
 Quantised = tuple[torch.Tensor, torch.Tensor]
 
@@ -42,18 +41,18 @@ def quantise_rows(values: torch.Tensor) -> Quantised:
     return (values.float() * (LARGEST / largest)).to(FP8).contiguous(), largest / LARGEST
 
 
-@cache
-def _quantiser(device: str) -> Callable[[torch.Tensor], Quantised]:
-    """Return what quantises rows on such a device: on a GPU compiled, where eager torch writes fp32 to memory between many kernels."""
-    if device != "cuda":
-        return quantise_rows
-    compiled: Callable[[torch.Tensor], Quantised] = torch.compile(quantise_rows, dynamic=True)
-    return compiled
+def _quantise(values: torch.Tensor) -> Quantised:
+    """As `quantise_rows`, by a kernel where there is one."""
+    if not values.is_cuda or values.shape[-1] > MAX_WIDTH:
+        return quantise_rows(values)
+    from train import fp8_rows
+
+    return fp8_rows.quantise_rows(values, LARGEST, SMALLEST_ROW)
 
 
 def _multiply(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return values (..., inputs) times a quantised weight (outputs, inputs), in the values' format; it is held as `_hold` does."""
-    tokens, scales = _quantiser(values.device.type)(values.detach().reshape(-1, values.shape[-1]))
+    tokens, scales = _quantise(values.detach().reshape(-1, values.shape[-1]))
     # Fast sums: torchao takes torch's kernels for row-wise scales to be quick with no others, and FP8's own rounding is coarser still.
     sides = (tokens, weight.view(FP8).t(), scales, scale.view(torch.float32))
     bias = None if bias is None else bias.to(torch.bfloat16)  # a change of the model's format changes it

@@ -6,6 +6,7 @@ from cluster.cards import find_gpus
 from tests.parts.test_train_fp8 import (  # noqa: F401 (collected here too: each night these run alone, on a GPU)
     test_a_run_has_the_losses_of_bf16_and_recomputing_changes_none,
     test_products_and_gradients_are_those_of_bf16,
+    test_the_kernel_gives_the_numbers_of_torch,
 )
 
 pytestmark = pytest.mark.skipif(not find_gpus(), reason="this machine has no GPU")

@@ -18,7 +18,7 @@ from tests.parts.test_train_shared import config as shared_config
 from tests.parts.test_train_shared import steps
 from tests.parts.test_train_step import one_thread  # noqa: F401 (a fixture)
 from train.evaluate import FP8_BY_ROWS, trained_on
-from train.fp8 import Float8Linear, quantise_base, quantise_rows
+from train.fp8 import LARGEST, SMALLEST_ROW, Float8Linear, quantise_base, quantise_rows
 from train.group import Group, why_apart
 from train.model import add_adapter, load_base
 from train.probe import make_base, make_rows, run_steps
@@ -116,13 +116,21 @@ def test_a_change_of_the_models_format_leaves_it_in_fp8(dtype, bias):
     assert pass_through(ours, values.to(dtype), gradient.to(dtype))[0].dtype == dtype
 
 
-def test_rows_are_quantised_in_one_graph():
-    compiled = torch.compile(quantise_rows, backend="aot_eager", dynamic=True, fullgraph=True)
-    for shape in ((4, 64), (7, 64), (7, 32)):
-        values = torch.randn(shape, dtype=torch.bfloat16)
-        for found, right in zip(compiled(values), quantise_rows(values), strict=True):
-            assert found.dtype == right.dtype
-            assert torch.equal(found.float(), right.float())
+@on_a_gpu
+@on_no_older_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half, torch.float32])
+@pytest.mark.parametrize("width", [16, 48, 4096, 14336, 65536])
+def test_the_kernel_gives_the_numbers_of_torch(width, dtype):
+    from train.fp8_rows import quantise_rows as by_kernel
+
+    torch.manual_seed(0)
+    values = torch.randn(width, 37, device="cuda").mul(torch.logspace(-3, 3, 37, device="cuda")).to(dtype).t()  # no row lies together
+    values[3], values[5, 7], values[6, 9] = 0, torch.nan, torch.inf
+    found, right = by_kernel(values, LARGEST, SMALLEST_ROW), quantise_rows(values)
+    assert found[0][5, 7].float().isnan(), "and with it all that the row is multiplied with"
+    others = [row for row in range(37) if row != 5]  # torch's largest of that row is no number either
+    for ours, of_torch in zip(found, right, strict=True):
+        torch.testing.assert_close(ours.float()[others], of_torch.float()[others], rtol=0, atol=0, equal_nan=True)
 
 
 def test_head_embedding_and_odd_sizes_stay_as_they_are():
