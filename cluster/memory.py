@@ -30,9 +30,10 @@ EVALUATION_LOGIT_BYTES = 10  # bf16, fp32, and the log-softmax, at once
 EVALUATION_TOKENS = 2048  # of a batch; micro-batches of a few short rows would leave a processor idle
 CUBLAS_BYTES = 2 * 32 * MIB  # a workspace for each of the two threads that multiply: torch's default on Hopper; elsewhere 8 MiB
 # What torch's allocator holds beyond its tensors, with segments that grow: as much as the logits in bf16, which come and go among larger
-# things, and a little more. Context: driver, cuBLAS and kernels of a training process. Both measured (results/memory-h100-..-11-23.json).
+# things, and a little more. It differs from run to run: of steps that recompute, by nearly all of it. Context: driver, cuBLAS and kernels
+# of a training process. All measured, on two machines (results/memory-h100-..-11-23.json, memory-h200-..-11-30.json).
 LOST_LOGITS = BF16_BYTES / LOGIT_BYTES
-LOST_BYTES = 256 * MIB
+LOST_BYTES, RECOMPUTED_LOST_BYTES = 256 * MIB, 20 * MIB  # the latter beside what one layer of the MLP takes
 CUDA_CONTEXT_BYTES = 770 * MIB
 # Python with torch, transformers and Ray's worker: what the 135M model's run is above its tensors (1.90 GiB in training-cpu-..-11-22.json).
 CPU_PROCESS_BYTES = 1150 * MIB
@@ -147,9 +148,14 @@ class Step:
             gradients=gradients + (self._num_adapter * FP32_BYTES if self.train.num_workers > 1 else 0),
             activations=activations,
             logits=logits,
-            lost=LOST_LOGITS * self._logit_bytes() + LOST_BYTES + CUBLAS_BYTES if self.device.on_gpu else 0.0,
+            lost=self._lost_bytes() if self.device.on_gpu else 0.0,
             process=CUDA_CONTEXT_BYTES if self.device.on_gpu else CPU_PROCESS_BYTES,
         )
+
+    def _lost_bytes(self) -> float:
+        wide = self.num_tokens * self.shape.inner_width * self.device.value_bytes
+        little = wide + RECOMPUTED_LOST_BYTES if self.recomputes else LOST_BYTES
+        return LOST_LOGITS * self._logit_bytes() + little + CUBLAS_BYTES
 
     @property
     def _num_adapter(self) -> int:

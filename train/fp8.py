@@ -38,7 +38,8 @@ def require_fp8() -> None:
 def quantise_rows(values: torch.Tensor) -> Quantised:
     """Return (rows, width) in FP8, and (rows, 1) scales in fp32 that make it the values again."""
     largest = values.abs().amax(-1, keepdim=True).float().clamp(min=SMALLEST_ROW)
-    return (values.float() * (LARGEST / largest)).to(FP8).contiguous(), largest / LARGEST
+    full = torch.full_like(largest, LARGEST)  # a plain number is divided by as by its reciprocal, which rounds twice
+    return (values.float() * (full / largest)).to(FP8).contiguous(), largest / full
 
 
 def _quantise(values: torch.Tensor) -> Quantised:

@@ -44,6 +44,8 @@ class Figures:
     """Most that lay in tensors at once; resident memory without a GPU."""
     loss: float
     """Mean of all steps, the first ones too: rows and adapter begin alike, so that another one says that something else was computed."""
+    gradient_norm: float
+    """Of the last step."""
     context_gib: float
     """What the driver counts as used beyond what torch's allocator holds; other processes' too, where there are any."""
 
@@ -140,14 +142,17 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
         with tempfile.TemporaryDirectory(prefix="tandem-probe-") as scratch:
             longest_tokens = max(len(row["input_ids"]) for row in rows)
             arguments = training_arguments(config, Path(scratch), 1, len(rows), longest_tokens, base.dtype == torch.bfloat16)
-            arguments.save_strategy = "no"
+            arguments.save_strategy, arguments.logging_steps = "no", train.max_steps  # a number asked of the GPU in the midst costs time
             order = RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing)
             settings = {"args": arguments, "train_dataset": rows, "eval_dataset": rows, "callbacks": [clock]}
             trainer = OrderedTrainer(order, model=model, data_collator=Packer() if train.packing else Padder(0), **settings)
             loss = trainer.train().training_loss
+            gradient_norm = next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry)
             trainer.evaluate(rows[: arguments.per_device_eval_batch_size])  # as a run does, in batches of its own size
         held_gib = torch.cuda.max_memory_reserved() / BYTES_PER_GIB if torch.cuda.is_available() else peak_memory_gib()
-        return Figures(clock.num_tokens / clock.took_s, taken_memory_gib(), held_gib, peak_memory_gib(), loss, _context_gib())
+        return Figures(
+            clock.num_tokens / clock.took_s, taken_memory_gib(), held_gib, peak_memory_gib(), loss, gradient_norm, _context_gib()
+        )
     finally:
         _take_off(base)
 

@@ -3,8 +3,8 @@
 `PYTHONPATH=. python tests/benchmarks/step_profile.py [--shape 8b] [--kinds lora lora_fp8 qlora] [--ways ours ...]`
 Random weights, rows of equal length, no Ray: `training.py` measures what a user gets. A way is a change to ours: `peft` leaves the
 adapter's products to PEFT, `cudnn` takes attention from cuDNN, `flash` from torch's own, `compiled` has each block compiled by torch,
-`reentrant` recomputes in torch's older way. A way whose loss is another one computes something else: compiled blocks did on an H200,
-and why is not known.
+`reentrant` recomputes in torch's older way. A way whose loss or gradient is another one computes something else: the gradients of compiled
+blocks were wrong on an H200 with torch 2.11, and are right on a CPU with torch 2.13; why is not known.
 """
 
 import argparse
@@ -130,9 +130,11 @@ def main() -> None:
                 found = run_steps(base, config, rows, NUM_STEPS)
                 step_ms = config.train.batch_size * length / found.tokens_per_s * 1000
                 name = f"{kind}_{arguments.shape}_{way}"
-                values = {"tokens_per_s": found.tokens_per_s, "step_ms": step_ms, "held_gib": found.held_gib, "loss": found.loss}
+                values = {"tokens_per_s": found.tokens_per_s, "step_ms": step_ms, "held_gib": found.held_gib}
+                values |= {"loss": found.loss, "gradient_norm": found.gradient_norm}
                 figures |= {f"{name}_{key}": value for key, value in values.items()}
-                said = f"{found.tokens_per_s:,.0f} tokens/s, {step_ms:.0f} ms a step, {found.held_gib:.1f} GiB, loss {found.loss:.3f}"
+                said = f"{found.tokens_per_s:,.0f} tokens/s, {step_ms:.0f} ms a step, {found.held_gib:.1f} GiB"
+                said += f", loss {found.loss:.3f}, gradient {found.gradient_norm:.4f}"
                 console.print(f"{name}: {said}")
                 if torch.cuda.is_available():
                     figures |= {f"{name}_{key}": value for key, value in profile_step(base, config, rows).items()}

@@ -62,7 +62,13 @@ def pass_through(layer: torch.nn.Module, values: torch.Tensor, gradient: torch.T
     return found.detach(), values.grad
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[on_a_gpu, on_no_older_gpu])])
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it is the GPU's turn")),
+        pytest.param("cuda", marks=[on_a_gpu, on_no_older_gpu]),
+    ],
+)
 @pytest.mark.parametrize("size", [1.0, 1e-9], ids=["ones", "tiny"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_products_and_gradients_are_those_of_bf16(bias, size, device):
