@@ -65,8 +65,6 @@ class Rows:
     longest_tokens: int
     most_loss_tokens: int
     """Of one row."""
-    equally_long: bool = False
-    """Rows that need no filling up need no attention mask, which is one of the larger things in a step."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ class Step:
     def _kept_bytes(self) -> float:
         """What the forward pass leaves for the backward pass: each block's insides, or its input alone where it is recomputed."""
         if self.recomputes:
-            return self.shape.num_blocks * self.num_tokens * self.shape.width * self.device.value_bytes + self._mask_bytes()
+            return self.shape.num_blocks * self.num_tokens * self.shape.width * self.device.value_bytes
         num_blocks = min(self.train.lora.num_layers or self.shape.num_blocks, self.shape.num_blocks)
         # Under autocast each matrix of the adapter is multiplied as a copy in bf16, which the backward pass wants too.
         copies = self._num_adapter * BF16_BYTES if self.device.value_bytes == BF16_BYTES else 0
@@ -194,27 +192,16 @@ class Step:
         return self.shape.width * (2 * (value if self.device.on_gpu else FP32_BYTES) + read * value)
 
     def _attention_bytes(self) -> float:
-        """Queries, keys, values and the outcome; with a mask keys and values stand there once for each head."""
+        """Queries, keys, values and the outcome; in plain attention keys and values stand there once for each head."""
         shape, value = self.shape, self.device.value_bytes
         plain = not self.device.on_gpu and not self.train.packing and self.rows.longest_tokens <= MAX_PLAIN_ATTENTION_TOKENS
-        kv_width = shape.query_width if self.is_masked or plain else shape.kv_width
+        kv_width = shape.query_width if plain else shape.kv_width
         found = (2 * shape.query_width + 2 * kv_width) * value + FP32_BYTES * shape.num_heads
         if shape.has_qk_norm:
             found += (shape.query_width + shape.kv_width) * value
         if plain:  # the softmax in fp32, and in the model's format
             return found + shape.num_heads * self.rows.longest_tokens * (FP32_BYTES + (value if value == BF16_BYTES else 0))
-        if self.is_masked:  # each block turns the mask of zeros and ones into one of numbers
-            found += value * (self.num_tokens if self.train.packing else self.rows.longest_tokens)
         return found
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether attention needs a mask, for rows of unequal length."""
-        return self.size > 1 and (self.train.packing or not self.rows.equally_long)
-
-    def _mask_bytes(self) -> float:
-        """The mask of zeros and ones, once for all blocks: those that are recomputed want it again."""
-        return self.num_tokens * (self.num_tokens if self.train.packing else self.rows.longest_tokens) if self.is_masked else 0
 
     def _mlp_bytes(self) -> float:
         """Gate, up, and their product where an adapter reads it; without fused kernels the activated gate too."""

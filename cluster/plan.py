@@ -213,7 +213,7 @@ def _nearest(shape: Shape, train: TrainConfig, rows: Rows, place: Place) -> list
 
 
 def _cut(rows: Rows, num_tokens: int) -> Rows:
-    return Rows(min(rows.longest_tokens, num_tokens), min(rows.most_loss_tokens, num_tokens), rows.equally_long)
+    return Rows(min(rows.longest_tokens, num_tokens), min(rows.most_loss_tokens, num_tokens))
 
 
 def _shown(before: TrainConfig, choice: Choice) -> str:

@@ -12,7 +12,6 @@ from configs.schema import TrainConfig
 RECOMPUTE_TIME = 1.42  # of a step without: 14,432 against 10,158 tokens/s on one H100, 8B shape, 4 rows of 2,048, Liger's kernels
 # Of a step that waits for launches, in three shapes with rows of 512 tokens (memory-h100-..-11-23.json).
 RECOMPUTE_LAUNCHES, NF4_LAUNCHES = 1.7, 1.4
-MASKED_TIME = 1.2  # of a step without, of the 1B shape and the 8B shape in 4 bit, rows of 2,048 (the same file)
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ def find_rate(accelerator: str, num_cpus: int = 1) -> Rate | None:
 def step_flops(step: Step) -> float:
     """Return the useful operations of a micro-batch: forth, and back where an adapter lies behind; frozen weights take no gradient."""
     shape = step.shape
-    length = step.num_tokens if step.train.packing and step.is_masked else step.rows.longest_tokens  # the mask is computed whole
-    block = 2 * shape.num_linear_weights / shape.num_blocks + 2 * length * shape.query_width  # a token's way forth
+    # A token's way forth.
+    block = 2 * shape.num_linear_weights / shape.num_blocks + 2 * step.rows.longest_tokens * shape.query_width
     on_the_way_back = min(step.train.lora.num_layers or shape.num_blocks, shape.num_blocks)
     blocks = step.num_tokens * block * (shape.num_blocks + on_the_way_back)
     return blocks + 4 * shape.num_head_weights * step.size * step.rows.most_loss_tokens
@@ -76,9 +75,8 @@ def step_s(step: Step, rate: Rate) -> float:
 
 
 def overhead(step: Step) -> float:
-    """Return how many times longer a step computes for what is done twice, and for masks."""
-    masked = MASKED_TIME if step.is_masked and step.device.on_gpu else 1.0
-    return masked * (RECOMPUTE_TIME if step.recomputes else 1.0)
+    """Return how many times longer a step computes for what is done twice."""
+    return RECOMPUTE_TIME if step.recomputes else 1.0
 
 
 def train_tokens_per_s(step: Step, rate: Rate) -> float:

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 from cluster.home import new_folder
 from configs.errors import ModelError
 from configs.schema import ChatbotConfig
+from train.attention import lay_end_to_end, take
 from train.learner import Learner, num_targets
 from train.memory import MAX_BATCH_TOKENS
-from train.mixed import ATTENTION, Batch, Mixer, Stack, make_batch, register_attention, take
+from train.mixed import Batch, Mixer, Stack, make_batch
 from train.model import has_logit_settings, insert_adapter, packs_safely
 from train.rows import Row
 
@@ -72,8 +73,7 @@ class Group:
         """
         if reason := why_no_group(base):
             raise ModelError("this model cannot be shared by several adapters", reason, "train them one after another")
-        register_attention()
-        base.set_attn_implementation(ATTENTION)
+        lay_end_to_end(base)
         if gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         self.base, self.rows, self.heldout = base, rows, heldout
@@ -208,7 +208,7 @@ class Group:
         self.mixer.batch = batch
         with self._autocast():
             decoder = self.base.get_decoder()
-            hidden = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, rows=batch, use_cache=False).last_hidden_state
+            hidden = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, rows=batch.rows, use_cache=False).last_hidden_state
             chosen = take(hidden[0], batch.sources)
             parts = zip(batch.slots, chosen.split(batch.num_targets), batch.targets.split(batch.num_targets), strict=True)
             return {slot: self._sum(states, targets, smoothing.get(slot, 0.0)) for slot, states, targets in parts}
@@ -264,7 +264,7 @@ class Group:
 
 def why_no_group(base: Any) -> str | None:
     """Tell why a base, with its weights or without, cannot be shared, if it cannot."""
-    if not packs_safely(base) or not base._supports_attention_backend:
+    if not packs_safely(base):
         return "its layers would let rows of one batch see each other"
     if has_logit_settings(base):
         return "it changes its logits after the head"

@@ -1,6 +1,6 @@
 """Rows of several adapters in one pass through one base: laid end to end, each row blind to the others, each with its own adapter.
 
-Knows PEFT's layers and transformers' attention interface. Does not know optimizers, or who the adapters belong to.
+Knows PEFT's layers. Does not know optimizers, or who the adapters belong to.
 
 In each linear layer the adapters' matrices are stacked, so that one product with all of them, and a mask that leaves each token only its
 own adapter's part, stands for one product for each adapter: with small ranks the work in vain costs less than the kernels it saves.
@@ -16,9 +16,9 @@ import torch
 from torch.nn.functional import linear
 
 from data.template import NO_LOSS
+from train.attention import Spread, spread
 from train.rows import Row
 
-ATTENTION = "tandem_rows"
 Layout = tuple[tuple[int, int, float], ...]  # of each adapter in a stack: its slot, rank and scale
 
 
@@ -49,10 +49,7 @@ class Batch:
     """Places of the tokens whose next one carries loss."""
     targets: torch.Tensor
     """Those next tokens."""
-    shape: tuple[int, int]
-    """Number of rows, and length of the longest."""
-    places: torch.Tensor | None
-    """Where each token lies once rows are filled up to the longest; None where all are equally long."""
+    rows: Spread
     masks: dict[Layout, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
@@ -74,7 +71,6 @@ def make_batch(rows: Sequence[tuple[int, Row]], device: torch.device) -> Batch:
     owners: list[int] = []
     sources: list[int] = []
     targets: list[int] = []
-    places: list[int] = []
     lengths = [len(row["input_ids"]) for _, row in rows]
     num_targets: dict[int, int] = {}
     for number, (slot, row) in enumerate(rows):
@@ -82,7 +78,6 @@ def make_batch(rows: Sequence[tuple[int, Row]], device: torch.device) -> Batch:
         tokens += row["input_ids"]
         positions += range(length)
         owners += [slot] * length
-        places += range(number * max(lengths), number * max(lengths) + length)
         found = [place for place in range(1, length) if row["labels"][place] != NO_LOSS]
         sources += [begin + place - 1 for place in found]
         targets += [row["labels"][place] for place in found]
@@ -99,8 +94,7 @@ def make_batch(rows: Sequence[tuple[int, Row]], device: torch.device) -> Batch:
         owners=send(owners),
         sources=send(sources),
         targets=send(targets),
-        shape=(len(rows), max(lengths)),
-        places=None if len(set(lengths)) == 1 else send(places),
+        rows=spread(lengths).to(device),
     )
 
 
@@ -125,54 +119,3 @@ class Mixer:
             return mixed.view_as(result).to(result.dtype)
 
         layer.forward = MethodType(forward, layer)
-
-
-def attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **settings: Any
-) -> tuple[torch.Tensor, None]:
-    """Attend within each row: rows are filled up for this alone, and causal attention never sees what follows a row's end."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    batch: Batch = settings.pop("rows")
-    num_rows, longest = batch.shape
-    window = settings.pop("sliding_window", None)
-    mask = None
-    if window and window < longest:
-        near = torch.ones(longest, longest, dtype=torch.bool, device=query.device)
-        mask = (near.tril() & near.triu(1 - window))[None, None]
-
-    def spread(states: torch.Tensor) -> torch.Tensor:  # (1, heads, tokens, width) -> (rows, heads, longest, width)
-        states = states[0].transpose(0, 1)
-        if batch.places is not None:
-            states = states.new_zeros(num_rows * longest, *states.shape[1:]).index_copy(0, batch.places, states)
-        return states.reshape(num_rows, longest, *states.shape[1:]).transpose(1, 2)
-
-    mixed, _ = sdpa_attention_forward(module, spread(query), spread(key), spread(value), mask, **settings)
-    mixed = mixed.flatten(0, 1)  # (rows * longest, heads, width)
-    return (mixed if batch.places is None else take(mixed, batch.places))[None], None
-
-
-def register_attention() -> None:
-    """Make `attend` known to transformers; under a name without a mask of its own it gets none."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, attend)
-
-
-def take(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Return the values at the given places, no place twice; its way back is a copy, where indexing's own is a sum."""
-    taken: torch.Tensor = _Take.apply(values, places)
-    return taken
-
-
-class _Take(torch.autograd.Function):  # type: ignore[misc]
-    @staticmethod
-    def forward(context: Any, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        context.save_for_backward(places)
-        context.num_values = len(values)
-        return values.index_select(0, places)
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (places,) = context.saved_tensors
-        return gradient.new_zeros(context.num_values, *gradient.shape[1:]).index_copy_(0, places, gradient), None

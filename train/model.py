@@ -167,9 +167,10 @@ def _left_out(base: Any, lora: LoraConfig) -> str | None:
 
 
 def packs_safely(base: Any) -> bool:
-    """Whether rows packed in one stay blind to each other: pure attention through SDPA, which masks by position."""
+    """Whether rows packed in one stay blind to each other: pure attention through SDPA, for which ours may stand in (`train.attention`)."""
     kinds = set(getattr(base.config, "layer_types", None) or ["full_attention"])
-    return kinds <= {"full_attention", "sliding_attention"} and base.config._attn_implementation == "sdpa"
+    is_pure = kinds <= {"full_attention", "sliding_attention"} and base.config._attn_implementation == "sdpa"
+    return bool(is_pure and base._supports_attention_backend)
 
 
 def _answer_forward(full_forward: Callable[..., Any], changes_logits: bool, label_smoothing: float) -> Callable[..., Any]:

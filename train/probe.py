@@ -21,6 +21,7 @@ from transformers import TrainerCallback, set_seed
 from cluster.home import BYTES_PER_GIB
 from configs.schema import ChatbotConfig
 from data.template import NO_LOSS
+from train.attention import ATTENTION, lay_end_to_end
 from train.fp8 import quantise_base, require_fp8
 from train.model import add_adapter, fuse_kernels, let_segments_grow, pick_attention, pick_dtype
 from train.reporting import peak_memory_gib, taken_memory_gib, wait_for_gpu
@@ -138,6 +139,8 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
     _forget()
     set_seed(train.seed)
     try:
+        if train.packing:
+            lay_end_to_end(base)
         model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing)
         with tempfile.TemporaryDirectory(prefix="tandem-probe-") as scratch:
             longest_tokens = max(len(row["input_ids"]) for row in rows)
@@ -158,13 +161,15 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
 
 
 def _take_off(base: Any) -> None:
-    """Take adapter, shortcut and hooks off a base."""
+    """Take adapter, shortcut, hooks and attention of packed rows off a base."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in list(base.named_modules()):
         if isinstance(layer, LoraLayer):
             base.set_submodule(name, layer.get_base_layer())
     base.__dict__.pop("forward", None)
+    if base.config._attn_implementation == ATTENTION:
+        base.set_attn_implementation("sdpa")
     # PEFT asks for their gradients too, and transformers then forgets the first hook.
     base.get_input_embeddings()._forward_hooks.clear()
     base.gradient_checkpointing_disable()

@@ -27,7 +27,7 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
     both: they count their tokens together, and wrap the model in torch's own.
     """
 
-    def __init__(self, order: RowOrder, data_collator: Callable[[Sequence[Row]], dict[str, torch.Tensor]], **settings: Any) -> None:
+    def __init__(self, order: RowOrder, data_collator: Callable[[Sequence[Row]], dict[str, Any]], **settings: Any) -> None:
         super().__init__(data_collator=_Counted(data_collator), **settings)
         self.order = order
         self.add_callback(_KeepEpoch(order))
@@ -71,7 +71,7 @@ def _train(self: Any, mode: bool = True) -> Any:
 class _Counted:
     """Makes batches that say how many tokens they hold, before they are on a GPU."""
 
-    collate: Callable[[Sequence[Row]], dict[str, torch.Tensor]]
+    collate: Callable[[Sequence[Row]], dict[str, Any]]
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         return {**self.collate(rows), NUM_TOKENS: sum(len(row["input_ids"]) for row in rows)}

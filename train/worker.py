@@ -98,6 +98,7 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
     from transformers import set_seed
 
     from data.template import load_tokenizer
+    from train.attention import lay_end_to_end
     from train.model import add_adapter, load_base, packs_safely
     from train.reporting import ReportCallback
     from train.rows import Packer, Padder, RowOrder, read_rows
@@ -112,10 +113,11 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
     heldout = read_rows(Path(task.heldout_file), tokenizer, task.config.data)
     longest_tokens = max(len(row["input_ids"]) for row in rows + heldout)
     base = load_base(Path(task.model_folder), task.config.model, train, longest_tokens)
-    if train.packing and not packs_safely(base):
-        raise ModelError(
-            "train.packing does not suit this model", "its layers would let packed conversations see each other", "train.packing=false"
-        )
+    if train.packing:
+        if not packs_safely(base):
+            why = "its layers would let packed conversations see each other"
+            raise ModelError("train.packing does not suit this model", why, "train.packing=false")
+        lay_end_to_end(base)
     model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing)
     arguments = training_arguments(task.config, scratch, host.num_workers, len(rows), longest_tokens, base.dtype == torch.bfloat16)
     return OrderedTrainer(

@@ -57,7 +57,6 @@ class Setting:
     quantization: str
     length: int
     recomputes: bool
-    padded: bool = False
     extra: str = ""
 
     @property
@@ -65,7 +64,7 @@ class Setting:
         """Such as `qlora_8b_2048_recomputed`."""
         words = ["lora" if self.quantization == "none" else "qlora", self.shape, str(self.length)]
         words += ["recomputed"] if self.recomputes else []
-        return "_".join([*words, *(["padded"] if self.padded else []), *([self.extra] if self.extra else [])])
+        return "_".join([*words, *([self.extra] if self.extra else [])])
 
     @property
     def config(self) -> ChatbotConfig:
@@ -79,7 +78,7 @@ class Setting:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Of the rows, in turn."""
-        return (self.length, int(self.length * PADDED_SHARE)) if self.padded else (self.length,)
+        return (self.length, int(self.length * PADDED_SHARE)) if self.extra == "padded" else (self.length,)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def settings_of(shape: str, quantization: str) -> Iterator[Setting]:
     for length in lengths:
         for recomputes in (False, True):
             yield Setting(shape, quantization, length, recomputes)
-    yield Setting(shape, quantization, lengths[-1], recomputes=False, padded=True)
+    yield Setting(shape, quantization, lengths[-1], recomputes=False, extra="padded")
     if shape in ("1b", "tiny") and quantization == "none":
         for extra in EXTRAS if shape == "1b" else ("accumulated", "packed"):
             yield Setting(shape, quantization, lengths[-1], recomputes=False, extra=extra)
@@ -125,7 +124,7 @@ def model_config(shape: str) -> dict[str, Any]:
 def predict(setting: Setting) -> tuple[Step, Need]:
     """What the plan says."""
     config = setting.config
-    rows = Rows(setting.length, setting.length - 1, equally_long=not setting.padded)
+    rows = Rows(setting.length, setting.length - 1)
     device = Device(ON_GPU, pick_dtype(config.model).itemsize)
     step = Step(read_shape(model_config(setting.shape), setting.shape), config.train, rows, device)
     return step, step.need()

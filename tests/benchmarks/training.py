@@ -82,7 +82,8 @@ def plain_loop(arguments: argparse.Namespace) -> None:
             started_s = time.perf_counter()
         chosen = order.sample(rows, size)
         batch = {name: tensor.to(device) for name, tensor in pad(chosen).items()}
-        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+        lengths = torch.tensor([[len(row["input_ids"])] for row in chosen], device=device)
+        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1], device=device) < lengths).long()
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -7,6 +7,7 @@ from cluster.memory import Device, Rows, Step
 from cluster.shape import read_shape
 from configs.schema import ChatbotConfig, LoraConfig
 from data.template import NO_LOSS
+from train.attention import lay_end_to_end
 from train.model import add_adapter
 from train.probe import make_base, make_rows, run_steps
 from train.rows import Packer, Padder
@@ -51,7 +52,10 @@ def test_an_adapter_has_as_many_weights_as_the_plan_says(settings):
 
 def kept_bytes(config: ChatbotConfig, length: int, lengths: tuple[int, ...]) -> int:
     """Take a forward pass, and add up what autograd keeps of it beside weights, each piece of memory once."""
-    model = add_adapter(make_base(MODEL, config, length), config.train.lora, config.train.gradient_checkpointing is True)
+    base = make_base(MODEL, config, length)
+    if config.train.packing:
+        lay_end_to_end(base)
+    model = add_adapter(base, config.train.lora, config.train.gradient_checkpointing is True)
     model.train()
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, int] = {}
@@ -91,7 +95,7 @@ def kept_bytes(config: ChatbotConfig, length: int, lengths: tuple[int, ...]) -> 
 def test_a_step_keeps_what_the_plan_says(precision, length, equal, train):
     config = make_config(precision, **train)
     lengths = (length, length if equal or train.get("packing") else length - 20)
-    step = Step(SHAPE, config.train, Rows(length, 1, equally_long=equal), Device(on_gpu=False, value_bytes=2 if precision == "bf16" else 4))
+    step = Step(SHAPE, config.train, Rows(length, 1), Device(on_gpu=False, value_bytes=2 if precision == "bf16" else 4))
     assert step._kept_bytes() == pytest.approx(kept_bytes(config, length, lengths), rel=CLOSE)
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from configs.errors import ModelError
 from configs.schema import LoraConfig, ModelConfig, TrainConfig
 from data.template import NO_LOSS
 from serve.adapters import BrokenAdapterError, check_adapter
+from train.attention import lay_end_to_end
 from train.model import add_adapter, load_base, packs_safely, pick_dtype
 from train.rows import Packer, Padder
 
@@ -36,6 +37,13 @@ def tiny(attention: str = "sdpa") -> LlamaForCausalLM:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"vocab_size": VOCABULARY, "num_hidden_layers": NUM_LAYERS}
     return LlamaForCausalLM(LlamaConfig(attn_implementation=attention, use_cache=False, **sizes))
+
+
+def with_window(num_tokens: int) -> MistralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    config = MistralConfig(attn_implementation="sdpa", use_cache=False, num_hidden_layers=NUM_LAYERS, sliding_window=num_tokens, **sizes)
+    return MistralForCausalLM(config)
 
 
 def with_adapter(base=None, gradient_checkpointing: bool = False, **lora):
@@ -113,14 +121,40 @@ def test_smoothing_is_torchs_own_and_for_training_alone(scale):
         torch.testing.assert_close(loss, whole, **CLOSE)
 
 
-def test_packed_and_padded_batches_give_the_same_loss_and_gradients():
-    model = with_adapter()
-    assert_same(step(model, Packer()(rows())), step(model, Padder(0)(rows())))
+def packing(base: LlamaForCausalLM | None = None) -> LlamaForCausalLM:
+    base = base or tiny()
+    lay_end_to_end(base)
+    return base
 
 
-def test_packed_conversations_are_blind_to_each_other():
-    """The loss of the last row does not change with the rows before it."""
-    model, last = with_adapter(), rows((8,), seed=5)[0]
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_learn_the_same_filled_up_packed_and_alone(attention):
+    """Nothing masks what fills them up: it follows a row's end, and carries no loss."""
+    batch = rows((12, 5, 9, 14))
+    count = sum(label != NO_LOSS for row in batch for label in row["labels"][1:])
+    model = with_adapter(tiny(attention))
+    filled_up = step(model, Padder(3)(batch), num_items_in_batch=count)
+    singly = [step(model, Padder(3)([row]), num_items_in_batch=count) for row in batch]
+    total = sum(loss for loss, _ in singly), {name: sum(found[name] for _, found in singly) for name in filled_up[1]}
+    assert_same(filled_up, total)
+    assert_same(filled_up, step(with_adapter(packing()), Packer()(batch), num_items_in_batch=count))
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("make", [tiny, lambda: with_window(4)], ids=["all before", "a window"])
+def test_packing_is_as_transformers_own_masks_have_it(make, gradient_checkpointing):
+    """Those tell rows apart by their positions, in a mask of all tokens by all."""
+    batch = Packer()(rows())
+    ours = step(with_adapter(packing(make()), gradient_checkpointing), batch)
+    del batch["rows"]
+    assert_same(ours, step(with_adapter(make()), batch))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_packed_conversations_are_blind_to_each_other(window):
+    """The loss of the last row does not change with the rows before it; in a model whose attention reaches back only so far, neither."""
+    base = tiny() if window is None else with_window(window)
+    model, last = with_adapter(packing(base)), rows((8,), seed=5)[0]
     silent = [{**row, "labels": [NO_LOSS] * len(row["labels"])} for row in rows((8, 6))]
     losses = [step(model, Packer()([*before, last]))[0] for before in ([], silent, silent[1:], silent[::-1])]
     for loss in losses[1:]:

@@ -17,16 +17,15 @@ ROWS = [
 ]
 
 
-def test_padding_fills_up_on_the_right_and_carries_neither_attention_nor_loss():
+def test_padding_fills_up_on_the_right_and_carries_no_loss():
     batch = Padder(pad_id=42)(ROWS)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 1, 42, 42], [2, 3, 4, 42]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
     assert batch["labels"].tolist() == [[N, N, 7, 8], [N, 1, N, N], [2, 3, N, N]]
+    assert set(batch) == {"input_ids", "labels"}, "with a mask, attention is slower, and would be no other"
     assert {values.dtype for values in batch.values()} == {torch.int64}
 
 
 def test_equally_long_rows_need_no_padding():
-    assert set(Padder(42)([ROWS[0], ROWS[0]])) == {"input_ids", "labels"}, "nor a mask, of which a model would ask whether it masks"
     assert Padder(42)(ROWS[:1])["input_ids"].tolist() == [ROWS[0]["input_ids"]]
 
 
@@ -34,7 +33,10 @@ def test_packing_makes_one_row_whose_positions_begin_anew():
     batch = Packer()(ROWS)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 2, 3, 4]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
-    assert "attention_mask" not in batch, "transformers tells the rows apart by position only where there is none"
+    rows = batch.pop("rows")
+    assert (rows.num_rows, rows.longest) == (3, 4)
+    assert rows.places.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 10]
+    assert Packer()(ROWS[:1] * 2)["rows"].places is None, "what is equally long needs no moving"
     assert {values.dtype for values in batch.values()} == {torch.int64}
 
 

@@ -22,6 +22,7 @@ from tests.helpers.data import chat, chatbot, write_rows
 from tests.parts.test_train_model import rows, tiny
 from tests.parts.test_train_step import one_thread  # noqa: F401 (a fixture)
 from tests.ray.stack import make_tiny_model, wait_for
+from train.attention import lay_end_to_end
 from train.group import Group, why_apart
 from train.model import add_adapter, load_base
 from train.rows import Packer, Padder, RowOrder
@@ -63,6 +64,8 @@ def alone(trial: str, folder: Path, resume: Path | None = None, base=None) -> tu
     settings = config(trial)
     train = settings.train
     base = base or tiny().double()
+    if train.packing:
+        lay_end_to_end(base)
     set_seed(train.seed)
     model = add_adapter(base, train.lora, gradient_checkpointing=False, label_smoothing=train.label_smoothing)
     longest = max(len(row["input_ids"]) for row in ROWS + HELDOUT)
@@ -251,14 +254,14 @@ def begin(ask, *arguments) -> "Future[Any]":
 
 
 def before_each_pass(base: SharedBase, look) -> None:
-    """Call `look` with each pass through the base: what it raises, the card raises."""
+    """Call `look` with the inputs of each pass through the base: what it raises, the card raises."""
     decoder = base.group.base.get_decoder()
-    decoder.register_forward_pre_hook(lambda module, args, kwargs: look(kwargs["rows"]), with_kwargs=True)
+    decoder.register_forward_pre_hook(lambda module, args, inputs: look(inputs), with_kwargs=True)
 
 
 def small_card(base: SharedBase, most_tokens: int) -> None:
-    def refuse(batch) -> None:
-        if batch.input_ids.numel() > most_tokens:
+    def refuse(inputs) -> None:
+        if inputs["input_ids"].numel() > most_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
 
     before_each_pass(base, refuse)
@@ -394,7 +397,7 @@ def test_a_pass_has_one_micro_batch_of_each():
     passes: list[int] = []
     for trial in ("d", "another", "a"):  # two rows at once, two, and four
         base.join(trial, config("d" if trial == "another" else trial))
-    before_each_pass(base, lambda batch: passes.append(batch.shape[0]))
+    before_each_pass(base, lambda inputs: passes.append(inputs["rows"].num_rows))
     base.group.step(["d", "another"])
     base.group.step(["d", "another", "a"])
     assert passes == [4, 4, 8, 4]

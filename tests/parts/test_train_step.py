@@ -8,6 +8,7 @@ from transformers import set_seed
 
 from configs.schema import ChatbotConfig
 from tests.parts.test_train_model import rows, tiny
+from train.attention import lay_end_to_end
 from train.model import add_adapter
 from train.rows import Packer, Padder, RowOrder
 from train.step import OrderedTrainer, training_arguments
@@ -31,7 +32,10 @@ def make_trainer(folder: Path, packing: bool, **changes: object) -> OrderedTrain
     settings |= {"log_every_steps": 1, "checkpoint_every_steps": 100, "lora": {"rank": 4, "dropout": 0.2}, **changes}
     config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": settings})
     set_seed(config.train.seed)
-    model = add_adapter(tiny(), config.train.lora, gradient_checkpointing=False).double()
+    base = tiny()
+    if packing:
+        lay_end_to_end(base)
+    model = add_adapter(base, config.train.lora, gradient_checkpointing=False).double()
     return OrderedTrainer(
         RowOrder(ROWS, config.train.batch_size, config.train.seed, by_length=not packing),
         model=model,

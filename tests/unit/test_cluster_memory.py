@@ -96,7 +96,7 @@ def test_known_figures_of_llama_3_8b():
 
 def test_tensors_are_those_that_were_measured_on_an_h100():
     """See tests/benchmarks/results: the 8B shape with the small tokenizer's vocabulary, and prompts of some tokens."""
-    shape, rows = read_shape({**LLAMA_FILE, "vocab_size": 49152}, "bench"), Rows(2048, 2030, equally_long=True)
+    shape, rows = read_shape({**LLAMA_FILE, "vocab_size": 49152}, "bench"), Rows(2048, 2030)
     for file, name, train in (
         ("training-h100-80gb-hbm3-2026-11-22", "lora", {"micro_batch_size": 4, "batch_size": 4, "gradient_checkpointing": False}),
         (
@@ -125,7 +125,7 @@ def test_what_was_measured_is_predicted_within_the_bound(file):
                     train = TrainConfig(
                         micro_batch_size=size, batch_size=size, gradient_checkpointing=recomputes, quantization=quantization
                     )
-                    step = Step(shape, train, Rows(length, length - 1, equally_long=True), GPU)
+                    step = Step(shape, train, Rows(length, length - 1), GPU)
                     found[f"{kind}_{name}_{length}{'_recomputed' * recomputes}"] = step.need().gib
     assert len(found) == 24
     errors = {name: gib / measured[name] - 1 for name, gib in found.items()}
@@ -185,12 +185,6 @@ def test_dropout_needs_more_and_a_smaller_adapter_less(found, lora):
     rank = plain.pop("rank")
     changed, all_of_it = need(**plain, lora=LoraConfig(rank=rank, **lora)).gib, need(**plain, lora=LoraConfig(rank=rank)).gib
     assert changed >= all_of_it if "dropout" in lora else changed <= all_of_it
-
-
-def test_rows_of_one_length_need_no_mask():
-    train = TrainConfig(micro_batch_size=4, gradient_checkpointing=False)
-    padded, equal = (Step(LLAMA, train, Rows(2048, 2048, equally_long=equal), GPU).need().gib for equal in (False, True))
-    assert padded > equal
 
 
 def test_an_engine_takes_its_share_and_leaves_the_rest_to_the_cache():

@@ -177,7 +177,7 @@ def test_the_rates_are_those_of_the_results():
         return json.loads((RESULTS / f"{file}.json").read_text())["figures"][name]
 
     shape = read_shape({**json.loads(SHAPE_FILE.read_text()), "vocab_size": 49152}, "bench")
-    h100, rows = RATES["H100"], Rows(2048, 2030, equally_long=True)
+    h100, rows = RATES["H100"], Rows(2048, 2030)
     step = Step(shape, TrainConfig(micro_batch_size=4, batch_size=4), rows, Device(on_gpu=True))
     assert train_tokens_per_s(step, h100) == pytest.approx(
         figure("training-h100-80gb-hbm3-2026-11-22", "lora_8b_seq2048_tokens_per_s"), rel=0.03

@@ -1,0 +1,86 @@
+"""Attention of rows that lie end to end, each blind to the others, with no mask of all tokens by all.
+
+Knows transformers' attention interface. Does not know what else the tokens go through, which takes them as one long row without padding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ATTENTION = "tandem_rows"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where tokens of rows that lie end to end are, once the rows are filled up to the longest; a model is given it as `rows`."""
+
+    num_rows: int
+    longest: int
+    places: torch.Tensor | None
+    """Of each token; None where all rows are equally long."""
+
+    def to(self, device: Any, non_blocking: bool = False) -> "Spread":
+        """Return it on a device; accelerate asks for that, as of a tensor."""
+        places = None if self.places is None else self.places.to(device, non_blocking=non_blocking)
+        return Spread(self.num_rows, self.longest, places)
+
+
+def spread(lengths: Sequence[int]) -> Spread:
+    """Make it for rows of these lengths, in tokens."""
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return Spread(len(lengths), longest, None)
+    return Spread(len(lengths), longest, torch.cat([torch.arange(length) + number * longest for number, length in enumerate(lengths)]))
+
+
+def lay_end_to_end(base: Any) -> None:
+    """Let a model take rows that lie end to end; see `train.model.packs_safely`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, attend)  # under a name without a mask of its own it gets none
+    base.set_attn_implementation(ATTENTION)
+
+
+def attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **settings: Any
+) -> tuple[torch.Tensor, None]:
+    """Attend within each row: rows are filled up for this alone, and causal attention never sees what follows a row's end."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    rows: Spread = settings.pop("rows")
+    window = settings.pop("sliding_window", None)
+    mask = None
+    if window and window < rows.longest:
+        near = torch.ones(rows.longest, rows.longest, dtype=torch.bool, device=query.device)
+        mask = (near.tril() & near.triu(1 - window))[None, None]
+
+    def fill_up(states: torch.Tensor) -> torch.Tensor:  # (1, heads, tokens, width) -> (rows, heads, longest, width)
+        states = states[0].transpose(0, 1)
+        if rows.places is not None:
+            states = states.new_zeros(rows.num_rows * rows.longest, *states.shape[1:]).index_copy(0, rows.places, states)
+        return states.reshape(rows.num_rows, rows.longest, *states.shape[1:]).transpose(1, 2)
+
+    mixed, _ = sdpa_attention_forward(module, fill_up(query), fill_up(key), fill_up(value), mask, **settings)
+    mixed = mixed.flatten(0, 1)  # (rows * longest, heads, width)
+    return (mixed if rows.places is None else take(mixed, rows.places))[None], None
+
+
+def take(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return the values at the given places, no place twice; its way back is a copy, where indexing's own is a sum."""
+    taken: torch.Tensor = _Take.apply(values, places)
+    return taken
+
+
+class _Take(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(context: Any, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(places)
+        context.num_values = len(values)
+        return values.index_select(0, places)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (places,) = context.saved_tensors
+        return gradient.new_zeros(context.num_values, *gradient.shape[1:]).index_copy_(0, places, gradient), None
