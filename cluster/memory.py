@@ -28,6 +28,9 @@ NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the scales in 8 bit, with on
 LOGIT_BYTES = 12
 EVALUATION_LOGIT_BYTES = 10  # bf16, fp32, and the log-softmax, at once
 EVALUATION_TOKENS = 2048  # of a batch; micro-batches of a few short rows would leave a processor idle
+# What a compiled block keeps of a token beyond ours, in widths: the 8B shape held 2.74 GiB more of 8,192 tokens, which is 1.37
+# (results/step-profile-h200-..-11-29.json).
+COMPILED_WIDTHS = 1.4
 CUBLAS_BYTES = 2 * 32 * MIB  # a workspace for each of the two threads that multiply: torch's default on Hopper; elsewhere 8 MiB
 # What torch's allocator holds beyond its tensors, with segments that grow: as much as the logits in bf16, which come and go among larger
 # things, and a little more. It differs from run to run: of steps that recompute, by nearly all of it. Context: driver, cuBLAS and kernels
@@ -182,7 +185,8 @@ class Step:
 
     def _block_bytes(self) -> float:
         """What one block keeps of a micro-batch."""
-        return self.num_tokens * (self._norm_bytes() + self._attention_bytes() + self._mlp_bytes() + self._adapter_bytes())
+        compiled = COMPILED_WIDTHS * self.shape.width * self.device.value_bytes if self.train.compile and self.device.on_gpu else 0
+        return self.num_tokens * (self._norm_bytes() + self._attention_bytes() + self._mlp_bytes() + self._adapter_bytes() + compiled)
 
     def _norm_bytes(self) -> float:
         """The inputs of two norms, which without fused kernels are kept in fp32, and their outputs where an adapter reads them."""

@@ -58,7 +58,9 @@ def _multiply(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, b
     sides = (tokens, weight.view(FP8).t(), scales, scale.view(torch.float32))
     bias = None if bias is None else bias.to(torch.bfloat16)  # a change of the model's format changes it
     product = torch._scaled_mm(*sides, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
-    return product.view(*values.shape[:-1], weight.shape[0]).to(values.dtype)
+    product = product.view(*values.shape[:-1], weight.shape[0])
+    # Compiled by torch 2.11, a function that returns what `to` left as it was loses its gradient (pytorch issue 180642).
+    return product if product.dtype == values.dtype else product.to(values.dtype)
 
 
 class _Product(torch.autograd.Function):  # type: ignore[misc]

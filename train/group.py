@@ -23,7 +23,7 @@ from train.attention import lay_end_to_end, take
 from train.learner import Learner, num_targets
 from train.memory import MAX_BATCH_TOKENS
 from train.mixed import Batch, Mixer, Stack, make_batch
-from train.model import has_logit_settings, insert_adapter, packs_safely
+from train.model import drops_out, has_logit_settings, insert_adapter, packs_safely
 from train.rows import Row
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -33,6 +33,8 @@ def why_apart(config: ChatbotConfig, base: ChatbotConfig | None = None) -> str |
     """Tell why this chatbot's adapter cannot share a base, or not that of another config, if it cannot."""
     if config.train.lora.dropout:
         return "train.lora.dropout draws random numbers in an order that depends on who else is there"
+    if config.train.compile:
+        return "train.compile compiles a base with one adapter"
     if config.train.num_workers > 1:
         return "train.num_workers wants several cards for one adapter"
     for name in ("model", "data", "train.quantization", "train.double_quantization", "train.precision"):
@@ -268,6 +270,6 @@ def why_no_group(base: Any) -> str | None:
         return "its layers would let rows of one batch see each other"
     if has_logit_settings(base):
         return "it changes its logits after the head"
-    if any("drop" in name and isinstance(value, float) and value for name, value in base.config.to_dict().items()):
+    if drops_out(base):
         return "the base itself drops out at random"
     return None

@@ -64,11 +64,20 @@ def load_base(folder: Path, model: ModelConfig, train: TrainConfig, longest_toke
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the base model from {folder}", str(error), "python -m cluster doctor") from error
     base.config.use_cache = False
-    if torch.cuda.is_available():
+    finish_base(base, train)
+    return base
+
+
+def finish_base(base: Any, train: TrainConfig) -> None:
+    """Give a base the kernels that it trains with, and put it in FP8 if the config says so.
+
+    Raises:
+        ModelError: It does not suit FP8.
+    """
+    if torch.cuda.is_available() and not is_compiled(train):  # torch makes its own
         fuse_kernels(base)
     if train.precision == "fp8":
         quantise_base(base)
-    return base
 
 
 def pick_attention(train: TrainConfig, longest_tokens: int) -> str | None:
@@ -100,13 +109,20 @@ def fuse_kernels(base: Any) -> None:
     _apply_liger_kernel_to_instance(model=base, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
-def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label_smoothing: float = 0.0) -> Any:
+def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label_smoothing: float = 0.0, compiles: bool = False) -> Any:
     """Put a fresh adapter beside the base's linear layers, and make its forward pass compute only the logits that carry loss."""
     if gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        # torch's older way asks a fifth less of the host, but several workers' gradients come too soon in it.
+        is_alone = not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
+        draws = bool(lora.dropout or drops_out(base))
+        base.gradient_checkpointing_enable({"use_reentrant": is_alone, "preserve_rng_state": draws})
         base.enable_input_require_grads()
     model = insert_adapter(base, lora)
-    fuse_adapter(model)
+    if compiles:  # of PEFT's own layers: torch 2.11 loses gradients in functions such as ours (pytorch issue 180642)
+        for block in blocks(base):
+            block.compile()
+    else:
+        fuse_adapter(model)
     changes_logits = has_logit_settings(base)
     if label_smoothing or not changes_logits:
         # An instance attribute: forward() of this one model, not of its class.
@@ -148,6 +164,22 @@ def insert_adapter(base: Any, lora: LoraConfig, model: Any = None, adapter: str 
         if hasattr(layer, "cast_input_dtype_enabled"):
             layer.cast_input_dtype_enabled = base.dtype == torch.float32
     return model
+
+
+def is_compiled(train: TrainConfig) -> bool:
+    """Whether torch compiles the blocks: on a GPU alone, for on a CPU bitsandbytes packs weights anew in the midst of it."""
+    return train.compile and bool(torch.cuda.is_available())
+
+
+def blocks(base: Any) -> list[Any]:
+    """Return the model's blocks, as transformers names their kinds."""
+    kinds = set(base._no_split_modules or ())
+    return [module for module in base.modules() if type(module).__name__ in kinds]
+
+
+def drops_out(base: Any) -> bool:
+    """Whether the base itself drops out at random."""
+    return any("drop" in name and isinstance(value, float) and value for name, value in base.config.to_dict().items())
 
 
 def has_logit_settings(base: Any) -> bool:

@@ -22,8 +22,8 @@ from cluster.home import BYTES_PER_GIB
 from configs.schema import ChatbotConfig
 from data.template import NO_LOSS
 from train.attention import ATTENTION, lay_end_to_end
-from train.fp8 import quantise_base, require_fp8
-from train.model import add_adapter, fuse_kernels, let_segments_grow, pick_attention, pick_dtype
+from train.fp8 import require_fp8
+from train.model import add_adapter, blocks, finish_base, is_compiled, let_segments_grow, pick_attention, pick_dtype
 from train.reporting import peak_memory_gib, taken_memory_gib, wait_for_gpu
 from train.rows import Packer, Padder, Row, RowOrder
 from train.step import OrderedTrainer, training_arguments
@@ -89,10 +89,7 @@ def make_base(model: dict[str, Any], config: ChatbotConfig, longest_tokens: int)
     base.to(device)  # what is no weight, such as the rotation's frequencies
     base.is_loaded_in_4bit = config.train.quantization == "nf4"
     base.config.use_cache = False
-    if torch.cuda.is_available():
-        fuse_kernels(base)
-    if config.train.precision == "fp8":
-        quantise_base(base)
+    finish_base(base, config.train)
     return base
 
 
@@ -141,7 +138,7 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
     try:
         if train.packing:
             lay_end_to_end(base)
-        model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing)
+        model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing, is_compiled(train))
         with tempfile.TemporaryDirectory(prefix="tandem-probe-") as scratch:
             longest_tokens = max(len(row["input_ids"]) for row in rows)
             arguments = training_arguments(config, Path(scratch), 1, len(rows), longest_tokens, base.dtype == torch.bfloat16)
@@ -161,9 +158,11 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
 
 
 def _take_off(base: Any) -> None:
-    """Take adapter, shortcut, hooks and attention of packed rows off a base."""
+    """Take adapter, shortcut, hooks, compiled code and attention of packed rows off a base."""
     from peft.tuners.lora import LoraLayer
 
+    for block in blocks(base):
+        block._compiled_call_impl = None
     for name, layer in list(base.named_modules()):
         if isinstance(layer, LoraLayer):
             base.set_submodule(name, layer.get_base_layer())

@@ -99,7 +99,7 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
 
     from data.template import load_tokenizer
     from train.attention import lay_end_to_end
-    from train.model import add_adapter, load_base, packs_safely
+    from train.model import add_adapter, is_compiled, load_base, packs_safely
     from train.reporting import ReportCallback
     from train.rows import Packer, Padder, RowOrder, read_rows
     from train.step import OrderedTrainer, training_arguments
@@ -118,7 +118,7 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
             why = "its layers would let packed conversations see each other"
             raise ModelError("train.packing does not suit this model", why, "train.packing=false")
         lay_end_to_end(base)
-    model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing)
+    model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing, is_compiled(train))
     arguments = training_arguments(task.config, scratch, host.num_workers, len(rows), longest_tokens, base.dtype == torch.bfloat16)
     return OrderedTrainer(
         RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing),

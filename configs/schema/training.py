@@ -98,6 +98,8 @@ class TrainConfig(Settings):
     """Quantise the scales of an nf4 base too; saves 0.4 bit a weight."""
     precision: Literal["auto", "fp8"] = "auto"
     """What the frozen base's linear layers multiply in: the base's own number format, or FP8 on a GPU that has it."""
+    compile: bool = False
+    """Have torch compile the model's blocks, on a GPU: a minute or more at a run's beginning, for steps that ask less of the host."""
     learning_rate: float = Field(2e-4, gt=0.0, le=1.0)
     """Highest learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

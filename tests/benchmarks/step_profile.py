@@ -2,9 +2,8 @@
 
 `PYTHONPATH=. python tests/benchmarks/step_profile.py [--shape 8b] [--kinds lora lora_fp8 qlora] [--ways ours ...]`
 Random weights, rows of equal length, no Ray: `training.py` measures what a user gets. A way is a change to ours: `peft` leaves the
-adapter's products to PEFT, `cudnn` takes attention from cuDNN, `flash` from torch's own, `compiled` has each block compiled by torch,
-`reentrant` recomputes in torch's older way. A way whose loss or gradient is another one computes something else: the gradients of compiled
-blocks were wrong on an H200 with torch 2.11, and are right on a CPU with torch 2.13; why is not known.
+adapter's products to PEFT, `cudnn` takes attention from cuDNN, `flash` from torch's own, `compiled` is `train.compile`, `hooked` recomputes
+in torch's newer way. A way whose loss or gradient is another one computes something else.
 """
 
 import argparse
@@ -54,17 +53,11 @@ KERNELS = {
 @contextmanager
 def changed(way: str) -> Iterator[None]:
     """Do one thing in another way."""
-    fuse_adapter, enable, blocks = train.model.fuse_adapter, PreTrainedModel.gradient_checkpointing_enable, []
-
-    def compile_blocks(model: Any) -> None:
-        blocks[:] = model.get_base_model().model.layers
-        for block in blocks:
-            block.compile()
-
-    if way in ("peft", "compiled"):
-        train.model.fuse_adapter = compile_blocks if way == "compiled" else lambda model: None
-    if way == "reentrant":
-        PreTrainedModel.gradient_checkpointing_enable = lambda base, settings: enable(base, {"use_reentrant": True})
+    fuse_adapter, enable = train.model.fuse_adapter, PreTrainedModel.gradient_checkpointing_enable
+    if way == "peft":
+        train.model.fuse_adapter = lambda model: None
+    if way == "hooked":
+        PreTrainedModel.gradient_checkpointing_enable = lambda base, settings: enable(base, settings | {"use_reentrant": False})
     if way in ("cudnn", "flash"):
         torch.backends.cuda.enable_flash_sdp(way == "flash")
         torch.backends.cuda.enable_cudnn_sdp(way == "cudnn")
@@ -72,8 +65,6 @@ def changed(way: str) -> Iterator[None]:
         yield
     finally:
         train.model.fuse_adapter, PreTrainedModel.gradient_checkpointing_enable = fuse_adapter, enable
-        for block in blocks:
-            block._compiled_call_impl = None
         torch.backends.cuda.enable_flash_sdp(True)
         torch.backends.cuda.enable_cudnn_sdp(True)
 
@@ -116,16 +107,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["lora", "lora_fp8", "qlora"])
-    parser.add_argument("--ways", nargs="+", choices=["ours", "peft", "cudnn", "flash", "compiled", "reentrant"], default=["ours"])
+    parser.add_argument("--ways", nargs="+", choices=["ours", "peft", "cudnn", "flash", "compiled", "hooked"], default=["ours"])
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     for kind in arguments.kinds:
         length, settings = KINDS[kind]
         data, serve = {"source": "x", "max_length_tokens": length}, {"max_model_len_tokens": length}
-        config = ChatbotConfig.model_validate({"name": "bench", "data": data, "train": settings, "serve": serve})
-        base = make_base(model_config(arguments.shape), config, length)
-        rows = make_rows((length,), config.train.batch_size * (NUM_WARMUP_STEPS + NUM_STEPS), VOCABULARY)
         for way in arguments.ways:
+            own = settings | {"compile": way == "compiled"}
+            config = ChatbotConfig.model_validate({"name": "bench", "data": data, "train": own, "serve": serve})
+            torch.manual_seed(0)
+            base = make_base(model_config(arguments.shape), config, length)
+            rows = make_rows((length,), config.train.batch_size * (NUM_WARMUP_STEPS + NUM_STEPS), VOCABULARY)
             with changed(way):
                 found = run_steps(base, config, rows, NUM_STEPS)
                 step_ms = config.train.batch_size * length / found.tokens_per_s * 1000
@@ -139,8 +132,8 @@ def main() -> None:
                 if torch.cuda.is_available():
                     figures |= {f"{name}_{key}": value for key, value in profile_step(base, config, rows).items()}
             write_result("step-profile", figures, {"steps": NUM_STEPS, "lengths": {kind: KINDS[kind][0] for kind in arguments.kinds}})
-        del base
-        gc.collect()
+            del base
+            gc.collect()
 
 
 if __name__ == "__main__":

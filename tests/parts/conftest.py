@@ -15,6 +15,21 @@ def look_each_time(monkeypatch):
 
 
 @pytest.fixture
+def traced():
+    """Without a GPU blocks are traced and split, forth and back, but no C++ is made of them, which takes minutes."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()  # what an earlier test compiled
+    counters.clear()
+    if not torch.cuda.is_available():
+        torch.compiler.set_default_backend("aot_eager")
+    yield
+    if not torch.cuda.is_available():
+        torch.compiler.set_default_backend("inductor")
+
+
+@pytest.fixture
 def put(tmp_path, write_adapter):
     """Put a good adapter on a shelf."""
 

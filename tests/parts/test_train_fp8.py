@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from cluster.cards import find_gpus
@@ -166,12 +167,12 @@ def small(in_fp8: bool) -> LlamaForCausalLM:
     return base
 
 
-def train(folder: Path, in_fp8: bool, gradient_checkpointing: bool = False) -> dict[int, float]:
+def train(folder: Path, in_fp8: bool, gradient_checkpointing: bool = False, compiles: bool = False) -> dict[int, float]:
     settings = {"batch_size": 4, "micro_batch_size": 2, "learning_rate": RATE, "max_steps": NUM_STEPS, "log_every_steps": 1}
     settings |= {"checkpoint_every_steps": 100, "lora": {"rank": 8}}
     config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": settings})
     set_seed(config.train.seed)
-    model = add_adapter(small(in_fp8), config.train.lora, gradient_checkpointing)
+    model = add_adapter(small(in_fp8), config.train.lora, gradient_checkpointing, compiles=compiles)
     trainer = OrderedTrainer(
         RowOrder(ROWS, config.train.batch_size, config.train.seed, by_length=True),
         model=model,
@@ -194,6 +195,15 @@ def test_a_run_has_the_losses_of_bf16_and_recomputing_changes_none(tmp_path):
     # On a GPU sums may end in another order.
     same = pytest.approx(ours, rel=0.01) if torch.cuda.is_available() else ours
     assert train(tmp_path / "recomputed", True, gradient_checkpointing=True) == same
+
+
+@on_no_older_gpu
+@pytest.mark.usefixtures("traced")
+def test_compiled_blocks_have_the_losses_of_ours_and_are_compiled_whole(tmp_path):
+    ours, compiled = train(tmp_path / "ours", True), train(tmp_path / "compiled", True, compiles=True)
+    assert compiled == pytest.approx(ours, rel=0.01)
+    assert counters["frames"]["ok"] == counters["frames"]["total"] > 0
+    assert not counters["graph_break"]
 
 
 def with_fp8(gradient_checkpointing: bool = False):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -46,9 +47,9 @@ def with_window(num_tokens: int) -> MistralForCausalLM:
     return MistralForCausalLM(config)
 
 
-def with_adapter(base=None, gradient_checkpointing: bool = False, **lora):
+def with_adapter(base=None, gradient_checkpointing: bool = False, compiles: bool = False, **lora):
     """Add an adapter whose matrices are all random: a fresh one's second matrix is zero, and hides most mistakes."""
-    model = add_adapter(base or tiny(), LoraConfig(rank=RANK, **lora), gradient_checkpointing)
+    model = add_adapter(base or tiny(), LoraConfig(rank=RANK, **lora), gradient_checkpointing, compiles=compiles)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in trained(model).values():
@@ -159,6 +160,19 @@ def test_packed_conversations_are_blind_to_each_other(window):
     losses = [step(model, Packer()([*before, last]))[0] for before in ([], silent, silent[1:], silent[::-1])]
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], **CLOSE)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_compiled_blocks_learn_the_same_of_rows_of_any_length_and_packed(gradient_checkpointing):
+    """Each new length is another shape; after the second, torch compiles for all."""
+    ours, compiled = (with_adapter(gradient_checkpointing=gradient_checkpointing, compiles=compiles) for compiles in (False, True))
+    for lengths in ((12, 5, 9), (7, 7), (14, 3), (11,)):
+        assert_same(step(compiled, Padder(0)(rows(lengths))), step(ours, Padder(0)(rows(lengths))))
+    assert not counters["graph_break"]
+    ours, compiled = (with_adapter(packing(), gradient_checkpointing, compiles) for compiles in (False, True))
+    for lengths in ((12, 5, 9), (7, 7), (14, 3)):
+        assert_same(step(compiled, Packer()(rows(lengths))), step(ours, Packer()(rows(lengths))))
 
 
 def test_micro_batches_add_up_to_the_whole_batch():

@@ -187,6 +187,11 @@ def test_dropout_needs_more_and_a_smaller_adapter_less(found, lora):
     assert changed >= all_of_it if "dropout" in lora else changed <= all_of_it
 
 
+def test_compiled_blocks_of_the_8b_shape_held_2_74_gib_more_of_two_rows_of_4096_tokens():
+    plain, compiled = (need(size=2, length=4096, precision="fp8", compile=compiles) for compiles in (False, True))
+    assert 2.74 <= compiled.gib - plain.gib < 3.0
+
+
 def test_an_engine_takes_its_share_and_leaves_the_rest_to_the_cache():
     serve = ServeConfig(max_model_len_tokens=4096, max_num_seqs=16, max_lora_rank=16, enforce_eager=True)
     found = {kind: plan_engine(LLAMA, serve.model_copy(update={"quantization": kind}), GPU, 15) for kind in ("none", "fp8", "bitsandbytes")}
