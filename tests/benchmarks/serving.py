@@ -184,6 +184,7 @@ def main() -> None:
         for count, num_rounds in zip(arguments.at_once, rounds_of, strict=True):
             found, rounds = compare(ports, folder, count, num_rounds)
             figures |= found
+            figures["ttft_added_ms"] = max(figures[f"ttft_added_c{done}_ms"] for done in NUM_PROMPTS if f"ttft_added_c{done}_ms" in figures)
             each_round |= rounds
             # After each, so that a machine that is taken away leaves what was measured.
             write_result("serving" if arguments.shape == "8b" else f"serving-{arguments.shape}", figures, notes)
