@@ -29,7 +29,7 @@ LOGIT_BYTES = 12
 EVALUATION_LOGIT_BYTES = 10  # bf16, fp32, and the log-softmax, at once
 EVALUATION_TOKENS = 2048  # of a batch; micro-batches of a few short rows would leave a processor idle
 # What a compiled block keeps of a token beyond ours, in widths: the 8B shape held 2.74 GiB more of 8,192 tokens, which is 1.37
-# (results/step-profile-h200-..-11-29.json).
+# (results/step-profile-h200-..-11-29.json), with Liger's kernels, which it no longer has. One that is recomputed was never measured.
 COMPILED_WIDTHS = 1.4
 CUBLAS_BYTES = 2 * 32 * MIB  # a workspace for each of the two threads that multiply: torch's default on Hopper; elsewhere 8 MiB
 # What torch's allocator holds beyond its tensors, with segments that grow: as much as the logits in bf16, which come and go among larger

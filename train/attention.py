@@ -4,12 +4,18 @@ Knows transformers' attention interface. Does not know what else the tokens go t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 ATTENTION = "tandem_rows"
+TRIED = (5, 3)  # tokens of two rows
+TRIED_CLOSE = 0.1  # of a row's outcome; bf16 and other kernels make some hundredths, other tokens all of it
+
+
+class OtherMaskError(Exception):
+    """A model has a mask of its own, of which `attend` knows nothing."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +26,13 @@ class Spread:
     longest: int
     places: torch.Tensor | None
     """Of each token; None where all rows are equally long."""
+    windows: set[int | None] | None = None
+    """If there is one, what each layer says of how far back it attends goes in."""
 
     def to(self, device: Any, non_blocking: bool = False) -> "Spread":
         """Return it on a device; accelerate asks for that, as of a tensor."""
         places = None if self.places is None else self.places.to(device, non_blocking=non_blocking)
-        return Spread(self.num_rows, self.longest, places)
+        return replace(self, places=places)
 
 
 def spread(lengths: Sequence[int]) -> Spread:
@@ -35,12 +43,49 @@ def spread(lengths: Sequence[int]) -> Spread:
     return Spread(len(lengths), longest, torch.cat([torch.arange(length) + number * longest for number, length in enumerate(lengths)]))
 
 
-def lay_end_to_end(base: Any) -> None:
-    """Let a model take rows that lie end to end; see `train.model.packs_safely`."""
+def lay_end_to_end(base: Any) -> bool:
+    """Let a model take rows that lie end to end, of those that `train.model.packs_safely` names; return whether it keeps them apart.
+
+    By `attend`, or where a model does not attend as that supposes, by transformers' own mask of all tokens by all.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, attend)  # under a name without a mask of its own it gets none
-    base.set_attn_implementation(ATTENTION)
+    for attention in (ATTENTION, base.config._attn_implementation):
+        base.set_attn_implementation(attention)
+        if _keeps_rows_apart(base):
+            return True
+    return False
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _keeps_rows_apart(base: Any) -> bool:
+    """Whether a row's outcome is the same behind another; in some models it is not, which pass on no `rows`, or have masks of their own."""
+    config, was_training = base.config.get_text_config(), base.training
+    tokens = torch.arange(sum(TRIED), device=base.get_input_embeddings().weight.device)[None] % config.vocab_size
+    positions = torch.cat([torch.arange(length) for length in TRIED]).to(tokens.device)[None]
+    windows: set[int | None] = set()
+    base.train()  # else bitsandbytes packs weights anew on a CPU
+    try:
+        found = [
+            base.get_decoder()(
+                input_ids=tokens[:, begin:],
+                position_ids=positions[:, begin:],
+                rows=replace(spread(lengths), windows=windows).to(tokens.device),
+                use_cache=False,
+            )
+            .last_hidden_state[0, -TRIED[-1] :]
+            .float()
+            for begin, lengths in ((0, TRIED), (TRIED[0], TRIED[1:]))
+        ]
+    except (KeyError, OtherMaskError):
+        return False
+    finally:
+        base.train(was_training)
+    reaches_back = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+    if reaches_back and windows == {None}:  # its window is in a mask alone
+        return False
+    return float((found[0] - found[1]).norm() / found[1].norm()) < TRIED_CLOSE
 
 
 def attend(
@@ -51,6 +96,10 @@ def attend(
 
     rows: Spread = settings.pop("rows")
     window = settings.pop("sliding_window", None)
+    if attention_mask is not None:
+        raise OtherMaskError
+    if rows.windows is not None:
+        rows.windows.add(window)
     mask = None
     if window and window < rows.longest:
         near = torch.ones(rows.longest, rows.longest, dtype=torch.bool, device=query.device)
@@ -59,7 +108,7 @@ def attend(
     def fill_up(states: torch.Tensor) -> torch.Tensor:  # (1, heads, tokens, width) -> (rows, heads, longest, width)
         states = states[0].transpose(0, 1)
         if rows.places is not None:
-            states = states.new_zeros(rows.num_rows * rows.longest, *states.shape[1:]).index_copy(0, rows.places, states)
+            states = states.new_zeros(rows.num_rows * rows.longest, *states.shape[1:]).index_copy_(0, rows.places, states)
         return states.reshape(rows.num_rows, rows.longest, *states.shape[1:]).transpose(1, 2)
 
     mixed, _ = sdpa_attention_forward(module, fill_up(query), fill_up(key), fill_up(value), mask, **settings)

@@ -57,8 +57,7 @@ def _with_fallback(of_peft: Any) -> Any:
         base, x = self.base_layer, x.to(kind)
         flat = x.reshape(-1, x.shape[-1])
         if sides := _sides(base, kind):
-            with torch.autocast(x.device.type, enabled=False):
-                product = _Product.apply(flat, down, up, scale, sides)
+            product = _Product.apply(flat, down, up, scale, sides)
         else:  # a layer with a product of its own
             product = torch.addmm(base(flat).to(kind), linear(flat, down), up.t(), alpha=scale)
         return product.view(*x.shape[:-1], -1)

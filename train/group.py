@@ -23,10 +23,11 @@ from train.attention import lay_end_to_end, take
 from train.learner import Learner, num_targets
 from train.memory import MAX_BATCH_TOKENS
 from train.mixed import Batch, Mixer, Stack, make_batch
-from train.model import drops_out, has_logit_settings, insert_adapter, packs_safely
+from train.model import draws_numbers, has_logit_settings, insert_adapter, packs_safely
 from train.rows import Row
 
 ADAPTER_FILE = "adapter_model.safetensors"
+ROWS_MIX = "its layers would let rows of one batch see each other"
 
 
 def why_apart(config: ChatbotConfig, base: ChatbotConfig | None = None) -> str | None:
@@ -73,9 +74,8 @@ class Group:
         Raises:
             ModelError: The model's layers would let rows see each other, or draw random numbers.
         """
-        if reason := why_no_group(base):
+        if reason := why_no_group(base) or (None if lay_end_to_end(base) else ROWS_MIX):
             raise ModelError("this model cannot be shared by several adapters", reason, "train them one after another")
-        lay_end_to_end(base)
         if gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         self.base, self.rows, self.heldout = base, rows, heldout
@@ -267,9 +267,9 @@ class Group:
 def why_no_group(base: Any) -> str | None:
     """Tell why a base, with its weights or without, cannot be shared, if it cannot."""
     if not packs_safely(base):
-        return "its layers would let rows of one batch see each other"
+        return ROWS_MIX
     if has_logit_settings(base):
         return "it changes its logits after the head"
-    if drops_out(base):
-        return "the base itself drops out at random"
+    if draws_numbers(base):
+        return "the base itself draws random numbers"
     return None

@@ -20,6 +20,7 @@ from data.template import NO_LOSS
 from train.fp8 import quantise_base, require_fp8
 from train.fused import fuse_adapter
 
+MAX_VARIANTS = 64  # of a compiled block; up to 20 were seen
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -114,11 +115,14 @@ def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label
     if gradient_checkpointing:
         # torch's older way asks a fifth less of the host, but several workers' gradients come too soon in it.
         is_alone = not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
-        draws = bool(lora.dropout or drops_out(base))
+        draws = bool(lora.dropout or draws_numbers(base))
         base.gradient_checkpointing_enable({"use_reentrant": is_alone, "preserve_rng_state": draws})
         base.enable_input_require_grads()
     model = insert_adapter(base, lora)
-    if compiles:  # of PEFT's own layers: torch 2.11 loses gradients in functions such as ours (pytorch issue 180642)
+    if compiles:
+        # Each of a few numbers of rows, of lengths and of modes is a variant, and past the limit (8) blocks are not compiled any more.
+        torch._dynamo.config.recompile_limit = MAX_VARIANTS
+        # Of PEFT's own layers: torch 2.11 loses the gradient of functions that, as ours do, change a tensor (pytorch issue 180642).
         for block in blocks(base):
             block.compile()
     else:
@@ -177,9 +181,10 @@ def blocks(base: Any) -> list[Any]:
     return [module for module in base.modules() if type(module).__name__ in kinds]
 
 
-def drops_out(base: Any) -> bool:
-    """Whether the base itself drops out at random."""
-    return any("drop" in name and isinstance(value, float) and value for name, value in base.config.to_dict().items())
+def draws_numbers(base: Any) -> bool:
+    """Whether the base itself draws random numbers: drops out, or chooses its experts by some jitter."""
+    settings = base.config.to_dict().items()
+    return any(value for name, value in settings if isinstance(value, float) and ("drop" in name or "jitter" in name))
 
 
 def has_logit_settings(base: Any) -> bool:
@@ -201,7 +206,8 @@ def _left_out(base: Any, lora: LoraConfig) -> str | None:
 def packs_safely(base: Any) -> bool:
     """Whether rows packed in one stay blind to each other: pure attention through SDPA, for which ours may stand in (`train.attention`)."""
     kinds = set(getattr(base.config, "layer_types", None) or ["full_attention"])
-    is_pure = kinds <= {"full_attention", "sliding_attention"} and base.config._attn_implementation == "sdpa"
+    others = any(getattr(base.config, name, None) for name in ("block_types", "layers_block_type"))
+    is_pure = kinds <= {"full_attention", "sliding_attention"} and not others and base.config._attn_implementation == "sdpa"
     return bool(is_pure and base._supports_attention_backend)
 
 

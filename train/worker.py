@@ -113,11 +113,9 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
     heldout = read_rows(Path(task.heldout_file), tokenizer, task.config.data)
     longest_tokens = max(len(row["input_ids"]) for row in rows + heldout)
     base = load_base(Path(task.model_folder), task.config.model, train, longest_tokens)
-    if train.packing:
-        if not packs_safely(base):
-            why = "its layers would let packed conversations see each other"
-            raise ModelError("train.packing does not suit this model", why, "train.packing=false")
-        lay_end_to_end(base)
+    if train.packing and not (packs_safely(base) and lay_end_to_end(base)):
+        why = "its layers would let packed conversations see each other"
+        raise ModelError("train.packing does not suit this model", why, "train.packing=false")
     model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing, is_compiled(train))
     arguments = training_arguments(task.config, scratch, host.num_workers, len(rows), longest_tokens, base.dtype == torch.bfloat16)
     return OrderedTrainer(

@@ -16,7 +16,7 @@ from statistics import median, quantiles
 
 import psutil
 from bench import SHAPES, make_model, run_cli, write_result
-from serving import BARE_PORT, TOKENS_IN, TOKENS_OUT, bare_vllm, load, make_bench_config, proxy_name
+from serving import BARE_PORT, QUOTAS, TOKENS_IN, TOKENS_OUT, bare_vllm, load, make_bench_config, proxy_name, take_key
 
 from cluster.models import model_fingerprint
 from cluster.registry import Manifest, Registry, Version
@@ -163,12 +163,13 @@ def main() -> None:
     names = [shelf.register(folder).name for folder in folders]
     started_s = time.monotonic()
     run_cli("serve", config_file, *SETTINGS)
+    take_key()
     figures = {"start_s": time.monotonic() - started_s}
     config = load_chatbot(config_file, SETTINGS)
     endpoint = own_endpoint(config.serve)
     name = "adapters" if arguments.shape == "8b" else f"adapters-{arguments.shape}"
     notes = {"eager": arguments.eager, "rank": RANK, "at_once": NUM_AT_ONCE, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT}
-    notes |= {"rounds": NUM_ROUNDS, "proxy": proxy_name()}
+    notes |= {"rounds": NUM_ROUNDS, "proxy": proxy_name(), "key": QUOTAS}
     bare_names = [folder.name for folder in folders]
     modules = ["--lora-modules", *(f"{folder.name}={folder}" for folder in folders)]
     with bare_vllm(config_file, SETTINGS, modules) as figures["bare_start_s"]:

@@ -35,6 +35,8 @@ WRITERS = {"bare": BARE_MODULE, "tandem": "ray::ServeReplica"}  # whose one loop
 TOKENS_IN, TOKENS_OUT = 256, 128
 START_TIMEOUT_S, CLIENT_TIMEOUT_S = 400, 300
 
+QUOTAS = "with quotas of requests and of tokens"
+
 Rounds = dict[str, list[float]]
 """What each round gave, by the figure's name."""
 
@@ -73,6 +75,12 @@ def bare_vllm(config_file: str, overrides: Sequence[str] = (), modules: Sequence
             os.killpg(server.pid, signal.SIGKILL)
 
 
+def take_key() -> None:
+    """Make a key whose requests and tokens are counted, and let the client ask with it; bare vLLM asks for none."""
+    said = run_cli("serve", "keys", "create", f"bench-{int(time.time())}", "--rpm", str(10**6), "--tpm", str(10**9))
+    os.environ["OPENAI_API_KEY"] = said.split()[1]
+
+
 def run_client(words: list[str], log: Path) -> None:
     """Be vLLM's benchmark client with these arguments; what it says goes into a file."""
     with log.open("w") as stream:
@@ -101,7 +109,7 @@ def load(port: int, model: str, tokenizer: Path, num_at_once: int, seed: int, ad
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         words += ["--lora-assignment", "round-robin", "--lora-modules", *adapters] if adapters else []
         log = Path(folder) / "client.log"
-        # Forked from a process that has vLLM imported: that takes longer than most rounds.
+        # Forked from a process that has vLLM imported, which takes longer than most rounds; its environment is that of the first time.
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(["vllm.benchmarks.serve"])
         client = processes.Process(target=run_client, args=([*words, "--save-result", "--ignore-eos", "--disable-tqdm"], log), daemon=True)
@@ -176,8 +184,10 @@ def main() -> None:
     started_s = time.monotonic()
     run_cli("serve", str(config))
     figures = {"start_s": time.monotonic() - started_s}
+    take_key()
     each_round: Rounds = {}
-    notes = {"eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "proxy": proxy_name(), "each_round": each_round}
+    notes = {"eager": arguments.eager, "tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "proxy": proxy_name(), "key": QUOTAS}
+    notes["each_round"] = each_round
     rounds_of = arguments.rounds if len(arguments.rounds) > 1 else arguments.rounds * len(arguments.at_once)
     with bare_vllm(str(config)) as figures["bare_start_s"]:
         ports = {"bare": (BARE_PORT, "bench"), "tandem": (load_chatbot(config).serve.port, folder.name)}

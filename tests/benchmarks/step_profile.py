@@ -106,12 +106,13 @@ def main() -> None:
     """Measure each kind in each way, and write the result after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--length", type=int, help="of the rows, in tokens; if not given, that of each kind")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["lora", "lora_fp8", "qlora"])
     parser.add_argument("--ways", nargs="+", choices=["ours", "peft", "cudnn", "flash", "compiled", "hooked"], default=["ours"])
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     for kind in arguments.kinds:
-        length, settings = KINDS[kind]
+        length, settings = arguments.length or KINDS[kind][0], KINDS[kind][1]
         data, serve = {"source": "x", "max_length_tokens": length}, {"max_model_len_tokens": length}
         for way in arguments.ways:
             own = settings | {"compile": way == "compiled"}
@@ -131,7 +132,11 @@ def main() -> None:
                 console.print(f"{name}: {said}")
                 if torch.cuda.is_available():
                     figures |= {f"{name}_{key}": value for key, value in profile_step(base, config, rows).items()}
-            write_result("step-profile", figures, {"steps": NUM_STEPS, "lengths": {kind: KINDS[kind][0] for kind in arguments.kinds}})
+            write_result(
+                "step-profile",
+                figures,
+                {"steps": NUM_STEPS, "lengths": {kind: arguments.length or KINDS[kind][0] for kind in arguments.kinds}},
+            )
             del base
             gc.collect()
 

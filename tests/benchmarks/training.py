@@ -137,14 +137,14 @@ def measure_plain(config_file: str, overrides: list[str], steps: int, ours: dict
 
 
 def loss_differences(curves: dict[str, dict[int, float]], shape: str) -> dict[str, float]:
-    """Return by which part the losses of each setting in FP8 are off those of bf16 on the same rows, where both were run.
+    """Return by which part the losses of each setting in FP8 or compiled are off those without, on the same rows, where both were run.
 
     The mean of all steps, and each of them at most.
     """
     found = {}
     for name, losses in curves.items():
         right = curves.get(name.replace("_fp8", "").replace("_compiled", ""), {})
-        if "fp8" in name and right:
+        if right and right is not losses:
             found[f"{named(name, shape)}_loss_difference"] = abs(sum(losses.values()) / sum(right[step] for step in losses) - 1)
             found[f"{named(name, shape)}_largest_loss_difference"] = max(abs(losses[step] / right[step] - 1) for step in losses)
     return found
