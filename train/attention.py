@@ -65,19 +65,16 @@ def _keeps_rows_apart(base: Any) -> bool:
     tokens = torch.arange(sum(TRIED), device=base.get_input_embeddings().weight.device)[None] % config.vocab_size
     positions = torch.cat([torch.arange(length) for length in TRIED]).to(tokens.device)[None]
     windows: set[int | None] = set()
-    base.train()  # else bitsandbytes packs weights anew on a CPU
+
+    def outcome(begin: int, *lengths: int) -> torch.Tensor:
+        rows = replace(spread(lengths), windows=windows).to(tokens.device)
+        inputs = {"input_ids": tokens[:, begin:], "position_ids": positions[:, begin:], "rows": rows, "use_cache": False}
+        hidden: torch.Tensor = base.get_decoder()(**inputs).last_hidden_state
+        return hidden[0, -TRIED[-1] :].float()
+
+    base.train(getattr(base, "is_loaded_in_4bit", False))  # else bitsandbytes packs its weights anew on a CPU
     try:
-        found = [
-            base.get_decoder()(
-                input_ids=tokens[:, begin:],
-                position_ids=positions[:, begin:],
-                rows=replace(spread(lengths), windows=windows).to(tokens.device),
-                use_cache=False,
-            )
-            .last_hidden_state[0, -TRIED[-1] :]
-            .float()
-            for begin, lengths in ((0, TRIED), (TRIED[0], TRIED[1:]))
-        ]
+        behind, alone = outcome(0, *TRIED), outcome(TRIED[0], TRIED[1])
     except (KeyError, OtherMaskError):
         return False
     finally:
@@ -85,7 +82,7 @@ def _keeps_rows_apart(base: Any) -> bool:
     reaches_back = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
     if reaches_back and windows == {None}:  # its window is in a mask alone
         return False
-    return float((found[0] - found[1]).norm() / found[1].norm()) < TRIED_CLOSE
+    return float((behind - alone).norm() / alone.norm()) < TRIED_CLOSE
 
 
 def attend(
