@@ -20,7 +20,10 @@ def test_the_cards_are_gpus_of_both_pools(stack: Stack):  # noqa: F811
     assert all(card["accelerator"] != "cpu" for card in cards)
 
 
-@pytest.mark.parametrize("setting", ["train.quantization=none", "train.quantization=nf4", "train.precision=fp8"])
+@pytest.mark.parametrize(
+    "setting",
+    ["train.quantization=none", "train.quantization=nf4", "train.precision=fp8", "train.packing=true", "train.compile=true"],
+)
 def test_a_run_trains_on_the_gpu_and_registers(stack: Stack, config, setting):  # noqa: F811
     if "fp8" in setting and not all(gpu.has_fp8 for gpu in find_gpus()):
         pytest.skip("a GPU here has no FP8")
