@@ -99,7 +99,7 @@ class TrainConfig(Settings):
     precision: Literal["auto", "fp8"] = "auto"
     """What the frozen base's linear layers multiply in: the base's own number format, or FP8 on a GPU that has it."""
     compile: bool = False
-    """Have torch compile the model's blocks, on a GPU: a minute or more at a run's beginning, for steps that ask less of the host."""
+    """Have torch compile the model's blocks, on a GPU: some time at a run's beginning, for steps that ask less of the host."""
     learning_rate: float = Field(2e-4, gt=0.0, le=1.0)
     """Highest learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

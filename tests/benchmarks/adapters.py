@@ -163,8 +163,8 @@ def main() -> None:
     names = [shelf.register(folder).name for folder in folders]
     started_s = time.monotonic()
     run_cli("serve", config_file, *SETTINGS)
-    take_key()
     figures = {"start_s": time.monotonic() - started_s}
+    take_key()
     config = load_chatbot(config_file, SETTINGS)
     endpoint = own_endpoint(config.serve)
     name = "adapters" if arguments.shape == "8b" else f"adapters-{arguments.shape}"

@@ -34,7 +34,6 @@ BARE_MODULE = "vllm.entrypoints.openai.api_server"
 WRITERS = {"bare": BARE_MODULE, "tandem": "ray::ServeReplica"}  # whose one loop writes all answers, and is the limit with many at once
 TOKENS_IN, TOKENS_OUT = 256, 128
 START_TIMEOUT_S, CLIENT_TIMEOUT_S = 400, 300
-
 QUOTAS = "with quotas of requests and of tokens"
 
 Rounds = dict[str, list[float]]
@@ -194,7 +193,7 @@ def main() -> None:
         for count, num_rounds in zip(arguments.at_once, rounds_of, strict=True):
             found, rounds = compare(ports, folder, count, num_rounds)
             figures |= found
-            figures["ttft_added_ms"] = max(figures[f"ttft_added_c{done}_ms"] for done in NUM_PROMPTS if f"ttft_added_c{done}_ms" in figures)
+            figures["ttft_added_ms"] = max(value for name, value in figures.items() if name.startswith("ttft_added_c"))
             each_round |= rounds
             # After each, so that a machine that is taken away leaves what was measured.
             write_result("serving" if arguments.shape == "8b" else f"serving-{arguments.shape}", figures, notes)
