@@ -28,11 +28,12 @@ from serve.deploy import DEPLOYMENT
 from serve.desk import HeadKeys, feedback_of_head, find_desk, watch_keys
 from serve.engine import SLEEP_ARGUMENTS, engine_arguments, engine_environment, start_engine
 from serve.feedback import FeedbackDesk
-from serve.front import Doors, Front
+from serve.front import LAST_WORDS, Doors, Front
 from serve.keys import KeyFile
-from serve.last_words import guard_streams
+from serve.last_words import guard_connections
 from serve.observed import Watch
 from serve.quotas import ClusterQuotas
+from serve.refusal import as_http, engine_lost
 from serve.request_log import request_log
 from serve.sleep import RayCardHold, Sleeper
 from serve.tools import choose_tool_parser
@@ -83,7 +84,8 @@ class Engine:
             self.sleeper.engine = self.engine
             self._watch(self.sleeper.watch())
         # After the engine's processes: each would hold the guardian's line open too.
-        await asyncio.to_thread(guard_streams, self.is_asleep)
+        other = as_http(engine_lost(), engine_lost().body())
+        await asyncio.to_thread(guard_connections, self.is_asleep, LAST_WORDS, other)
         doors = Doors(self._keys(settings.host), ClusterQuotas(), self.engine_has_died, self.sleeper.awake if self.sleeper else nullcontext)
         front = Front(Alive(app, self.engine_has_died), adapters, doors, feedback, settings)
         front.watch = self.watch

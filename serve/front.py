@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from configs.errors import AccessError
@@ -23,7 +22,7 @@ from serve.completion_ids import ID_HEADER, request_id_of
 from serve.feedback import FeedbackDesk
 from serve.intake import Intake
 from serve.keys import Key, KeyFile, is_operator
-from serve.last_words import hold_of, straight
+from serve.last_words import LastWords, straight, stream_beginner
 from serve.meter import Meter
 from serve.observed import Observed, Watch
 from serve.openapi import describe
@@ -40,6 +39,7 @@ from serve.refusal import (
     RefusedError,
     Scope,
     Send,
+    as_http,
     engine_lost,
     send_json,
 )
@@ -53,7 +53,10 @@ OURS = {b"content-length", b"transfer-encoding", b"authorization", ANTHROPIC_KEY
 HEADERS_KEPT_BACK = frozenset(OURS | {b"x-vllm-priority", b"x-data-parallel-rank"})
 ROUTES = frozenset({*PROTOCOLS, *FILES, FEEDBACK_PATH, "/v1/models", "/health", "/openapi.json", "/page.json"})
 OTHER = "other"
-LAST_WORDS = {path: protocol.error_event(engine_lost()) for path, protocol in PROTOCOLS.items()}
+LAST_WORDS = {
+    path: LastWords(as_http(engine_lost(), protocol.error_body(engine_lost())), protocol.error_event(engine_lost()))
+    for path, protocol in PROTOCOLS.items()
+}
 
 
 log = logging.getLogger("tandem.api")
@@ -185,8 +188,7 @@ class Front:
             with self.feedback.listening(send, request, key, protocol) as send_heard:
                 protocol.put_id(request, completion_id)
                 protocol.add_system_prompt(request, self.adapters.system_prompt(version))
-                hold = hold_of(scope) if request.get("stream") is True else None
-                begun = hold and partial(hold, LAST_WORDS[scope["path"]])
+                begun = stream_beginner(scope) if request.get("stream") is True else None
                 # A turn comes last: nobody waits in it for the registry, a quota or an engine that wakes.
                 async with self._counted(key, request, seen.meter) as standing, self.doors.awake(), self.intake.turn():
                     send_named = _with_headers(send_heard, [(MODEL_HEADER, version.encode()), *standing], begun)

@@ -5,6 +5,7 @@ Knows HTTP. Does not know why a request is refused.
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
 from typing import Any
 
 Message = MutableMapping[str, Any]
@@ -42,6 +43,19 @@ class RefusedError(Exception):
 def engine_lost() -> RefusedError:
     """Return the error for what was under way on an engine that has died."""
     return RefusedError(503, "the engine was lost while it answered; ask again", kind=UNAVAILABLE, code="engine_lost").after(RETRY_S)
+
+
+def as_http(refusal: RefusedError, body: dict[str, Any]) -> bytes:
+    """Return a refusal as it stands on a connection, which ends with it."""
+    content = json.dumps(body).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        *refusal.headers,
+        (b"content-length", b"%d" % len(content)),
+        (b"connection", b"close"),
+    ]
+    status = b"HTTP/1.1 %d %b" % (refusal.status, HTTPStatus(refusal.status).phrase.encode())
+    return b"\r\n".join([status, *(b"%b: %b" % header for header in headers), b"", content])
 
 
 async def send_nothing() -> None:

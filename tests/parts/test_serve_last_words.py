@@ -4,14 +4,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from cluster.haproxy import haproxy_binary
 from cluster.processes import free_port
 from configs.loader import ROOT
 from serve.completion_ids import REQUEST_ID
@@ -20,14 +23,20 @@ from tests.ray.stack import wait_for
 
 EVENT = b'data: {"error": "lost"}\n\n'
 SERVER = """
-import asyncio, sys, uvicorn
-from serve.last_words import guard_streams, hold_of, straight
+import asyncio, sys, time, uvicorn
+from serve.last_words import LastWords, guard_connections, straight, stream_beginner
 
 async def application(scope, receive, send):
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
     how = scope["path"]
+    if how.startswith("/wait"):
+        print("waits", flush=True)
+        await asyncio.sleep(1000)
+    if how == "/stand":  # the whole process does
+        print("stands", flush=True)
+        time.sleep(1000)
     if how == "/ids":
         ids = b",".join(value for name, value in scope["headers"] if name == b"x-request-id")
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -37,7 +46,7 @@ async def application(scope, receive, send):
     headers = [(b"content-length", b"1000")] if how == "/whole" else []
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     if how != "/whole":
-        hold_of(scope)(scope["query_string"].partition(b"=")[2] or EVENT)
+        stream_beginner(scope)()
     number = 0
     while how != "/short" or number < 3:
         piece = b"x" if how == "/whole" and number < 10 else b"" if how == "/whole" else b"data: %d\\n\\n" % number
@@ -46,7 +55,9 @@ async def application(scope, receive, send):
         await asyncio.sleep(0 if how in ("/short", "/much") else 0.01)
     await send({"type": "http.response.body", "body": b""})
 
-guard_streams(may_wait=bool)
+ANSWER = b"HTTP/1.1 503 Service Unavailable\\r\\nContent-Length: 4\\r\\nConnection: close\\r\\n\\r\\n"
+paths = {path: LastWords(ANSWER + path[-4:].encode(), EVENT) for path in ("/long", "/short", "/much", "/wait")}
+guard_connections(bool, {**paths, "/other": LastWords(ANSWER + b"oops", b"other")}, ANSWER + b"more")
 print("ready", flush=True)
 uvicorn.run(application, port=int(sys.argv[1]), loop=sys.argv[2], log_level="critical", lifespan="off")
 """
@@ -60,6 +71,15 @@ class Server:
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def says(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def num_unread_bytes(self) -> int:
+        """What its clients have sent and it has not read."""
+        sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return sum(int(queues.partition(":")[2], 16) for _, here, _, _, queues, *_ in sockets if here.endswith(f":{self.port:04X}"))
 
     def kill(self) -> None:
         self.process.kill()
@@ -84,15 +104,44 @@ def server(request) -> Iterator[Server]:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
         started = Server(process, port)
-        wait_for(lambda: is_up(started))
+        wait_for(lambda: is_up(port))
         yield started
         process.kill()
     wait_for(lambda: not started.guardians(), timeout_s=30)
 
 
-def is_up(server: Server) -> bool:
+HAPROXY = """
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+    retry-on conn-failure
+frontend front
+    bind 127.0.0.1:{port}
+    default_backend back
+backend back
+    http-reuse always
+    server one 127.0.0.1:{behind}
+"""
+
+
+@pytest.fixture
+def proxied(server, tmp_path) -> Iterator[str]:
+    """The address of a HAProxy that keeps its connections, as Ray Serve's does."""
+    binary, port = haproxy_binary(), free_port()
+    if binary is None:
+        pytest.skip("no HAProxy runs here")
+    (tmp_path / "haproxy.cfg").write_text(HAPROXY.format(port=port, behind=server.port))
+    with subprocess.Popen([binary, "-db", "-f", str(tmp_path / "haproxy.cfg")], stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: is_up(port))
+        yield f"http://127.0.0.1:{port}"
+        process.kill()
+
+
+def is_up(port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", server.port)) == 0
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def begun(answer: httpx.Response) -> Iterator[bytes]:
@@ -134,13 +183,57 @@ def test_a_connection_is_handed_over_once_and_its_next_stream_ends_with_words_of
     (guardian,) = server.guardians()
     num_open = guardian.num_fds()
     with httpx.Client() as client:
-        for words in ("first", "first", "second"):
-            assert client.get(f"{server.address}/short?words={words}").text.endswith("data: 2\n\n")
+        for _ in range(3):
+            assert client.get(f"{server.address}/short").text.endswith("data: 2\n\n")
             wait_for(lambda: guardian.num_fds() == num_open + 1, timeout_s=30)  # the one connection, between its streams too
-        with client.stream("GET", f"{server.address}/long?words=third") as answer:
+        with client.stream("GET", f"{server.address}/other") as answer:
             coming = begun(answer)
             server.kill()
-            assert b"".join(coming).endswith(b"third")
+            assert b"".join(coming).endswith(b"other")
+
+
+@pytest.mark.parametrize("is_kept", [False, True], ids=["new", "kept"])
+@pytest.mark.parametrize(("path", "words"), [("/wait", "wait"), ("/wait-elsewhere", "more")])
+def test_a_request_that_waits_is_answered_where_its_server_is_killed(server, path, words, is_kept):
+    with httpx.Client() as client, ThreadPoolExecutor(1) as pool:
+        if is_kept:
+            client.get(f"{server.address}/short")
+        asked = pool.submit(client.post, f"{server.address}{path}", content=b"x" * 10_000)
+        assert server.says() == "waits"
+        server.kill()
+        assert (asked.result().status_code, asked.result().text) == (503, words)
+
+
+def test_a_request_that_nobody_has_read_is_answered_too(server):
+    """The server stands still in another's; a body that is on its way is taken in before the connection is closed."""
+    with httpx.Client() as client, httpx.Client() as other, ThreadPoolExecutor(2) as pool:
+        client.get(f"{server.address}/short")
+        stands = pool.submit(other.get, f"{server.address}/stand")
+        assert server.says() == "stands"
+        asked = pool.submit(client.post, f"{server.address}/short", content=b"x" * 10_000_000)
+        wait_for(lambda: server.num_unread_bytes() > 50_000)
+        server.kill()
+        assert (asked.result().status_code, asked.result().text) == (503, "more")
+        assert stands.result().status_code == 503
+
+
+def test_a_connection_on_which_nobody_asks_is_closed_without_a_word(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(b"GET /ids HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        server.kill()
+        assert connection.recv(4096) == b""
+
+
+def test_behind_haproxy_a_request_of_a_kept_connection_is_answered_too(server, proxied):
+    """By itself HAProxy closes its client's connection where the server's was used before, and says nothing."""
+    with httpx.Client() as client, ThreadPoolExecutor(1) as pool:
+        for _ in range(3):
+            assert client.get(f"{proxied}/short").status_code == 200
+        asked = pool.submit(client.post, f"{proxied}/wait", json={"a": "x" * 1000})
+        assert server.says() == "waits"
+        server.kill()
+        assert (asked.result().status_code, asked.result().text) == (503, "wait")
 
 
 def test_what_goes_straight_to_the_connection_comes_as_it_was_sent(server):

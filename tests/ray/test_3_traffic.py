@@ -149,6 +149,12 @@ def error_of(events: Iterable[Any]) -> Exception | None:
     return None
 
 
+def num_asking(stack: Stack, replica: psutil.Process) -> int:
+    """The connections of its proxy that a replica has taken up; one at least for each request under way."""
+    ports = {link.raddr.port for proxy in stack.parts("haproxy") for link in proxy.net_connections("tcp") if link.raddr}
+    return sum(link.status == psutil.CONN_ESTABLISHED and link.laddr.port in ports for link in replica.net_connections("tcp"))
+
+
 def test_a_killed_replica_ends_its_streams_with_an_error_and_comes_back_by_itself(stack: Stack, secret, speakers, tiny_model):
     name, words = next(iter(speakers.items()))
     (replica,) = stack.workers("ServeReplica")
@@ -168,17 +174,25 @@ def test_a_killed_replica_ends_its_streams_with_an_error_and_comes_back_by_itsel
     engines = stack.workers("EngineCore")
     for engine in engines:
         engine.suspend()  # so that no answer ends before its replica
-    with ThreadPoolExecutor(len(streams) + 2) as pool:
+    with ThreadPoolExecutor(len(streams) + 3) as pool, httpx.Client(headers={"Authorization": f"Bearer {secret}"}, timeout=120) as kept:
+        assert kept.get(f"{stack.endpoint}/models").status_code == 200
         begun = dict(zip(streams, pool.map(lambda start: start(), streams.values()), strict=True))
-        whole = pool.submit(ask, stack, secret, tiny_model.name, max_tokens=LONG)
+        asked = {"model": tiny_model.name, "messages": messages, "max_tokens": LONG}
+        wholes = [
+            pool.submit(ask, stack, secret, tiny_model.name, max_tokens=LONG),
+            # HAProxy alone would break off the connection of a client who has asked on it before, and say nothing.
+            pool.submit(kept.post, f"{stack.endpoint}/chat/completions", json=asked),
+        ]
         retried = pool.submit(patient.chat.completions.create, model=tiny_model.name, messages=messages, max_tokens=LONG)
+        wait_for(lambda: num_asking(stack, replica) >= len(streams) + len(wholes) + 1)
         replica.kill()
         psutil.wait_procs([replica], timeout=30)
         for engine in engines:
             engine.resume()  # it ends by itself
         errors = dict(zip(streams, pool.map(error_of, begun.values()), strict=True))
-        # It may have been under way, or have come when nobody was there: it may be asked again.
-        assert whole.result().status_code == 200 or whole.result().headers["retry-after"]
+        for whole in wholes:
+            assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "engine_lost")
+            assert whole.result().headers["retry-after"]
         assert retried.result().choices[0].message.content
     for kind, error in errors.items():
         assert type(error) is (anthropic.APIStatusError if kind == "messages" else openai.APIError), f"{kind}: {error!r}"

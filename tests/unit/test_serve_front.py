@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from serve.front import LAST_WORDS
 from serve.keys import KeyFile
 from serve.last_words import EXTENSION
 from serve.protocols import PROTOCOLS
@@ -307,7 +306,7 @@ def test_any_shape_of_messages_can_be_drawn_for(messages, ask, shelf):
     ("/v1/chat/completions", False, 200, False),
     ("/v1/chat/completions", True, 400, False),
 ])  # fmt: skip
-def test_only_a_stream_that_has_begun_is_guarded_with_the_words_of_its_route(path, stream, status, is_held, shelf, engine):
+def test_only_a_stream_that_has_begun_is_to_end_with_an_event(path, stream, status, is_held, shelf, engine):
     engine.status = status
     answer, held = Answer(), []
     body = json.dumps({**ASKED, "stream": stream, "max_tokens": 5}).encode()
@@ -321,12 +320,12 @@ def test_only_a_stream_that_has_begun_is_guarded_with_the_words_of_its_route(pat
             return next(coming)
 
         engine.answer = answer
-        extension = {EXTENSION: {"hold": lambda words: held.append((answer.status, len(answer.pieces), words))}}
+        extension = {EXTENSION: {"begin_stream": lambda: held.append((answer.status, len(answer.pieces)))}}
         await front({"type": "http", "method": "POST", "path": path, "headers": [], "extensions": extension}, receive, answer.send)
         front.feedback.store.close()
 
     asyncio.run(once())
-    assert held == ([(200, 0, LAST_WORDS[path])] if is_held else []), "after its head, and before its first piece"
+    assert held == ([(200, 0)] if is_held else []), "after its head, and before its first piece"
 
 
 def broken_off() -> Iterator[bytes]:
