@@ -142,7 +142,7 @@ class Step:
 
     def _moment(self, activations: float, gradients: float, logits: float = 0.0) -> Need:
         return Need(
-            weights=weight_bytes(self.shape, self._linear_bytes, self.device),
+            weights=weight_bytes(self.shape, self._linear_bytes, self.device) + self._scratch_bytes(),
             adapter=self._num_adapter * FP32_BYTES,
             optimizer=self._num_adapter * OPTIMIZER_BYTES[self.optimizer_bits],
             # With several workers, gradients lie in buckets too, which are sent.
@@ -228,10 +228,26 @@ class Step:
         attention = 5 * shape.query_width + shape.width
         found: float = self.num_tokens * max(mlp, attention) * value
         if self.train.quantization == "nf4":
-            found += max(inputs * outputs for inputs, outputs in shape.linear_layers.values()) * value
+            found += self._unpacked_bytes()
         if self.train.precision == "fp8":
             found += self.num_tokens * shape.inner_width * FP8_BYTES  # a gradient as it is multiplied
         return found + self._block_bytes() if self.recomputes else found
+
+    @property
+    def _unpacks_by_block(self) -> bool:
+        """Whether the layers with an adapter are taken out of 4 bit a block at a time; see `train.unpacked`."""
+        return self.train.quantization == "nf4" and not self.train.lora.dropout and not (self.train.compile and self.device.on_gpu)
+
+    def _scratch_bytes(self) -> float:
+        """What a block's weights are unpacked to, which stays."""
+        adapted = self.shape.adapted_layers(self.train.lora).values() if self._unpacks_by_block else ()
+        return float(sum(inputs * outputs for inputs, outputs in adapted) * self.device.value_bytes)
+
+    def _unpacked_bytes(self) -> float:
+        """What a layer's weight is unpacked to where that is done by itself; on a CPU a block's are once more."""
+        together = set(self.shape.adapted_layers(self.train.lora)) if self._unpacks_by_block else set()
+        alone = [inputs * outputs for name, (inputs, outputs) in self.shape.linear_layers.items() if name not in together]
+        return max(max(alone, default=0) * self.device.value_bytes, 0 if self.device.on_gpu else self._scratch_bytes())
 
     def _logit_bytes(self) -> float:
         """The logits and their gradients, of those tokens alone that carry loss, unless the model changes them after the head."""

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import linear
 
 from train.fp8 import Float8Linear
+from train.unpacked import Unpacked
 
 Sides = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
 """A frozen layer's product of (tokens, inputs), and that of its output's gradient, (tokens, outputs); each makes a new tensor."""
@@ -74,6 +75,10 @@ def _sides(base: torch.nn.Linear, kind: torch.dtype) -> Sides | None:
         return None
     if type(base) is torch.nn.Linear and weight.dtype == kind:
         return lambda x: linear(x, weight, bias), lambda gradient: gradient @ weight
+    bias = None if bias is None else bias.to(kind)
+    unpacked: Unpacked | None = getattr(base, "unpacked", None)
+    if unpacked and unpacked.dtype == kind:
+        return lambda x: linear(x, unpacked.take(), bias), lambda gradient: gradient @ unpacked.take()
     if (packed := getattr(weight, "quant_state", None)) is None or getattr(packed, "packing_format_for_cpu", False):
         return None
     from bitsandbytes.functional import dequantize_4bit
@@ -83,7 +88,6 @@ def _sides(base: torch.nn.Linear, kind: torch.dtype) -> Sides | None:
         found: torch.Tensor = dequantize_4bit(weight.data, packed).to(kind)
         return found
 
-    bias = None if bias is None else bias.to(kind)
     return lambda x: linear(x, whole(), bias), lambda gradient: gradient @ whole()
 
 

@@ -19,6 +19,7 @@ from configs.schema import LoraConfig, ModelConfig, TrainConfig
 from data.template import NO_LOSS
 from train.fp8 import quantise_base, require_fp8
 from train.fused import fuse_adapter
+from train.unpacked import pack_by_block
 
 MAX_VARIANTS = 64  # of a compiled block; up to 20 were seen
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -127,6 +128,8 @@ def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label
             block.compile()
     else:
         fuse_adapter(model)
+        if not lora.dropout:  # else PEFT multiplies
+            pack_by_block(blocks(base))
     changes_logits = has_logit_settings(base)
     if label_smoothing or not changes_logits:
         # An instance attribute: forward() of this one model, not of its class.

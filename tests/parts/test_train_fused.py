@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.parts.test_train_model import NUM_LAYERS, assert_same, one_thread, rows, step, tiny, trained, with_adapter  # noqa: F401
+from tests.parts.test_train_unpacked import in_four_bit, llama
 from train import fused
 from train.fp8 import quantise_base
 from train.rows import Padder
@@ -101,24 +102,12 @@ def test_a_base_with_a_product_of_its_own_is_added_to():
     assert_same(step(model, batch), step(as_peft(model), batch))
 
 
-def in_four_bit(base):
-    from bitsandbytes.nn import Linear4bit
-
-    for block in base.model.layers:
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            plain = getattr(block.mlp, name)
-            packed = Linear4bit(plain.in_features, plain.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-            packed.load_state_dict({"weight": plain.weight.data})
-            setattr(block.mlp, name, packed.to("cpu"))  # which packs it
-    return base
-
-
 def in_fp8(base):
     quantise_base(base)
     return base
 
 
-@pytest.mark.parametrize("frozen", [in_four_bit, in_fp8])
+@pytest.mark.parametrize("frozen", [lambda base: in_four_bit(llama()), in_fp8], ids=["nf4", "fp8"])
 def test_a_frozen_base_of_fewer_bits_has_the_numbers_of_its_own_product(frozen, monkeypatch):
     model = with_adapter(frozen(tiny()))
     batch = Padder(0)(rows())
@@ -126,6 +115,6 @@ def test_a_frozen_base_of_fewer_bits_has_the_numbers_of_its_own_product(frozen, 
     sides = fused._sides
     monkeypatch.setattr(fused, "_sides", lambda *arguments: asked.append(sides(*arguments)) or asked[-1])
     ours = step(model, batch)
-    assert len(asked) == NUM_FUSED
+    assert len(asked) == len(fused_layers(model))
     assert all(asked), "none is left to the layer"
     assert_same(ours, step(as_peft(model), batch))
