@@ -143,7 +143,8 @@ class Step:
     def _moment(self, activations: float, gradients: float, logits: float = 0.0) -> Need:
         return Need(
             weights=weight_bytes(self.shape, self._linear_bytes, self.device) + self._scratch_bytes(),
-            adapter=self._num_adapter * FP32_BYTES,
+            # Copied once to the format of the products; see `train.fused`.
+            adapter=self._num_adapter * (FP32_BYTES + (self.device.value_bytes if self._fuses else 0)),
             optimizer=self._num_adapter * OPTIMIZER_BYTES[self.optimizer_bits],
             # With several workers, gradients lie in buckets too, which are sent.
             gradients=gradients + (self._num_adapter * FP32_BYTES if self.train.num_workers > 1 else 0),
@@ -179,8 +180,8 @@ class Step:
         if self.recomputes:
             return self.shape.num_blocks * self.num_tokens * self.shape.width * self.device.value_bytes
         num_blocks = min(self.train.lora.num_layers or self.shape.num_blocks, self.shape.num_blocks)
-        # Under autocast each matrix of the adapter is multiplied as a copy in bf16, which the backward pass wants too.
-        copies = self._num_adapter * BF16_BYTES if self.device.value_bytes == BF16_BYTES else 0
+        # Under autocast PEFT multiplies each matrix of the adapter as a copy in bf16, which the backward pass wants too.
+        copies = self._num_adapter * BF16_BYTES if self.device.value_bytes == BF16_BYTES and not self._fuses else 0
         return num_blocks * self._block_bytes() + copies
 
     def _block_bytes(self) -> float:
@@ -234,9 +235,14 @@ class Step:
         return found + self._block_bytes() if self.recomputes else found
 
     @property
+    def _fuses(self) -> bool:
+        """Whether ours multiply, and not PEFT's own layers; see `train.fused`."""
+        return not self.train.lora.dropout and not (self.train.compile and self.device.on_gpu)
+
+    @property
     def _unpacks_by_block(self) -> bool:
         """Whether the layers with an adapter are taken out of 4 bit a block at a time; see `train.unpacked`."""
-        return self.train.quantization == "nf4" and not self.train.lora.dropout and not (self.train.compile and self.device.on_gpu)
+        return self.train.quantization == "nf4" and self._fuses
 
     def _scratch_bytes(self) -> float:
         """What a block's weights are unpacked to, which stays."""

@@ -7,6 +7,7 @@ Each row that is summed over has a scale of its own: a token's values, an output
 product wants both of its sides row by row, so the weight lies there twice, as it is and transposed: in all the bytes of bf16.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,11 +52,24 @@ def _quantise(values: torch.Tensor) -> Quantised:
     return fp8_rows.quantise_rows(values, LARGEST, SMALLEST_ROW)
 
 
-def _multiply(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return values (..., inputs) times a quantised weight (outputs, inputs), in the values' format; it is held as `_hold` does."""
-    tokens, scales = _quantise(values.detach().reshape(-1, values.shape[-1]))
+@dataclass(frozen=True)
+class Prepared:
+    """Values (..., inputs) as products want them."""
+
+    tokens: torch.Tensor
+    scales: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _prepare(values: torch.Tensor) -> Prepared:
+    return Prepared(*_quantise(values.detach().reshape(-1, values.shape[-1])), values.shape, values.dtype)
+
+
+def _multiply(values: Prepared, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return values times a quantised weight (outputs, inputs), in the values' format; it is held as `_hold` does."""
     # Fast sums: torchao takes torch's kernels for row-wise scales to be quick with no others, and FP8's own rounding is coarser still.
-    sides = (tokens, weight.view(FP8).t(), scales, scale.view(torch.float32))
+    sides = (values.tokens, weight.view(FP8).t(), values.scales, scale.view(torch.float32))
     bias = None if bias is None else bias.to(torch.bfloat16)  # a change of the model's format changes it
     product = torch._scaled_mm(*sides, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
     product = product.view(*values.shape[:-1], weight.shape[0])
@@ -69,7 +83,7 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(context: Any, values: torch.Tensor, layer: "Float8Linear") -> torch.Tensor:
         context.layer = layer
-        return layer.multiply(values)
+        return layer.multiply(layer.prepare(values))
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -94,13 +108,17 @@ class Float8Linear(torch.nn.Linear):  # type: ignore[misc]
         """The weight as FP8 has it, made anew for whoever asks: its shape, format and device, and true numbers."""
         return (self.forth_weight.view(FP8).float() * self.forth_scale.view(torch.float32).t()).to(self.dtype)
 
-    def multiply(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the layer's outputs for (..., inputs), of which no gradient goes back."""
-        return _multiply(values, self.forth_weight, self.forth_scale, self.bias)
+    def prepare(self, values: torch.Tensor) -> Prepared:
+        """Return (..., inputs) as this layer, and any other in FP8, multiplies them."""
+        return _prepare(values)
+
+    def multiply(self, prepared: Prepared) -> torch.Tensor:
+        """Return the layer's outputs, of which no gradient goes back."""
+        return _multiply(prepared, self.forth_weight, self.forth_scale, self.bias)
 
     def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the inputs for that of the outputs."""
-        return _multiply(gradient, self.back_weight, self.back_scale)
+        return _multiply(_prepare(gradient), self.back_weight, self.back_scale)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
         """Return the layer's outputs for (..., inputs)."""

@@ -1,94 +1,194 @@
-"""A linear layer and its adapter as one product: forward and back, the adapter's part is added where the base's is written.
+"""Linear layers and their adapters as one product: forward and back, the adapter's part is added where the base's is written.
 
-PEFT writes the adapter's part, its multiple and the sum each to memory, in every layer and both ways. Knows PEFT's layers, and how a
-frozen base multiplies in bf16, FP8 and 4 bit. Does not know the model around them. A layer that does more than that (dropout, several
-adapters, one merged or switched off) is left to PEFT.
+PEFT writes the adapter's part, its multiple and the sum each to memory, in every layer and both ways. Here layers that read the same
+values are multiplied together, and an adapter's matrices are brought to the products' number format once a pass, not by each layer each
+time. Knows PEFT's layers. Does not know the model around them, or how a frozen base multiplies (`train.frozen`). A layer that does more
+than that (dropout, several adapters, one merged or switched off) is left to PEFT.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-from train.fp8 import Float8Linear
-from train.unpacked import Unpacked
+from train.frozen import Frozen, frozen_of
 
-Sides = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
-"""A frozen layer's product of (tokens, inputs), and that of its output's gradient, (tokens, outputs); each makes a new tensor."""
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""What models call the layers of one module that read the same values, in the order in which they are asked."""
 
 
-class _Product(torch.autograd.Function):  # type: ignore[misc]
-    """x W' + scale x A' B', where W has no gradient."""
-
-    @staticmethod
-    def forward(context: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float, sides: Sides) -> torch.Tensor:
-        """Take x (tokens, inputs), down (rank, inputs) and up (outputs, rank), all in one number format."""
-        inner = linear(x, down)
-        context.save_for_backward(x, inner, down, up)
-        context.scale, context.back = scale, sides[1]
-        return sides[0](x).addmm_(inner, up.t(), alpha=scale)
+class _Products(torch.autograd.Function):  # type: ignore[misc]
+    """Of each layer x W' + scale x A' B', where W has no gradient."""
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, inner, down, up = context.saved_tensors
-        of_inner = (gradient @ up).mul_(context.scale)
-        of_x = context.back(gradient).addmm_(of_inner, down) if context.needs_input_grad[0] else None
-        return of_x, of_inner.t() @ x, (gradient.t() @ inner).mul_(context.scale), None, None
+    def forward(context: Any, x: torch.Tensor, layers: "Layers", *matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Take x (tokens, inputs) and the matrices, which are multiplied as `layers` holds them; return (tokens, outputs) of each."""
+        inner = linear(x, layers.down)
+        context.save_for_backward(x, inner)
+        context.layers = layers
+        prepared = layers.frozen[0].prepare(x)
+        return tuple(
+            frozen.multiply(prepared).addmm_(own, up.t(), alpha=scale)
+            for frozen, own, up, scale in zip(layers.frozen, inner.split(layers.ranks, 1), layers.ups, layers.scales, strict=True)
+        )
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x, inner), layers = context.saved_tensors, context.layers
+        of_inner = torch.empty_like(inner)
+        of_x, of_ups = None, []
+        parts = zip(gradients, inner.split(layers.ranks, 1), of_inner.split(layers.ranks, 1), strict=True)
+        for (gradient, own, of_own), frozen, up, scale in zip(parts, layers.frozen, layers.ups, layers.scales, strict=True):
+            torch.addmm(own, gradient, up, beta=0, alpha=scale, out=of_own)
+            of_ups.append(torch.addmm(up, gradient.t(), own, beta=0, alpha=scale))
+            if context.needs_input_grad[0]:
+                of_x = frozen.multiply_back(gradient, of_x)
+        if of_x is not None:
+            of_x.addmm_(of_inner, layers.down)
+        of_downs = (of_inner.t() @ x).split(layers.ranks)
+        return of_x, None, *(matrix for pair in zip(of_downs, of_ups, strict=True) for matrix in pair)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What is multiplied at once: frozen layers, and their adapter's matrices in the products' number format."""
+
+    frozen: Sequence[Frozen]
+    down: torch.Tensor
+    """The first matrices behind one another, (the sum of their ranks, inputs)."""
+    ups: Sequence[torch.Tensor]
+    scales: Sequence[float]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The second matrices' widths."""
+        return [up.shape[1] for up in self.ups]
+
+
+class Copies:
+    """Matrices of adapters in another number format, copied at once before each pass of the model."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[Siblings, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self.versions: dict[Siblings, list[int]] = {}
+
+    def keep(self, owner: "Siblings", originals: list[torch.Tensor], copies: list[torch.Tensor]) -> None:
+        """Copy these at each pass, in the place of what this owner had kept."""
+        self.pairs[owner] = originals, copies
+        self.renew([owner])
+
+    def renew(self, owners: Iterable["Siblings"]) -> None:
+        """Copy what these owners keep."""
+        pairs = {owner: self.pairs[owner] for owner in owners}
+        originals = [each for some, _ in pairs.values() for each in some]
+        with torch.no_grad():
+            torch._foreach_copy_([each for _, some in pairs.values() for each in some], originals)
+        self.versions |= {owner: [each._version for each in some] for owner, (some, _) in pairs.items()}
+
+    def renew_all(self, *_: Any) -> None:
+        """Copy all, as a hook: there are optimizers that change matrices without torch's knowledge."""
+        if self.pairs:
+            self.renew(self.pairs)
+
+    def are_old(self, owner: "Siblings", originals: list[torch.Tensor]) -> bool:
+        """Whether these were changed since they were copied, as far as torch knows."""
+        return [each._version for each in originals] != self.versions[owner]
+
+
+class Siblings:
+    """PEFT layers that read the same values: when the first is asked, all are multiplied, and the others' products wait for them."""
+
+    def __init__(self, layers: Sequence[Any], copies: Copies) -> None:
+        self.layers, self.copies = layers, copies
+        self._originals: list[torch.Tensor] = []
+        self._down, self._ups = torch.empty(0), [torch.empty(0)]
+        self._read: torch.Tensor | None = None
+        self._waiting: dict[int, torch.Tensor] = {}
+
+    def multiply(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
+        """Return one layer's product, (..., outputs) for x (..., inputs); None where it is PEFT's to make."""
+        if x is self._read and index in self._waiting:
+            found = self._waiting.pop(index)
+            self._read = x if self._waiting else None
+            return found
+        products = self._products(self.layers, x) if index == 0 else []
+        if not products and (index or len(self.layers) > 1):
+            products = self._products([self.layers[index]], x)
+        if not products:
+            return None
+        self._waiting = dict(enumerate(products[1:], 1))
+        self._read = x if self._waiting else None
+        return products[0]
+
+    def _products(self, layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
+        """Return the products of all these layers, or none."""
+        if not all(map(_is_plain, layers)):
+            return []
+        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        frozen = [frozen_of(layer.base_layer, kind) for layer in layers]
+        names = [layer.active_adapters[0] for layer in layers]
+        downs = [layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)]
+        ups = [layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)]
+        scales = [layer.scaling[name] for layer, name in zip(layers, names, strict=True)]
+        flat = x.to(kind).reshape(-1, x.shape[-1])
+        if len({type(each) for each in frozen}) > 1 or (frozen[0] is None and len(layers) > 1):
+            return []
+        if frozen[0] is None:  # a layer with a product of its own
+            own, inner = layers[0].base_layer(flat).to(kind), linear(flat, downs[0].to(kind))
+            products = [torch.addmm(own, inner, ups[0].to(kind).t(), alpha=scales[0])]
+        else:
+            down, others = self._copied(downs, ups, kind) if len(layers) == len(self.layers) else (downs[0].to(kind), [ups[0].to(kind)])
+            matrices = [matrix for pair in zip(downs, ups, strict=True) for matrix in pair]
+            products = list(_Products.apply(flat, Layers(frozen, down, others, scales), *matrices))  # type: ignore[arg-type]
+        return [product.view(*x.shape[:-1], -1) for product in products]
+
+    def _copied(self, downs: list[torch.Tensor], ups: list[torch.Tensor], kind: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        originals = [*downs, *ups]
+        if self._down.dtype != kind or not _are_same(originals, self._originals):
+            ranks = [down.shape[0] for down in downs]
+            with torch.inference_mode(False):  # they outlive an evaluation that asks first
+                self._down = torch.empty(sum(ranks), downs[0].shape[1], dtype=kind, device=downs[0].device)
+                self._ups = [torch.empty_like(up, dtype=kind, requires_grad=False) for up in ups]
+            self._originals = originals
+            self.copies.keep(self, originals, [*self._down.split(ranks), *self._ups])
+        elif self.copies.are_old(self, originals):
+            self.copies.renew([self])
+        return self._down, self._ups
 
 
 def fuse_adapter(model: Any) -> None:
     """Give each of a PEFT model's LoRA layers that does no more than such a product this forward pass."""
     from peft.tuners.lora import LoraLayer
 
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), torch.nn.Linear):
-            layer.forward = MethodType(_with_fallback(type(layer).forward), layer)
+    copies = Copies()
+    for module in model.modules():
+        fitting = {name: layer for name, layer in module.named_children() if isinstance(layer, LoraLayer)}
+        fitting = {name: layer for name, layer in fitting.items() if isinstance(layer.get_base_layer(), torch.nn.Linear)}
+        together = [names for names in SIBLINGS if set(names) <= set(fitting)]
+        alone = [(name,) for name in fitting if not any(name in names for names in together)]
+        for names in [*together, *alone]:
+            layers = [fitting[name] for name in names]
+            siblings = Siblings(layers, copies)
+            for index, layer in enumerate(layers):
+                layer.siblings = siblings, index
+                layer.forward = MethodType(_with_fallback(type(layer).forward), layer)
+    model.get_input_embeddings().register_forward_hook(copies.renew_all)
 
 
 def _with_fallback(of_peft: Any) -> Any:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or not _is_plain(self):
-            found: torch.Tensor = of_peft(self, x, *args, **kwargs)
-            return found
-        (name,) = self.active_adapters
-        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        down, up, scale = self.lora_A[name].weight.to(kind), self.lora_B[name].weight.to(kind), self.scaling[name]
-        base, x = self.base_layer, x.to(kind)
-        flat = x.reshape(-1, x.shape[-1])
-        if sides := _sides(base, kind):
-            product = _Product.apply(flat, down, up, scale, sides)
-        else:  # a layer with a product of its own
-            product = torch.addmm(base(flat).to(kind), linear(flat, down), up.t(), alpha=scale)
-        return product.view(*x.shape[:-1], -1)
+        siblings, index = self.siblings
+        found = None if args or kwargs else siblings.multiply(index, x)
+        return of_peft(self, x, *args, **kwargs) if found is None else found
 
     return forward
 
 
-def _sides(base: torch.nn.Linear, kind: torch.dtype) -> Sides | None:
-    """Return how a frozen layer multiplies values of this number format; None where only the layer knows."""
-    if isinstance(base, Float8Linear):
-        return base.multiply, base.multiply_back
-    weight, bias = base.weight, base.bias
-    if weight.requires_grad:
-        return None
-    if type(base) is torch.nn.Linear and weight.dtype == kind:
-        return lambda x: linear(x, weight, bias), lambda gradient: gradient @ weight
-    bias = None if bias is None else bias.to(kind)
-    unpacked: Unpacked | None = getattr(base, "unpacked", None)
-    if unpacked and unpacked.dtype == kind:
-        return lambda x: linear(x, unpacked.take(), bias), lambda gradient: gradient @ unpacked.take()
-    if (packed := getattr(weight, "quant_state", None)) is None or getattr(packed, "packing_format_for_cpu", False):
-        return None
-    from bitsandbytes.functional import dequantize_4bit
-
-    def whole() -> torch.Tensor:
-        """As bitsandbytes itself does for more than a few tokens, through layers of Python that take longer than the product."""
-        found: torch.Tensor = dequantize_4bit(weight.data, packed).to(kind)
-        return found
-
-    return lambda x: linear(x, whole(), bias), lambda gradient: gradient @ whole()
+def _are_same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
 
 
 def _is_plain(layer: Any) -> bool:

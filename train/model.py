@@ -16,9 +16,10 @@ from cluster.memory import MAX_PLAIN_ATTENTION_TOKENS
 from cluster.shape import LOGIT_SETTINGS
 from configs.errors import ModelError
 from configs.schema import LoraConfig, ModelConfig, TrainConfig
-from data.template import NO_LOSS
+from train.attention import take
 from train.fp8 import quantise_base, require_fp8
 from train.fused import fuse_adapter
+from train.rows import answer_places
 from train.unpacked import pack_by_block
 
 MAX_VARIANTS = 64  # of a compiled block; up to 20 were seen
@@ -130,10 +131,8 @@ def add_adapter(base: Any, lora: LoraConfig, gradient_checkpointing: bool, label
         fuse_adapter(model)
         if not lora.dropout:  # else PEFT multiplies
             pack_by_block(blocks(base))
-    changes_logits = has_logit_settings(base)
-    if label_smoothing or not changes_logits:
-        # An instance attribute: forward() of this one model, not of its class.
-        base.forward = MethodType(_answer_forward(type(base).forward, changes_logits, label_smoothing), base)
+    # An instance attribute: forward() of this one model, not of its class.
+    base.forward = MethodType(_answer_forward(type(base).forward, has_logit_settings(base), label_smoothing), base)
     return model
 
 
@@ -218,24 +217,32 @@ def _answer_forward(full_forward: Callable[..., Any], changes_logits: bool, labe
     """Wrap a causal model's forward pass: given labels, compute logits only where the next token carries loss.
 
     On chat rows a third of the tokens carry loss, and logits over a vocabulary of 50 to 150 thousand are among the largest
-    things in training; the loss is the same. Smoothing is for training alone, so that held-out losses stay comparable.
+    things in training; the loss is the same. Where they are may be given as `answers`: then nobody waits for a GPU to say it.
+    Smoothing is for training alone, so that held-out losses stay comparable.
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    def forward(self: Any, labels: torch.Tensor | None = None, num_items_in_batch: torch.Tensor | int | None = None, **inputs: Any) -> Any:
+    def forward(
+        self: Any,
+        labels: torch.Tensor | None = None,
+        answers: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **inputs: Any,
+    ) -> Any:
         if labels is None:
             return full_forward(self, **inputs)
         inputs.pop("return_dict", None)
-        targets = labels[:, 1:]
-        carries_loss = targets != NO_LOSS
+        if answers is None:  # a GPU is waited for here
+            answers = answer_places(labels)
         if changes_logits:
-            logits = full_forward(self, **inputs).logits[:, :-1][carries_loss]
+            logits = take(full_forward(self, **inputs).logits.flatten(0, 1), answers)
         else:
             hidden = self.get_decoder()(**inputs).last_hidden_state  # (rows, tokens, width)
-            logits = self.get_output_embeddings()(hidden[:, :-1][carries_loss])  # (loss tokens, vocabulary)
+            logits = self.get_output_embeddings()(take(hidden.flatten(0, 1), answers))  # (loss tokens, vocabulary)
         smoothing = label_smoothing if self.training else 0.0
-        total = cross_entropy(logits.float(), targets[carries_loss], reduction="sum", label_smoothing=smoothing)
-        count = carries_loss.sum() if num_items_in_batch is None else num_items_in_batch
+        targets = labels.flatten().index_select(0, answers + 1)
+        total = cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        count = len(answers) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
     return forward

@@ -65,6 +65,13 @@ class RowOrder(Sampler[int]):  # type: ignore[misc]
             yield from torch.randperm(len(self.lengths), generator=chance).tolist()
 
 
+def answer_places(labels: torch.Tensor) -> torch.Tensor:
+    """Return the places of the tokens whose next one carries loss, (loss tokens,), in a batch (rows, tokens) laid flat."""
+    carries_loss = torch.zeros_like(labels, dtype=torch.bool)
+    carries_loss[:, :-1] = labels[:, 1:] != NO_LOSS
+    return carries_loss.flatten().nonzero().flatten()
+
+
 @dataclass(frozen=True)
 class Padder:
     """Makes a batch of equally long rows, filled up on the right."""

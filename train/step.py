@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cluster.memory import EVALUATION_TOKENS
 from configs.schema import ChatbotConfig
-from train.rows import Row, RowOrder
+from train.rows import Row, RowOrder, answer_places
 
 NUM_TOKENS = "num_tokens"
 
@@ -22,9 +22,10 @@ NUM_TOKENS = "num_tokens"
 class OrderedTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer, taking rows in the given order, and keeping a GPU busy from one step to the next.
 
-    A GPU runs behind the process that tells it what to do, and stands still where that one waits for it or is slow. So nothing of a step
-    asks the GPU for a number, and nothing walks over the frozen weights, of which a large base has thousands. Several workers still do
-    both: they count their tokens together, and wrap the model in torch's own.
+    A GPU runs behind the process that tells it what to do, and stands still where that one waits for it or is slow. So nothing of ours asks
+    the GPU for a number in a step (transformers does once, before the first block, whether rows are packed), and nothing walks over the
+    frozen weights, of which a large base has thousands. Several workers still do both: they count their tokens together, and wrap the
+    model in torch's own.
     """
 
     def __init__(self, order: RowOrder, data_collator: Callable[[Sequence[Row]], dict[str, Any]], **settings: Any) -> None:
@@ -69,12 +70,13 @@ def _train(self: Any, mode: bool = True) -> Any:
 
 @dataclass(frozen=True)
 class _Counted:
-    """Makes batches that say how many tokens they hold, before they are on a GPU."""
+    """Makes batches that say how many tokens they hold and where answers are, before they are on a GPU."""
 
     collate: Callable[[Sequence[Row]], dict[str, Any]]
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return {**self.collate(rows), NUM_TOKENS: sum(len(row["input_ids"]) for row in rows)}
+        batch = self.collate(rows)
+        return {**batch, "answers": answer_places(batch["labels"]), NUM_TOKENS: sum(len(row["input_ids"]) for row in rows)}
 
 
 class _KeepEpoch(TrainerCallback):  # type: ignore[misc]

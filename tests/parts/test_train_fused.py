@@ -7,8 +7,9 @@ import torch
 
 from tests.parts.test_train_model import NUM_LAYERS, assert_same, one_thread, rows, step, tiny, trained, with_adapter  # noqa: F401
 from tests.parts.test_train_unpacked import in_four_bit, llama
-from train import fused
+from train import fp8, fused
 from train.fp8 import quantise_base
+from train.frozen import frozen_of
 from train.rows import Padder
 
 NUM_FUSED = NUM_LAYERS * 7
@@ -29,10 +30,10 @@ def as_peft(model):
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [{}, {"alpha": 3, "use_rslora": True}], ids=["plain", "rslora"])
 def test_losses_and_gradients_are_pefts(lora, gradient_checkpointing):
-    model = with_adapter(gradient_checkpointing=gradient_checkpointing, **lora)
+    model = with_adapter(gradient_checkpointing=gradient_checkpointing, **lora).double()
     assert len(fused_layers(model)) == NUM_FUSED
     batch = Padder(0)(rows())
-    assert_same(step(model, batch), step(as_peft(model), batch))
+    assert_same(step(model, batch), step(as_peft(model), batch), apart=1e-12)
 
 
 def test_a_layer_with_a_bias_keeps_it():
@@ -112,9 +113,70 @@ def test_a_frozen_base_of_fewer_bits_has_the_numbers_of_its_own_product(frozen, 
     model = with_adapter(frozen(tiny()))
     batch = Padder(0)(rows())
     asked = []
-    sides = fused._sides
-    monkeypatch.setattr(fused, "_sides", lambda *arguments: asked.append(sides(*arguments)) or asked[-1])
+    monkeypatch.setattr(fused, "frozen_of", lambda *arguments: asked.append(frozen_of(*arguments)) or asked[-1])
     ours = step(model, batch)
     assert len(asked) == len(fused_layers(model))
     assert all(asked), "none is left to the layer"
     assert_same(ours, step(as_peft(model), batch))
+
+
+def test_a_change_that_torch_is_not_told_of_is_in_the_next_pass():
+    """As optimizers make it that write to memory by themselves."""
+    model, batch = with_adapter(), Padder(0)(rows())
+    step(model, batch)
+    for matrix in trained(model).values():
+        version = matrix._version
+        matrix.data.mul_(1.5)
+        assert matrix._version == version
+    assert_same(step(model, batch), step(as_peft(model), batch))
+
+
+def test_a_change_is_in_a_block_that_is_asked_by_itself():
+    model, batch = with_adapter(), Padder(0)(rows())
+    step(model, batch)
+    with torch.no_grad():
+        for matrix in trained(model).values():
+            matrix.mul_(1.5)
+    values, mlps = torch.randn(2, 5, 32), [each.get_base_model().model.layers[0].mlp for each in (model, as_peft(model))]
+    torch.testing.assert_close(*(mlp(values) for mlp in mlps))
+
+
+def test_an_evaluation_in_inference_mode_may_come_first():
+    model, batch = with_adapter(), Padder(0)(rows())
+    with torch.inference_mode():
+        model(**batch)
+    assert_same(step(model, batch), step(as_peft(model), batch))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["up_proj", "down_proj"]])
+def test_layers_whose_siblings_have_no_adapter_are_multiplied_alone(targets):
+    model, batch = with_adapter(target_modules=targets), Padder(0)(rows())
+    assert len(fused_layers(model)) == 2 * NUM_LAYERS
+    assert_same(step(model, batch), step(as_peft(model), batch))
+
+
+def test_siblings_of_which_one_is_in_another_format_are_multiplied_alone():
+    base = llama()
+    for block in in_four_bit(base, left=("q_proj", "v_proj", "up_proj", "o_proj", "down_proj")).model.layers:
+        assert type(block.self_attn.k_proj) is not type(block.self_attn.q_proj)
+    model, batch = with_adapter(base), Padder(0)(rows())
+    assert_same(step(model, batch), step(as_peft(model), batch))
+
+
+def test_values_that_several_layers_in_fp8_read_are_quantised_once(monkeypatch):
+    model, batch, widths = with_adapter(in_fp8(tiny())), Padder(0)(rows()), []
+    quantise = fp8._quantise
+    monkeypatch.setattr(fp8, "_quantise", lambda values: widths.append(values.shape) or quantise(values))
+    loss = model(**batch).loss
+    assert len(widths) == 4 * NUM_LAYERS, "before attention and after it, before the gate and after it"
+    loss.backward()
+    assert len(widths) == (4 + 7) * NUM_LAYERS - 3, "nothing learns before the first block, whose first layers want no gradient"
+
+
+def test_nothing_is_kept_of_a_pass():
+    model = with_adapter()
+    step(model, Padder(0)(rows()))
+    for layer in fused_layers(model):
+        siblings, _ = layer.siblings
+        assert siblings._read is None
+        assert not siblings._waiting

@@ -1,9 +1,12 @@
 """A run that goes on from a checkpoint takes the same steps as one that was never broken; a real Trainer on a tiny Llama, without Ray."""
 
+import os
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import set_seed
 
 from configs.schema import ChatbotConfig
@@ -116,3 +119,40 @@ def test_the_weights_that_learn_have_no_gradient_left_after_a_step(tmp_path):
     trainer.train()
     assert trainer.trained == [weight for weight in trainer.model.parameters() if weight.requires_grad]
     assert {weight.grad for weight in trainer.trained} == {None}
+
+
+class Waits(TorchDispatchMode):
+    """Finds what asks a tensor for its numbers, for which a GPU would be waited for; by the file that asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        if name.startswith(("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")) or _chooses(name, args):
+            files = [frame.filename for frame in traceback.extract_stack() if f"{os.sep}torch{os.sep}" not in frame.filename]
+            self.found.append(Path(files[-2]).name)
+        return function(*args, **(kwargs or {}))
+
+
+def _chooses(name: str, args) -> bool:
+    """Whether values are taken, or put, by what is true in a mask."""
+    return name.startswith("aten::index") and any(
+        torch.is_tensor(place) and place.dtype == torch.bool for place in (args[1] if isinstance(args[1], list | tuple) else [])
+    )
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["by length", "packed"])
+def test_nothing_of_ours_waits_for_a_gpu_in_a_step(packing, tmp_path):
+    trainer = make_trainer(tmp_path, packing)
+    waits, training_step = Waits(), trainer.training_step
+
+    def watched(*arguments, **settings):
+        with waits:
+            return training_step(*arguments, **settings)
+
+    trainer.training_step = watched
+    trainer.train()
+    assert set(waits.found) <= {"masking_utils.py"}, "transformers' own look whether rows are packed"
+    assert bool(waits.found) is not packing
