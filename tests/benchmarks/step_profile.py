@@ -2,8 +2,8 @@
 
 `PYTHONPATH=. python tests/benchmarks/step_profile.py [--shape 8b] [--kinds lora lora_fp8 qlora] [--ways ours ...]`
 Random weights, rows of equal length, no Ray: `training.py` measures what a user gets. A way is a change to ours: `peft` leaves the
-adapter's products to PEFT, `cudnn` takes attention from cuDNN, `flash` from torch's own, `compiled` is `train.compile`, `hooked` recomputes
-in torch's newer way. A way whose loss or gradient is another one computes something else.
+adapter's products to PEFT, `alone` multiplies each layer by itself, `unpacked` takes each out of 4 bit by itself, `cudnn` takes attention
+from cuDNN, `flash` from torch's own, `compiled` is `train.compile`, `hooked` recomputes in torch's newer way. A way whose loss or gradient is another one computes something else.
 """
 
 import argparse
@@ -21,12 +21,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import DeviceType, ProfilerActivity, profile, schedule
 from transformers import PreTrainedModel
 
+import train.fused
 import train.model
 from configs.cli import console
 from configs.schema import ChatbotConfig
 from train.probe import NUM_WARMUP_STEPS, make_base, make_rows, run_steps
 
 NUM_STEPS = 8
+WAYS = ["ours", "peft", "alone", "unpacked", "cudnn", "flash", "compiled", "hooked"]
 QLORA = {"quantization": "nf4", "batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True}
 KINDS = {
     "lora": (4096, {"batch_size": 2, "micro_batch_size": 2, "gradient_checkpointing": False}),
@@ -53,9 +55,14 @@ KERNELS = {
 @contextmanager
 def changed(way: str) -> Iterator[None]:
     """Do one thing in another way."""
-    fuse_adapter, enable = train.model.fuse_adapter, PreTrainedModel.gradient_checkpointing_enable
+    fuse_adapter, pack_by_block, siblings = train.model.fuse_adapter, train.model.pack_by_block, train.fused.SIBLINGS
+    enable = PreTrainedModel.gradient_checkpointing_enable
     if way == "peft":
         train.model.fuse_adapter = lambda model: None
+    if way == "alone":
+        train.fused.SIBLINGS = ()
+    if way in ("peft", "unpacked"):
+        train.model.pack_by_block = lambda blocks: None
     if way == "hooked":
         PreTrainedModel.gradient_checkpointing_enable = lambda base, settings: enable(base, settings | {"use_reentrant": False})
     if way in ("cudnn", "flash"):
@@ -64,7 +71,8 @@ def changed(way: str) -> Iterator[None]:
     try:
         yield
     finally:
-        train.model.fuse_adapter, PreTrainedModel.gradient_checkpointing_enable = fuse_adapter, enable
+        train.model.fuse_adapter, train.model.pack_by_block, train.fused.SIBLINGS = fuse_adapter, pack_by_block, siblings
+        PreTrainedModel.gradient_checkpointing_enable = enable
         torch.backends.cuda.enable_flash_sdp(True)
         torch.backends.cuda.enable_cudnn_sdp(True)
 
@@ -108,7 +116,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--length", type=int, help="of the rows, in tokens; if not given, that of each kind")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["lora", "lora_fp8", "qlora"])
-    parser.add_argument("--ways", nargs="+", choices=["ours", "peft", "cudnn", "flash", "compiled", "hooked"], default=["ours"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["ours"])
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     for kind in arguments.kinds:
