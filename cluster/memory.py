@@ -141,10 +141,10 @@ class Step:
         ]
 
     def _moment(self, activations: float, gradients: float, logits: float = 0.0) -> Need:
+        in_bf16 = self.device.value_bytes == BF16_BYTES  # as which the adapter is copied; see `train.fused`
         return Need(
             weights=weight_bytes(self.shape, self._linear_bytes, self.device) + self._scratch_bytes(),
-            # Copied once to the format of the products; see `train.fused`.
-            adapter=self._num_adapter * (FP32_BYTES + (self.device.value_bytes if self._fuses else 0)),
+            adapter=self._num_adapter * (FP32_BYTES + (BF16_BYTES if self._fuses and in_bf16 else 0)),
             optimizer=self._num_adapter * OPTIMIZER_BYTES[self.optimizer_bits],
             # With several workers, gradients lie in buckets too, which are sent.
             gradients=gradients + (self._num_adapter * FP32_BYTES if self.train.num_workers > 1 else 0),
@@ -251,7 +251,8 @@ class Step:
 
     def _unpacked_bytes(self) -> float:
         """What a layer's weight is unpacked to where that is done by itself; on a CPU a block's are once more."""
-        together = set(self.shape.adapted_layers(self.train.lora)) if self._unpacks_by_block else set()
+        has_all = (self.train.lora.num_layers or self.shape.num_blocks) >= self.shape.num_blocks
+        together = set(self.shape.adapted_layers(self.train.lora)) if self._unpacks_by_block and has_all else set()
         alone = [inputs * outputs for name, (inputs, outputs) in self.shape.linear_layers.items() if name not in together]
         return max(max(alone, default=0) * self.device.value_bytes, 0 if self.device.on_gpu else self._scratch_bytes())
 

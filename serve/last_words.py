@@ -1,4 +1,4 @@
-"""A request whose replica is killed gets an answer, a stream an end, and neither just breaks off: a second process has the connections.
+"""A request that waits where its replica is killed gets an answer, and a stream an end: a second process has the connections too.
 
 HAProxy would not answer for the replica where it has used the connection before: it breaks off then, for the client to ask again.
 Knows uvicorn's protocol of a connection, and `serve.guardian`. Does not know what is answered. Costs a connection two messages over a
@@ -107,9 +107,15 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Hand the connection over: a request may come with which this process never gets to work."""
         super().connection_made(transport)
-        number = transport.get_extra_info("socket").fileno()
-        if self.guardian and self.guardian.hold(number):
-            self._held = number
+        self._hand_over()
+
+    def on_message_begin(self) -> None:
+        """Have what begins to come answered, whatever it asks."""
+        super().on_message_begin()
+        if self._held is None:  # the guardian was too busy before
+            self._hand_over()
+        if self._is_free():
+            self._set_state(ASKED)
 
     def on_headers_complete(self) -> None:
         """Hand the request on with one id, and with our word, and not its client's, of whether Ray Serve watches that client."""
@@ -118,7 +124,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.headers.append((ID_HEADER, request_id_of(given[-1] if given else b"").encode()))  # Ray Serve says it again, as it came
         if self.guardian and not self.guardian.may_wait():  # the engine's application itself looks whether its client is still there
             self.headers.append(UNWATCHED)
-        before = self.cycle
+        before, is_first = self.cycle, self._is_free()
         super().on_headers_complete()
         cycle = self.cycle
         if self.guardian is None or cycle is before:
@@ -128,9 +134,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if place != ASKED:
             extension["begin_stream"] = partial(self._begin_stream, cycle, place + 1)
         self.scope["extensions"] = {EXTENSION: extension}  # type: ignore[dict-item]
-        if before is None or before.response_complete:  # else it waits behind another, whose answer may be under way
+        cycle.send = partial(self._send, cycle)  # type: ignore[method-assign, assignment]
+        if is_first:  # else it waits behind another, whose answer may be under way
             self._set_state(place)
-            cycle.send = partial(self._send, cycle)  # type: ignore[method-assign, assignment]
 
     def handle_websocket_upgrade(self) -> None:
         """Take the connection back, which from now on is another protocol's."""
@@ -160,9 +166,15 @@ class GuardedProtocol(HttpToolsProtocol):
         return send_nothing()
 
     def on_response_complete(self) -> None:
-        """Take note that nothing is under way; the connection may get the next request."""
-        self._set_state(IDLE)
+        """Take note that nothing is under way, unless the rest of a request that was answered early; the connection may get the next."""
+        self._set_state(BEGUN if self.cycle.more_body else IDLE)
         super().on_response_complete()
+
+    def on_message_complete(self) -> None:
+        """Take note that a request is there as a whole, where it was answered before."""
+        super().on_message_complete()
+        if self._is_free():
+            self._set_state(IDLE)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the connection for the guardian too, whether or not it can be told."""
@@ -174,6 +186,15 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.guardian and self._held is not None:
             self.guardian.release(self._held)
         super().connection_lost(exc)
+
+    def _hand_over(self) -> None:
+        number = self.transport.get_extra_info("socket").fileno()
+        if self.guardian and self.guardian.hold(number):
+            self._held = number
+
+    def _is_free(self) -> bool:
+        """Whether no answer is under way, nor waits to be."""
+        return self.cycle is None or self.cycle.response_complete
 
     def _set_state(self, state: int) -> None:
         if self.guardian and self._held is not None:

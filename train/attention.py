@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-ATTENTION = "tandem_rows"
+ATTENTION, CAUSAL = "tandem_rows", "tandem_causal"
+TRIED_TOKENS = 16
 TRIED = (5, 3)  # tokens of two rows
 TRIED_CLOSE = 0.1  # of a row's outcome; bf16 and other kernels make some hundredths, other tokens all of it
 
@@ -28,6 +29,10 @@ class Spread:
     """Of each token; None where all rows are equally long."""
     windows: set[int | None] | None = None
     """If there is one, what each layer says of how far back it attends goes in."""
+
+    def pin_memory(self) -> "Spread":
+        """Return it in memory that a GPU reads by itself; torch's loader asks for that, as of a tensor."""
+        return replace(self, places=None if self.places is None else self.places.pin_memory())
 
     def to(self, device: Any, non_blocking: bool = False) -> "Spread":
         """Return it on a device; accelerate asks for that, as of a tensor."""
@@ -58,31 +63,68 @@ def lay_end_to_end(base: Any) -> bool:
     return False
 
 
+def attend_without_masks(base: Any, longest_tokens: int) -> bool:
+    """Let a model of those that `packs_safely` names attend causally without transformers' masks, for rows up to a length; or leave it.
+
+    At each pass transformers looks whether rows are packed, and a GPU that is asked stands still. Return whether it is not asked any more.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    config, before = base.config.get_text_config(), base.config._attn_implementation
+    if 0 < (getattr(config, "sliding_window", None) or 0) < longest_tokens:
+        return False
+    AttentionInterface.register(CAUSAL, sdpa_attention_forward)  # under a name without a mask of its own it gets none
+    tokens = torch.arange(TRIED_TOKENS, device=base.get_input_embeddings().weight.device)[None] % config.vocab_size
+    outcomes = []
+    for attention in (before, CAUSAL):
+        base.set_attn_implementation(attention)
+        outcomes.append(_outcome(base, {"input_ids": tokens, "use_cache": False}))
+    if outcomes[0] is None or outcomes[1] is None or not _are_close(outcomes[1], outcomes[0]):
+        base.set_attn_implementation(before)
+        return False
+    return True
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _outcome(base: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """Return what a model makes of tokens, (tokens, width), as in training; None where it has a mask of its own, or wants one."""
+    was_training = base.training
+    base.train(getattr(base, "is_loaded_in_4bit", False))  # else bitsandbytes packs its weights anew on a CPU
+    try:
+        hidden: torch.Tensor = base.get_decoder()(**inputs).last_hidden_state
+    except (KeyError, OtherMaskError):
+        return None
+    finally:
+        base.train(was_training)
+    return hidden[0].float()
+
+
+def _are_close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return float((one - other).norm() / other.norm()) < TRIED_CLOSE
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _keeps_rows_apart(base: Any) -> bool:
     """Whether a row's outcome is the same behind another; in some models it is not, which pass on no `rows`, or have masks of their own."""
-    config, was_training = base.config.get_text_config(), base.training
+    config = base.config.get_text_config()
     tokens = torch.arange(sum(TRIED), device=base.get_input_embeddings().weight.device)[None] % config.vocab_size
     positions = torch.cat([torch.arange(length) for length in TRIED]).to(tokens.device)[None]
     windows: set[int | None] = set()
 
-    def outcome(begin: int, *lengths: int) -> torch.Tensor:
+    def outcome(begin: int, *lengths: int) -> torch.Tensor | None:
         rows = replace(spread(lengths), windows=windows).to(tokens.device)
         inputs = {"input_ids": tokens[:, begin:], "position_ids": positions[:, begin:], "rows": rows, "use_cache": False}
-        hidden: torch.Tensor = base.get_decoder()(**inputs).last_hidden_state
-        return hidden[0, -TRIED[-1] :].float()
+        found = _outcome(base, inputs)
+        return None if found is None else found[-TRIED[-1] :]
 
-    base.train(getattr(base, "is_loaded_in_4bit", False))  # else bitsandbytes packs its weights anew on a CPU
-    try:
-        behind, alone = outcome(0, *TRIED), outcome(TRIED[0], TRIED[1])
-    except (KeyError, OtherMaskError):
+    behind, alone = outcome(0, *TRIED), outcome(TRIED[0], TRIED[1])
+    if behind is None or alone is None:
         return False
-    finally:
-        base.train(was_training)
     reaches_back = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
     if reaches_back and windows == {None}:  # its window is in a mask alone
         return False
-    return float((behind - alone).norm() / alone.norm()) < TRIED_CLOSE
+    return _are_close(behind, alone)
 
 
 def attend(

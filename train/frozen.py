@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear
 
 from train.fp8 import Float8Linear
-from train.unpacked import Unpacked
+from train.unpacked import unpacked_of
 
 
 class Frozen(Protocol):
@@ -75,8 +75,7 @@ def frozen_of(base: torch.nn.Linear, kind: torch.dtype) -> Frozen | None:
     if type(base) is torch.nn.Linear and weight.dtype == kind:
         return Weight(lambda: weight, bias)
     bias = None if bias is None else bias.to(kind)
-    unpacked: Unpacked | None = getattr(base, "unpacked", None)
-    if unpacked and unpacked.dtype == kind:
+    if (unpacked := unpacked_of(base)) and unpacked.dtype == kind:
         return Weight(unpacked.take, bias)
     if (packed := getattr(weight, "quant_state", None)) is None or getattr(packed, "packing_format_for_cpu", False):
         return None

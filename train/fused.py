@@ -76,26 +76,30 @@ class Copies:
         self.versions: dict[Siblings, list[int]] = {}
 
     def keep(self, owner: "Siblings", originals: list[torch.Tensor], copies: list[torch.Tensor]) -> None:
-        """Copy these at each pass, in the place of what this owner had kept."""
+        """Copy these now and at each pass, in the place of what this owner had kept."""
+        if any(some[0].dtype != copies[0].dtype for _, some in self.pairs.values()):
+            self.pairs.clear()  # of a pass in another format; who is asked again comes again
         self.pairs[owner] = originals, copies
-        self.renew([owner])
+        self._renew([owner])
 
-    def renew(self, owners: Iterable["Siblings"]) -> None:
-        """Copy what these owners keep."""
+    def are_new(self, owner: "Siblings", originals: list[torch.Tensor]) -> bool:
+        """Whether an owner's copies are these matrices as they are now, as far as torch knows."""
+        kept = self.pairs.get(owner, ([], []))[0]
+        if len(kept) != len(originals) or any(one is not other for one, other in zip(kept, originals, strict=True)):
+            return False
+        return [each._version for each in originals] == self.versions[owner]
+
+    def renew(self, *_: Any) -> None:
+        """Copy all, as a hook: there are optimizers that change matrices without torch's knowledge."""
+        if self.pairs:
+            self._renew(self.pairs)
+
+    def _renew(self, owners: Iterable["Siblings"]) -> None:
         pairs = {owner: self.pairs[owner] for owner in owners}
         originals = [each for some, _ in pairs.values() for each in some]
         with torch.no_grad():
             torch._foreach_copy_([each for _, some in pairs.values() for each in some], originals)
         self.versions |= {owner: [each._version for each in some] for owner, (some, _) in pairs.items()}
-
-    def renew_all(self, *_: Any) -> None:
-        """Copy all, as a hook: there are optimizers that change matrices without torch's knowledge."""
-        if self.pairs:
-            self.renew(self.pairs)
-
-    def are_old(self, owner: "Siblings", originals: list[torch.Tensor]) -> bool:
-        """Whether these were changed since they were copied, as far as torch knows."""
-        return [each._version for each in originals] != self.versions[owner]
 
 
 class Siblings:
@@ -103,25 +107,25 @@ class Siblings:
 
     def __init__(self, layers: Sequence[Any], copies: Copies) -> None:
         self.layers, self.copies = layers, copies
-        self._originals: list[torch.Tensor] = []
+        self.are_together = len(layers) > 1
+        """Until one does not fetch its product: then the model asks them in another way."""
         self._down, self._ups = torch.empty(0), [torch.empty(0)]
         self._read: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
     def multiply(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """Return one layer's product, (..., outputs) for x (..., inputs); None where it is PEFT's to make."""
-        if x is self._read and index in self._waiting:
+        if x is self._read and index in self._waiting and _is_plain(self.layers[index]):
             found = self._waiting.pop(index)
             self._read = x if self._waiting else None
             return found
-        products = self._products(self.layers, x) if index == 0 else []
-        if not products and (index or len(self.layers) > 1):
-            products = self._products([self.layers[index]], x)
-        if not products:
-            return None
-        self._waiting = dict(enumerate(products[1:], 1))
-        self._read = x if self._waiting else None
-        return products[0]
+        if index == 0 and self._waiting:
+            self.are_together, self._read, self._waiting = False, None, {}
+        if index == 0 and self.are_together and (products := self._products(self.layers, x)):
+            found, *others = products
+            self._read, self._waiting = x, dict(enumerate(others, 1))
+            return found
+        return next(iter(self._products([self.layers[index]], x)), None)
 
     def _products(self, layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
         """Return the products of all these layers, or none."""
@@ -140,22 +144,25 @@ class Siblings:
             own, inner = layers[0].base_layer(flat).to(kind), linear(flat, downs[0].to(kind))
             products = [torch.addmm(own, inner, ups[0].to(kind).t(), alpha=scales[0])]
         else:
-            down, others = self._copied(downs, ups, kind) if len(layers) == len(self.layers) else (downs[0].to(kind), [ups[0].to(kind)])
+            with torch.no_grad():  # the gradients are those of the matrices themselves
+                down, others = self._ready(downs, ups, kind)
             matrices = [matrix for pair in zip(downs, ups, strict=True) for matrix in pair]
             products = list(_Products.apply(flat, Layers(frozen, down, others, scales), *matrices))  # type: ignore[arg-type]
         return [product.view(*x.shape[:-1], -1) for product in products]
 
-    def _copied(self, downs: list[torch.Tensor], ups: list[torch.Tensor], kind: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _ready(self, downs: list[torch.Tensor], ups: list[torch.Tensor], kind: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the first matrices behind one another, and the second ones, in a number format; copies of all layers' are kept."""
+        if downs[0].dtype == kind:
+            return downs[0] if len(downs) == 1 else torch.cat(downs), ups
+        if len(downs) < len(self.layers):
+            return downs[0].to(kind), [ups[0].to(kind)]
         originals = [*downs, *ups]
-        if self._down.dtype != kind or not _are_same(originals, self._originals):
+        if self._down.dtype != kind or not self.copies.are_new(self, originals):
             ranks = [down.shape[0] for down in downs]
             with torch.inference_mode(False):  # they outlive an evaluation that asks first
                 self._down = torch.empty(sum(ranks), downs[0].shape[1], dtype=kind, device=downs[0].device)
                 self._ups = [torch.empty_like(up, dtype=kind, requires_grad=False) for up in ups]
-            self._originals = originals
             self.copies.keep(self, originals, [*self._down.split(ranks), *self._ups])
-        elif self.copies.are_old(self, originals):
-            self.copies.renew([self])
         return self._down, self._ups
 
 
@@ -175,7 +182,7 @@ def fuse_adapter(model: Any) -> None:
             for index, layer in enumerate(layers):
                 layer.siblings = siblings, index
                 layer.forward = MethodType(_with_fallback(type(layer).forward), layer)
-    model.get_input_embeddings().register_forward_hook(copies.renew_all)
+    model.get_input_embeddings().register_forward_hook(copies.renew)
 
 
 def _with_fallback(of_peft: Any) -> Any:
@@ -185,10 +192,6 @@ def _with_fallback(of_peft: Any) -> Any:
         return of_peft(self, x, *args, **kwargs) if found is None else found
 
     return forward
-
-
-def _are_same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
-    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
 
 
 def _is_plain(layer: Any) -> bool:

@@ -21,9 +21,9 @@ from transformers import TrainerCallback, set_seed
 from cluster.home import BYTES_PER_GIB
 from configs.schema import ChatbotConfig
 from data.template import NO_LOSS
-from train.attention import ATTENTION, lay_end_to_end
+from train.attention import ATTENTION, CAUSAL, attend_without_masks, lay_end_to_end
 from train.fp8 import require_fp8
-from train.model import add_adapter, blocks, finish_base, is_compiled, let_segments_grow, pick_attention, pick_dtype
+from train.model import add_adapter, blocks, finish_base, is_compiled, let_segments_grow, packs_safely, pick_attention, pick_dtype
 from train.reporting import peak_memory_gib, taken_memory_gib, wait_for_gpu
 from train.rows import Packer, Padder, Row, RowOrder
 from train.step import OrderedTrainer, training_arguments
@@ -138,6 +138,8 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
     try:
         if train.packing:
             lay_end_to_end(base)
+        elif packs_safely(base):
+            attend_without_masks(base, max(len(row["input_ids"]) for row in rows))
         model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing, is_compiled(train))
         with tempfile.TemporaryDirectory(prefix="tandem-probe-") as scratch:
             longest_tokens = max(len(row["input_ids"]) for row in rows)
@@ -167,7 +169,7 @@ def _take_off(base: Any) -> None:
         if isinstance(layer, LoraLayer):
             base.set_submodule(name, layer.get_base_layer())
     base.__dict__.pop("forward", None)
-    if base.config._attn_implementation == ATTENTION:
+    if base.config._attn_implementation in (ATTENTION, CAUSAL):
         base.set_attn_implementation("sdpa")
     # PEFT asks for their gradients too, and transformers then forgets the first hook.
     base.get_input_embeddings()._forward_hooks.clear()

@@ -22,10 +22,9 @@ NUM_TOKENS = "num_tokens"
 class OrderedTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer, taking rows in the given order, and keeping a GPU busy from one step to the next.
 
-    A GPU runs behind the process that tells it what to do, and stands still where that one waits for it or is slow. So nothing of ours asks
-    the GPU for a number in a step (transformers does once, before the first block, whether rows are packed), and nothing walks over the
-    frozen weights, of which a large base has thousands. Several workers still do both: they count their tokens together, and wrap the
-    model in torch's own.
+    A GPU runs behind the process that tells it what to do, and stands still where that one waits for it or is slow. So nothing of a step
+    asks the GPU for a number, or waits until it has a batch, and nothing walks over the frozen weights, of which a large base has
+    thousands. Several workers still do: they count their tokens together, and wrap the model in torch's own.
     """
 
     def __init__(self, order: RowOrder, data_collator: Callable[[Sequence[Row]], dict[str, Any]], **settings: Any) -> None:
@@ -127,6 +126,7 @@ def training_arguments(config: ChatbotConfig, scratch: Path, num_workers: int, n
         label_names=["labels"],
         train_sampling_strategy="random" if train.packing else "group_by_length",  # in evaluation; for training, see RowOrder
         dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},
         ddp_find_unused_parameters=False,
     )
 

@@ -2,7 +2,8 @@
 
 bitsandbytes unpacks each layer by itself, each time: three calls a layer, three times a step where blocks are recomputed, and that
 takes a host longer than the GPU its products. Here a block's layers lie behind one another, and are unpacked by three calls together; on
-the way back those that its recomputing has unpacked still lie there. Knows bitsandbytes' layers. Does not know what is multiplied.
+the way back those that its recomputing has unpacked still lie there. Knows bitsandbytes' layers. Does not know what is multiplied. A deep
+copy is for tests alone: of each layer it copies the whole block.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,7 +47,7 @@ class Packed:
             state.absmax = self.scales[begin // self.blocksize :][: state.absmax.numel()]
             if self.nested:
                 state.state2.absmax = self.scales_of_scales[begin // in_one :][: state.state2.absmax.numel()]
-            layer.unpacked = Unpacked(self, scratch.weights[begin:][: state.shape.numel()].view(state.shape))
+            layer.unpacked = Unpacked(self, weight, scratch.weights[begin:][: state.shape.numel()].view(state.shape))
 
     def unpack(self) -> None:
         """Unpack all layers, as bitsandbytes does each."""
@@ -68,8 +69,9 @@ class Packed:
 class Unpacked:
     """One layer's weight, for the moment."""
 
-    def __init__(self, packed: Packed, weight: torch.Tensor) -> None:
-        self.packed, self._weight = packed, weight
+    def __init__(self, packed: Packed, of: torch.Tensor, weight: torch.Tensor) -> None:
+        self.packed, self.of, self._weight = packed, of, weight
+        """`of` is the layer's own, which PEFT replaces where it merges an adapter: then this one is past."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,6 +83,12 @@ class Unpacked:
         if self.packed.scratch.owner is not self.packed:
             self.packed.unpack()
         return self._weight
+
+
+def unpacked_of(layer: Any) -> Unpacked | None:
+    """Return what gives a layer's weight; None where it is not packed with its block's, or has got another weight since."""
+    unpacked: Unpacked | None = getattr(layer, "unpacked", None)
+    return unpacked if unpacked and unpacked.of is layer.weight else None
 
 
 def pack_by_block(blocks: Iterable[Any]) -> None:
@@ -113,8 +121,8 @@ def _packed_layers(block: Any) -> list[Any]:
     from peft.tuners.lora import LoraLayer
 
     bases = [layer.get_base_layer() for layer in block.modules() if isinstance(layer, LoraLayer)]
-    layers = [base for base in bases if isinstance(base, torch.nn.Linear) and _is_packed(base.weight)]
-    return [] if any(hasattr(layer, "unpacked") for layer in layers) else layers  # a base may get another adapter
+    layers = [base for base in bases if isinstance(base, torch.nn.Linear) and _is_packed(base._parameters.get("weight"))]
+    return [] if any(unpacked_of(layer) for layer in layers) else layers  # a base may get another adapter
 
 
 def _is_packed(weight: Any) -> bool:

@@ -3,7 +3,8 @@
 `PYTHONPATH=. python tests/benchmarks/step_profile.py [--shape 8b] [--kinds lora lora_fp8 qlora] [--ways ours ...]`
 Random weights, rows of equal length, no Ray: `training.py` measures what a user gets. A way is a change to ours: `peft` leaves the
 adapter's products to PEFT, `alone` multiplies each layer by itself, `unpacked` takes each out of 4 bit by itself, `cudnn` takes attention
-from cuDNN, `flash` from torch's own, `compiled` is `train.compile`, `hooked` recomputes in torch's newer way. A way whose loss or gradient is another one computes something else.
+from cuDNN, `flash` from torch's own, `compiled` is `train.compile`, `hooked` recomputes in torch's newer way, `masked` leaves attention
+to transformers' masks. A way whose loss or gradient is another one computes something else.
 """
 
 import argparse
@@ -23,12 +24,13 @@ from transformers import PreTrainedModel
 
 import train.fused
 import train.model
+import train.probe
 from configs.cli import console
 from configs.schema import ChatbotConfig
 from train.probe import NUM_WARMUP_STEPS, make_base, make_rows, run_steps
 
 NUM_STEPS = 8
-WAYS = ["ours", "peft", "alone", "unpacked", "cudnn", "flash", "compiled", "hooked"]
+WAYS = ["ours", "peft", "alone", "unpacked", "cudnn", "flash", "compiled", "hooked", "masked"]
 QLORA = {"quantization": "nf4", "batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True}
 KINDS = {
     "lora": (4096, {"batch_size": 2, "micro_batch_size": 2, "gradient_checkpointing": False}),
@@ -56,11 +58,13 @@ KERNELS = {
 def changed(way: str) -> Iterator[None]:
     """Do one thing in another way."""
     fuse_adapter, pack_by_block, siblings = train.model.fuse_adapter, train.model.pack_by_block, train.fused.SIBLINGS
-    enable = PreTrainedModel.gradient_checkpointing_enable
+    enable, without_masks = PreTrainedModel.gradient_checkpointing_enable, train.probe.attend_without_masks
     if way == "peft":
         train.model.fuse_adapter = lambda model: None
     if way == "alone":
         train.fused.SIBLINGS = ()
+    if way == "masked":
+        train.probe.attend_without_masks = lambda base, longest_tokens: False
     if way in ("peft", "unpacked"):
         train.model.pack_by_block = lambda blocks: None
     if way == "hooked":
@@ -72,7 +76,7 @@ def changed(way: str) -> Iterator[None]:
         yield
     finally:
         train.model.fuse_adapter, train.model.pack_by_block, train.fused.SIBLINGS = fuse_adapter, pack_by_block, siblings
-        PreTrainedModel.gradient_checkpointing_enable = enable
+        PreTrainedModel.gradient_checkpointing_enable, train.probe.attend_without_masks = enable, without_masks
         torch.backends.cuda.enable_flash_sdp(True)
         torch.backends.cuda.enable_cudnn_sdp(True)
 

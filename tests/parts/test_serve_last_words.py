@@ -225,6 +225,56 @@ def test_a_connection_on_which_nobody_asks_is_closed_without_a_word(server):
         assert connection.recv(4096) == b""
 
 
+def read_until(connection: socket.socket, words: bytes) -> bytes:
+    said = b""
+    while words not in said:
+        piece = connection.recv(4096)
+        assert piece, said
+        said += piece
+    return said
+
+
+def rest(connection: socket.socket) -> bytes:
+    said = b""
+    with suppress(ConnectionResetError):
+        while piece := connection.recv(4096):
+            said += piece
+    return said
+
+
+def test_an_answer_that_waited_for_another_gets_none_in_its_midst(server):
+    """Of requests in one write; another comes, which nobody reads meanwhile."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(b"".join(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path for path in (b"/short", b"/whole")))
+        read_until(connection, b"xxx")
+        connection.sendall(b"GET /short HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        server.kill()
+        assert b"HTTP" not in rest(connection)
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_an_answer_that_came_before_its_request_was_whole_is_the_only_one(server, is_whole):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(b"POST /ids HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n0123456789")
+        read_until(connection, b"0\r\n\r\n")
+        connection.sendall(b"0123456789" if is_whole else b"01234")
+        if is_whole:
+            connection.sendall(b"GET /ids HTTP/1.1\r\nHost: x\r\n\r\n")
+            read_until(connection, b"0\r\n\r\n")
+        server.kill()
+        assert rest(connection) == b""
+
+
+def test_a_request_of_which_only_a_part_has_come_is_answered(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(b"GET /ids HTTP/1.1\r\nHost: x\r\n\r\n")
+        read_until(connection, b"0\r\n\r\n")
+        connection.sendall(b"GET /ids HTTP/1.1\r\nHo")
+        wait_for(lambda: server.num_unread_bytes() == 0)
+        server.kill()
+        assert rest(connection).startswith(b"HTTP/1.1 503")
+
+
 def test_behind_haproxy_a_request_of_a_kept_connection_is_answered_too(server, proxied):
     """By itself HAProxy closes its client's connection where the server's was used before, and says nothing."""
     with httpx.Client() as client, ThreadPoolExecutor(1) as pool:

@@ -23,7 +23,7 @@ from configs.errors import ModelError
 from configs.schema import LoraConfig, ModelConfig, TrainConfig
 from data.template import NO_LOSS
 from serve.adapters import BrokenAdapterError, check_adapter
-from train.attention import ATTENTION, lay_end_to_end
+from train.attention import ATTENTION, CAUSAL, attend_without_masks, lay_end_to_end
 from train.model import add_adapter, has_logit_settings, load_base, packs_safely, pick_dtype
 from train.rows import Packer, Padder, answer_places
 
@@ -237,6 +237,31 @@ def test_micro_batches_add_up_to_the_whole_batch():
     whole = step(model, Padder(0)(batch))
     halves = [step(model, Padder(0)(half), num_items_in_batch=count) for half in (batch[:2], batch[2:])]
     assert_same(whole, (halves[0][0] + halves[1][0], {name: halves[0][1][name] + halves[1][1][name] for name in whole[1]}))
+
+
+@pytest.mark.parametrize(
+    ("make", "is_free"), [(tiny, True), (lambda: with_window(4), False), (lambda: with_window(12), True)], ids=["full", "near", "far"]
+)
+def test_a_model_without_masks_learns_the_same_and_one_with_a_window_within_its_rows_keeps_them(make, is_free):
+    base, batch = make(), Padder(0)(rows((12, 5, 9)))
+    assert attend_without_masks(base, 12) is is_free
+    assert base.config._attn_implementation == (CAUSAL if is_free else "sdpa")
+    assert_same(step(with_adapter(base), batch), step(with_adapter(make()), batch))
+
+
+def test_a_model_that_makes_something_else_of_tokens_without_its_masks_keeps_them(monkeypatch):
+    base = tiny()
+    decoder, forward = base.model, type(base.model).forward
+    monkeypatch.setattr(
+        decoder, "forward", lambda **inputs: shifted(forward(decoder, **inputs), base.config._attn_implementation == CAUSAL)
+    )
+
+    def shifted(found, is_other):
+        found.last_hidden_state = found.last_hidden_state + 0.2 * is_other
+        return found
+
+    assert not attend_without_masks(base, 12)
+    assert base.config._attn_implementation == "sdpa"
 
 
 def test_without_labels_the_model_answers_in_full():

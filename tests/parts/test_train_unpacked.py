@@ -12,7 +12,7 @@ from configs.schema import LoraConfig
 from tests.parts.test_train_model import VOCABULARY, assert_same, one_thread, rows, step, with_adapter  # noqa: F401
 from train.model import insert_adapter
 from train.rows import Padder
-from train.unpacked import Packed, pack_by_block
+from train.unpacked import Packed, pack_by_block, unpacked_of
 
 NUM_BLOCKS, LENGTHS = 3, (12, 5, 9)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
@@ -112,3 +112,15 @@ def test_with_dropout_pefts_own_layers_multiply_and_nothing_is_unpacked_together
     base = in_four_bit(llama())
     with_adapter(base, dropout=0.1)
     assert not any(hasattr(layer, "unpacked") for layer in layers_of(base))
+
+
+def test_a_weight_that_an_adapter_was_merged_into_is_the_one_that_counts():
+    base = in_four_bit(llama())
+    base.is_loaded_in_4bit = True  # by which PEFT takes its own layers for these
+    merged, batch = with_adapter(base).merge_and_unload(), Padder(0)(rows(LENGTHS))
+    whole = llama()
+    plain = [layer for layer in whole.model.modules() if isinstance(layer, torch.nn.Linear)]
+    for theirs, mine in zip(plain, layers_of(merged), strict=True):
+        theirs.weight.data = as_it_is(mine).clone()
+    assert_same(step(with_adapter(merged), batch), step(with_adapter(whole), batch))
+    assert all(unpacked_of(layer) for layer in layers_of(merged)), "packed anew"
