@@ -1,6 +1,6 @@
-"""Attention of rows that lie end to end, each blind to the others, with no mask of all tokens by all.
+"""Attention without transformers' masks: of rows that are filled up, and of rows that lie end to end, each blind to the others.
 
-Knows transformers' attention interface. Does not know what else the tokens go through, which takes them as one long row without padding.
+Knows transformers' attention interface. Does not know what else the tokens go through, which takes what lies end to end as one long row.
 """
 
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ class _Products(torch.autograd.Function):  # type: ignore[misc]
         """Take x (tokens, inputs) and the matrices, which are multiplied as `layers` holds them; return (tokens, outputs) of each."""
         inner = linear(x, layers.down)
         context.save_for_backward(x, inner)
-        context.layers = layers
+        context.layers, context.dtype = layers, matrices[0].dtype
         prepared = layers.frozen[0].prepare(x)
         return tuple(
             frozen.multiply(prepared).addmm_(own, up.t(), alpha=scale)
@@ -48,7 +48,7 @@ class _Products(torch.autograd.Function):  # type: ignore[misc]
                 of_x = frozen.multiply_back(gradient, of_x)
         if of_x is not None:
             of_x.addmm_(of_inner, layers.down)
-        of_downs = (of_inner.t() @ x).split(layers.ranks)
+        of_downs = (of_inner.t() @ x).to(context.dtype).split(layers.ranks)
         return of_x, None, *(matrix for pair in zip(of_downs, of_ups, strict=True) for matrix in pair)
 
 

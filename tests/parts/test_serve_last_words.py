@@ -220,9 +220,9 @@ def test_a_request_that_nobody_has_read_is_answered_too(server):
 def test_a_connection_on_which_nobody_asks_is_closed_without_a_word(server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(b"GET /ids HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        assert read_until(connection, b"0\r\n\r\n").startswith(b"HTTP/1.1 200")
         server.kill()
-        assert connection.recv(4096) == b""
+        assert rest(connection) == b""
 
 
 def read_until(connection: socket.socket, words: bytes) -> bytes:
