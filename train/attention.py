@@ -88,12 +88,12 @@ def attend_without_masks(base: Any, longest_tokens: int) -> bool:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _outcome(base: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
-    """Return what a model makes of tokens, (tokens, width), as in training; None where it has a mask of its own, or wants one."""
+    """Return what a model makes of tokens, (tokens, width), as in training; None where it has a mask of its own, or does not go without."""
     was_training = base.training
     base.train(getattr(base, "is_loaded_in_4bit", False))  # else bitsandbytes packs its weights anew on a CPU
     try:
         hidden: torch.Tensor = base.get_decoder()(**inputs).last_hidden_state
-    except (KeyError, OtherMaskError):
+    except (KeyError, TypeError, AttributeError, ValueError, OtherMaskError):
         return None
     finally:
         base.train(was_training)
