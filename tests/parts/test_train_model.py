@@ -249,17 +249,20 @@ def test_a_model_without_masks_learns_the_same_and_one_with_a_window_within_its_
     assert_same(step(with_adapter(base), batch), step(with_adapter(make()), batch))
 
 
-def test_a_model_that_makes_something_else_of_tokens_without_its_masks_keeps_them(monkeypatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_that_makes_something_else_of_tokens_without_its_masks_keeps_them(fails, monkeypatch):
     base = tiny()
-    decoder, forward = base.model, type(base.model).forward
-    monkeypatch.setattr(
-        decoder, "forward", lambda **inputs: shifted(forward(decoder, **inputs), base.config._attn_implementation == CAUSAL)
-    )
+    decoder, of_llama = base.model, type(base.model).forward
 
-    def shifted(found, is_other):
-        found.last_hidden_state = found.last_hidden_state + 0.2 * is_other
+    def forward(**inputs):
+        is_without = base.config._attn_implementation == CAUSAL
+        if fails and is_without:
+            raise AttributeError("'NoneType' object has no attribute 'shape'")
+        found = of_llama(decoder, **inputs)
+        found.last_hidden_state = found.last_hidden_state + 0.2 * is_without
         return found
 
+    monkeypatch.setattr(decoder, "forward", forward)
     assert not attend_without_masks(base, 12)
     assert base.config._attn_implementation == "sdpa"
 
