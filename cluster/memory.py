@@ -179,10 +179,9 @@ class Step:
         """What the forward pass leaves for the backward pass: each block's insides, or its input alone where it is recomputed."""
         if self.recomputes:
             return self.shape.num_blocks * self.num_tokens * self.shape.width * self.device.value_bytes
-        num_blocks = min(self.train.lora.num_layers or self.shape.num_blocks, self.shape.num_blocks)
         # Under autocast PEFT multiplies each matrix of the adapter as a copy in bf16, which the backward pass wants too.
         copies = self._num_adapter * BF16_BYTES if self.device.value_bytes == BF16_BYTES and not self._fuses else 0
-        return num_blocks * self._block_bytes() + copies
+        return self.shape.num_adapted_blocks(self.train.lora) * self._block_bytes() + copies
 
     def _block_bytes(self) -> float:
         """What one block keeps of a micro-batch."""
@@ -251,7 +250,7 @@ class Step:
 
     def _unpacked_bytes(self) -> float:
         """What a layer's weight is unpacked to where that is done by itself; on a CPU a block's are once more."""
-        has_all = (self.train.lora.num_layers or self.shape.num_blocks) >= self.shape.num_blocks
+        has_all = self.shape.num_adapted_blocks(self.train.lora) == self.shape.num_blocks
         together = set(self.shape.adapted_layers(self.train.lora)) if self._unpacks_by_block and has_all else set()
         alone = [inputs * outputs for name, (inputs, outputs) in self.shape.linear_layers.items() if name not in together]
         return max(max(alone, default=0) * self.device.value_bytes, 0 if self.device.on_gpu else self._scratch_bytes())

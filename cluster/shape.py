@@ -87,6 +87,10 @@ class Shape:
         """All weights."""
         return self.num_linear_weights + self.num_other_weights
 
+    def num_adapted_blocks(self, lora: LoraConfig) -> int:
+        """Return how many blocks, the last ones, get an adapter."""
+        return min(lora.num_layers or self.num_blocks, self.num_blocks)
+
     def adapted_layers(self, lora: LoraConfig) -> dict[str, tuple[int, int]]:
         """Return the linear layers of a block that get an adapter.
 
@@ -106,8 +110,7 @@ class Shape:
 
     def num_adapter_weights(self, lora: LoraConfig) -> int:
         """Count an adapter's weights, as PEFT makes it."""
-        blocks = min(lora.num_layers or self.num_blocks, self.num_blocks)
-        return blocks * lora.rank * sum(sum(size) for size in self.adapted_layers(lora).values())
+        return self.num_adapted_blocks(lora) * lora.rank * sum(sum(size) for size in self.adapted_layers(lora).values())
 
 
 def read_shape(config: Mapping[str, Any], named: str) -> Shape:

@@ -62,10 +62,6 @@ class Prepared:
     dtype: torch.dtype
 
 
-def _prepare(values: torch.Tensor) -> Prepared:
-    return Prepared(*_quantise(values.detach().reshape(-1, values.shape[-1])), values.shape, values.dtype)
-
-
 def _multiply(values: Prepared, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return values times a quantised weight (outputs, inputs), in the values' format; it is held as `_hold` does."""
     # Fast sums: torchao takes torch's kernels for row-wise scales to be quick with no others, and FP8's own rounding is coarser still.
@@ -110,7 +106,7 @@ class Float8Linear(torch.nn.Linear):  # type: ignore[misc]
 
     def prepare(self, values: torch.Tensor) -> Prepared:
         """Return (..., inputs) as this layer, and any other in FP8, multiplies them."""
-        return _prepare(values)
+        return Prepared(*_quantise(values.detach().reshape(-1, values.shape[-1])), values.shape, values.dtype)
 
     def multiply(self, prepared: Prepared) -> torch.Tensor:
         """Return the layer's outputs, of which no gradient goes back."""
@@ -118,7 +114,7 @@ class Float8Linear(torch.nn.Linear):  # type: ignore[misc]
 
     def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the inputs for that of the outputs."""
-        return _multiply(_prepare(gradient), self.back_weight, self.back_scale)
+        return _multiply(self.prepare(gradient), self.back_weight, self.back_scale)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
         """Return the layer's outputs for (..., inputs)."""

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear
 
 from train.fp8 import Float8Linear
-from train.unpacked import unpacked_of
+from train.unpacked import is_packed, unpacked_of
 
 
 class Frozen(Protocol):
@@ -77,9 +77,9 @@ def frozen_of(base: torch.nn.Linear, kind: torch.dtype) -> Frozen | None:
     bias = None if bias is None else bias.to(kind)
     if (unpacked := unpacked_of(base)) and unpacked.dtype == kind:
         return Weight(unpacked.take, bias)
-    if (packed := getattr(weight, "quant_state", None)) is None or getattr(packed, "packing_format_for_cpu", False):
+    if not is_packed(weight):
         return None
     from bitsandbytes.functional import dequantize_4bit
 
     # As bitsandbytes itself does for more than a few tokens, through layers of Python that take longer than the product.
-    return Weight(lambda: dequantize_4bit(weight.data, packed).to(kind), bias)
+    return Weight(lambda: dequantize_4bit(weight.data, weight.quant_state).to(kind), bias)

@@ -16,7 +16,7 @@ from cluster.memory import MAX_PLAIN_ATTENTION_TOKENS
 from cluster.shape import LOGIT_SETTINGS
 from configs.errors import ModelError
 from configs.schema import LoraConfig, ModelConfig, TrainConfig
-from train.attention import take
+from train.attention import attend_without_masks, lay_end_to_end, take
 from train.fp8 import quantise_base, require_fp8
 from train.fused import fuse_adapter
 from train.rows import answer_places
@@ -211,6 +211,16 @@ def packs_safely(base: Any) -> bool:
     others = any(getattr(base.config, name, None) for name in ("block_types", "layers_block_type"))
     is_pure = kinds <= {"full_attention", "sliding_attention"} and not others and base.config._attn_implementation == "sdpa"
     return bool(is_pure and base._supports_attention_backend)
+
+
+def suit_attention(base: Any, packing: bool, longest_tokens: int) -> bool:
+    """Have rows attended to as they come, end to end or filled up; return False where a model would let packed ones see each other."""
+    if not packs_safely(base):
+        return not packing
+    if packing:
+        return lay_end_to_end(base)
+    attend_without_masks(base, longest_tokens)  # or as before
+    return True
 
 
 def _answer_forward(full_forward: Callable[..., Any], changes_logits: bool, label_smoothing: float) -> Callable[..., Any]:

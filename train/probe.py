@@ -21,9 +21,9 @@ from transformers import TrainerCallback, set_seed
 from cluster.home import BYTES_PER_GIB
 from configs.schema import ChatbotConfig
 from data.template import NO_LOSS
-from train.attention import ATTENTION, CAUSAL, attend_without_masks, lay_end_to_end
+from train.attention import ATTENTION, CAUSAL
 from train.fp8 import require_fp8
-from train.model import add_adapter, blocks, finish_base, is_compiled, let_segments_grow, packs_safely, pick_attention, pick_dtype
+from train.model import add_adapter, blocks, finish_base, is_compiled, let_segments_grow, pick_attention, pick_dtype, suit_attention
 from train.reporting import peak_memory_gib, taken_memory_gib, wait_for_gpu
 from train.rows import Packer, Padder, Row, RowOrder
 from train.step import OrderedTrainer, training_arguments
@@ -136,13 +136,10 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
     _forget()
     set_seed(train.seed)
     try:
-        if train.packing:
-            lay_end_to_end(base)
-        elif packs_safely(base):
-            attend_without_masks(base, max(len(row["input_ids"]) for row in rows))
+        longest_tokens = max(len(row["input_ids"]) for row in rows)
+        suit_attention(base, train.packing, longest_tokens)
         model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing, is_compiled(train))
         with tempfile.TemporaryDirectory(prefix="tandem-probe-") as scratch:
-            longest_tokens = max(len(row["input_ids"]) for row in rows)
             arguments = training_arguments(config, Path(scratch), 1, len(rows), longest_tokens, base.dtype == torch.bfloat16)
             arguments.save_strategy, arguments.logging_steps = "no", train.max_steps  # a number asked of the GPU in the midst costs time
             order = RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing)

@@ -121,11 +121,12 @@ def _packed_layers(block: Any) -> list[Any]:
     from peft.tuners.lora import LoraLayer
 
     bases = [layer.get_base_layer() for layer in block.modules() if isinstance(layer, LoraLayer)]
-    layers = [base for base in bases if isinstance(base, torch.nn.Linear) and _is_packed(base._parameters.get("weight"))]
+    layers = [base for base in bases if isinstance(base, torch.nn.Linear) and is_packed(base._parameters.get("weight"))]
     return [] if any(unpacked_of(layer) for layer in layers) else layers  # a base may get another adapter
 
 
-def _is_packed(weight: Any) -> bool:
+def is_packed(weight: Any) -> bool:
+    """Whether a weight is frozen in 4 bit, as bitsandbytes packs it for a GPU; on a CPU it may have packed it anew."""
     state = getattr(weight, "quant_state", None)
     return state is not None and not getattr(state, "packing_format_for_cpu", False) and not weight.requires_grad
 

@@ -98,8 +98,7 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
     from transformers import set_seed
 
     from data.template import load_tokenizer
-    from train.attention import attend_without_masks, lay_end_to_end
-    from train.model import add_adapter, is_compiled, load_base, packs_safely
+    from train.model import add_adapter, is_compiled, load_base, suit_attention
     from train.reporting import ReportCallback
     from train.rows import Packer, Padder, RowOrder, read_rows
     from train.step import OrderedTrainer, training_arguments
@@ -113,11 +112,9 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
     heldout = read_rows(Path(task.heldout_file), tokenizer, task.config.data)
     longest_tokens = max(len(row["input_ids"]) for row in rows + heldout)
     base = load_base(Path(task.model_folder), task.config.model, train, longest_tokens)
-    if train.packing and not (packs_safely(base) and lay_end_to_end(base)):
+    if not suit_attention(base, train.packing, longest_tokens):
         why = "its layers would let packed conversations see each other"
         raise ModelError("train.packing does not suit this model", why, "train.packing=false")
-    if not train.packing and packs_safely(base):
-        attend_without_masks(base, longest_tokens)
     model = add_adapter(base, train.lora, train.gradient_checkpointing is True, train.label_smoothing, is_compiled(train))
     arguments = training_arguments(task.config, scratch, host.num_workers, len(rows), longest_tokens, base.dtype == torch.bfloat16)
     return OrderedTrainer(

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 import train.fused
 import train.model
-import train.probe
 from configs.cli import console
 from configs.schema import ChatbotConfig
 from train.probe import NUM_WARMUP_STEPS, make_base, make_rows, run_steps
@@ -58,13 +57,13 @@ KERNELS = {
 def changed(way: str) -> Iterator[None]:
     """Do one thing in another way."""
     fuse_adapter, pack_by_block, siblings = train.model.fuse_adapter, train.model.pack_by_block, train.fused.SIBLINGS
-    enable, without_masks = PreTrainedModel.gradient_checkpointing_enable, train.probe.attend_without_masks
+    enable, without_masks = PreTrainedModel.gradient_checkpointing_enable, train.model.attend_without_masks
     if way == "peft":
         train.model.fuse_adapter = lambda model: None
     if way == "alone":
         train.fused.SIBLINGS = ()
     if way == "masked":
-        train.probe.attend_without_masks = lambda base, longest_tokens: False
+        train.model.attend_without_masks = lambda base, longest_tokens: False
     if way in ("peft", "unpacked"):
         train.model.pack_by_block = lambda blocks: None
     if way == "hooked":
@@ -76,7 +75,7 @@ def changed(way: str) -> Iterator[None]:
         yield
     finally:
         train.model.fuse_adapter, train.model.pack_by_block, train.fused.SIBLINGS = fuse_adapter, pack_by_block, siblings
-        PreTrainedModel.gradient_checkpointing_enable, train.probe.attend_without_masks = enable, without_masks
+        PreTrainedModel.gradient_checkpointing_enable, train.model.attend_without_masks = enable, without_masks
         torch.backends.cuda.enable_flash_sdp(True)
         torch.backends.cuda.enable_cudnn_sdp(True)
 
