@@ -40,7 +40,7 @@ def run(
     settings = load_chatbot(config, overrides or [])
     from train.driver import had_ended, wait_readily
 
-    wait_readily()
+    standby = wait_readily(settings)
     if resume and had_ended(resume):
         console.print(f"[green]done[/]   run {resume} had ended before")
         return
@@ -51,7 +51,7 @@ def run(
 
         require_served(settings)  # before the training, and not after hours of it
         require_measurable(settings)
-    outcome = train(settings, _say, ProgressLines(), resume)
+    outcome = train(settings, _say, ProgressLines(), resume, standby)
     if outcome.stop_reason:
         where = f"at step {int(outcome.metrics['step'])}" if outcome.metrics else "at once"
         console.print(f"stopped {where}: {outcome.stop_reason}. Go on with: python -m train {config} --resume {outcome.run_id}")

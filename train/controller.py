@@ -8,16 +8,22 @@ trained.
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2._internal.logging import LoggingManager
+from ray.util import placement_group_table
+
+from train.standby import Standby
 
 HEAR_EVERY_S = 1  # whole seconds, as Ray takes them
 NOT_OURS = (
@@ -41,6 +47,19 @@ class HearingHandle(DefaultPlacementGroupHandle):  # type: ignore[misc]
 
 class Workers(WorkerGroup):  # type: ignore[misc]
     """Workers that are not told of an actor of the controller's: they would ask it for checkpoints of their own run."""
+
+    standby: Standby | None = None
+
+    def _create_workers(self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **more: Any) -> list[Any]:
+        """Take the worker that stands by where the card is, else start them; the group of resources holds the card for it all the same."""
+        (node_id, *_) = placement_group_table(placement_group)["bundles_to_node_id"].values()
+        if self.standby and (actor := self.standby.take(node_id)):
+            with suppress(RayActorError):  # it died while it waited
+                worker = Worker(actor, ray.get(actor.get_metadata.remote()), resources_per_worker, placement_group_bundle_index=0)
+                workers: list[Any] = self._assign_worker_ranks([worker])
+                return workers
+        started: list[Any] = super()._create_workers(num_workers, placement_group, resources_per_worker, **more)
+        return started
 
     def _create_placement_group(self, *asked: Any) -> Any:
         return HearingHandle(super()._create_placement_group(*asked).placement_group)
@@ -71,9 +90,12 @@ class Controller(TrainController):  # type: ignore[misc]
 class Trainer(TorchTrainer):  # type: ignore[misc]
     """A trainer that runs its controller here; SIGINT stays as it is."""
 
+    standby: Standby | None = None
+
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         _log_to_files(self.train_run_context)
         controller = Controller(**parts)
+        controller.worker_group_cls.standby = self.standby
         asyncio.run(controller.run())
         return controller.get_result()
 

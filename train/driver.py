@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from cluster.home import require_disk
 from cluster.job_queue import note_run
@@ -26,6 +27,9 @@ from configs.schema import ChatbotConfig, MachineConfig
 from data.prepare import Prepared, check_source, prepare
 from train.record import FAILED, FINISHED, RUN, STOPPED, Record
 from train.sizing import require_room
+
+if TYPE_CHECKING:
+    from train.standby import Standby
 
 ASKED = "the job was asked to stop"
 SLOW_IMPORTS = ("mlflow.tracking", "torch", "train.controller", "train.worker")
@@ -80,14 +84,24 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
     return Start(session, registry, config, folder, data, base_fingerprint, kind, earlier)
 
 
-def wait_readily() -> None:
-    """Where this job's process was started before its turn: import what takes seconds, and wait for its cards."""
+def wait_readily(config: ChatbotConfig) -> "Standby | None":
+    """Where this job's process was started before its turn: do what takes seconds, and wait for its cards; return the worker that waited.
+
+    Raises:
+        SystemExit: The job is not wanted any more.
+    """
     if not is_early():
-        return
-    say_who_asks(require_session())
+        return None
+    session, standby = require_session(), None
+    with suppress(ClusterError):  # told at its turn, where it is still so
+        join(session)
+        from train.standby import begin_standby
+
+        standby = begin_standby(config.train)  # which imports meanwhile
     for module in SLOW_IMPORTS:
         import_module(module)
     wait_for_turn()
+    return standby
 
 
 def had_ended(run_id: str) -> bool:
@@ -134,21 +148,30 @@ def say_who_asks(session: Session) -> None:
 
 @contextmanager
 def connect(session: Session) -> Iterator[None]:
-    """Connect to the cluster, as part of a Ray job or straight."""
+    """Be connected to the cluster."""
+    join(session)
+    import ray
+
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def join(session: Session) -> None:
+    """Connect to the cluster, as part of a Ray job or straight, where this process has not yet."""
     say_who_asks(session)
     # Before Ray connects: a process that loads torch afterwards, in a Ray job, dies in MKL ("Cannot load libtorch_cpu.so").
     import ray
     import torch  # noqa: F401
 
+    if ray.is_initialized():
+        return
     inside_job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
     try:
         ray.init(address=None if inside_job else session.ray_address, namespace=RAY_NAMESPACE, log_to_driver=False, logging_level="warning")
     except ConnectionError as error:
         raise ClusterError("the cluster does not answer", str(error), "python -m cluster down, then python -m cluster up") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def count_cards() -> int:

@@ -13,14 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from cluster.placement import card_selector, is_usable, job_resources
 from cluster.registry import Manifest, Version
 from cluster.session import Session
 from cluster.versions import git_commit
 from configs.errors import ClusterError, RunError, TandemError, last_lines
-from configs.schema import ChatbotConfig, TrainConfig
+from configs.schema import ChatbotConfig
 from data.copies import send_data
 from train.driver import ASKED, Say, Start, make_ready, on_record, on_signals
 from train.places import has_checkpoint, on_disk, runs_place
@@ -29,6 +27,7 @@ from train.sizing import size_prepared
 
 if TYPE_CHECKING:
     from train.control import Progress
+    from train.standby import Standby
     from train.worker import Task
 
 POLL_S = 0.5
@@ -51,7 +50,9 @@ class Outcome:
     stop_reason: str | None = None
 
 
-def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], resume: str | None = None) -> Outcome:
+def train(
+    config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], resume: str | None = None, standby: "Standby | None" = None
+) -> Outcome:
     """Train one adapter and register it.
 
     Args:
@@ -59,6 +60,7 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
         say: Told of each stage, in words.
         show: Told how far the run is, about twice a second.
         resume: Id of a stopped or failed run to go on with.
+        standby: A worker that is there already, if there is one.
 
     Raises:
         TandemError: What the user can mend; nothing was registered.
@@ -81,7 +83,7 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
             task = Task(config, run_id, str(start.folder), str(data.train_file), str(data.heldout_file), start.session.mlflow_url, sizing)
             task = replace(task, storage=start.session.storage)
             send_data(task.storage, data.folder)
-            checkpoint, metrics, stop_reason = _fit(task, start.session, show)
+            checkpoint, metrics, stop_reason = _fit(task, start.session, show, standby)
             if not stop_reason:
                 say("registering the adapter")
                 made = start.registry.of_run(run_id) if resume else None  # by a driver that was killed then
@@ -94,13 +96,16 @@ def train(config: ChatbotConfig, say: Say, show: Callable[["Progress"], None], r
     return Outcome(run_id, metrics, version, stop_reason)
 
 
-def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> tuple[Path, dict[str, float], str | None]:
+def _fit(
+    task: "Task", session: Session, show: Callable[["Progress"], None], standby: "Standby | None"
+) -> tuple[Path, dict[str, float], str | None]:
     """Run the workers; return the checkpoint to register, its metrics, and why the run was stopped if it was."""
     import ray
     from ray import train as ray_train
 
     from train.control import make_control
     from train.controller import Trainer
+    from train.standby import worker_environment
     from train.worker import train_worker
 
     config, run_id = task.config, task.run_id
@@ -123,9 +128,10 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
             storage_path=runs_place(task.storage),
             checkpoint_config=ray_train.CheckpointConfig(num_to_keep=config.train.num_checkpoints_kept, **ranking),
             failure_config=ray_train.FailureConfig(max_failures=config.train.max_failures),
-            worker_runtime_env=None if on_gpu else {"env_vars": _cpu_environment(config.train)},
+            worker_runtime_env={"env_vars": worker_environment(config.train, on_gpu)},
         ),
     )
+    trainer.standby = standby
     with _watch(control, show) as stop_reason:
         try:
             result = trainer.fit()
@@ -143,17 +149,6 @@ def _fit(task: "Task", session: Session, show: Callable[["Progress"], None]) -> 
     measured = [entry for entry in result.best_checkpoints if "eval_loss" in entry[1]] if keep_best else []
     best, metrics = min(measured, key=lambda entry: entry[1]["eval_loss"], default=(newest, metrics))
     return on_disk(best), metrics, None
-
-
-def _cpu_environment(train: TrainConfig) -> dict[str, str]:
-    """Return what a worker without a GPU is to find as it imports torch.
-
-    Its share of the cores, and threads that sleep while they wait for each other: the engine's card has the same cores. No compiler where
-    it needs none: bitsandbytes, which PEFT imports, gets it ready for bases in 4 bit, and that takes a second.
-    """
-    num_threads = max(1, (psutil.cpu_count() or 1) // train.num_workers)
-    compiles = train.quantization != "none"
-    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": str(int(not compiles))}
 
 
 def _failure(error: Exception, run_id: str, storage: str = "") -> TandemError:

@@ -100,16 +100,19 @@ class Way:
             if self.config is None:
                 self.config = make_config(self.folder, make_tiny_model(self.folder / "model"), self.stack.ports["chat"])
             settings = [f"serve.port={self.stack.ports['chat']}", *ONE_ENGINE, *self.overrides]
+            self._submit(1)  # which starts while the engine does; a second one would have the serve card before chat
             self._do("serve", str(self.config), *settings)
             self.model = served_base_name(load_chatbot(str(self.config), self.overrides).model.name)
-            for number in (1, 2):
-                self._do("cluster", "submit", str(self.config), *self.overrides, *FOREVER, f"name=job{number}")
+            self._submit(2)
             wait_for(lambda: any(job.num_steps for job in self._jobs()), timeout_s=600)
             self._trace()
             return self._figures()
         finally:
             self.over.set()
             self.stack.run("cluster", "down")
+
+    def _submit(self, number: int) -> None:
+        self._do("cluster", "submit", str(self.config), *self.overrides, *FOREVER, f"name=job{number}")
 
     def _do(self, *words: str) -> None:
         done = self.stack.run(*words, timeout_s=900)
@@ -204,6 +207,7 @@ class Way:
             figures |= {"handovers": len(took_s), "leave_p50_s": median(took_s), "leave_max_s": max(took_s)}
         for error in {one.error for one in self.asked if one.error}:
             console.print(f"failed: {error}")
+        console.print({name: round(value, 4) for name, value in figures.items()})
         return figures
 
     def _took_s_to_leave(self) -> list[float]:

@@ -5,13 +5,16 @@ import signal
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
 from ray.train import WorkerGroupError
 
 from configs.errors import ClusterError, ModelError
+from configs.schema import TrainConfig
 from train.driver import on_signals
 from train.job import _failure, _watch
+from train.standby import Standby, worker_environment
 
 RUN = "0" * 32
 TRACE = "Traceback:\n" + "\n\n".join(f"  frame {number}" for number in range(40)) + "\nValueError: the loss is not a number"
@@ -130,3 +133,24 @@ def test_a_run_that_waits_for_cards_hears_signals_all_the_time():
 def test_sigterm_may_be_taken_for_ctrl_c():
     with pytest.raises(KeyboardInterrupt), on_signals(signal.default_int_handler):
         be_sent(signal.SIGTERM)
+
+
+def test_a_worker_stands_by_for_one_who_works_where_it_is(monkeypatch):
+    ended = []
+    monkeypatch.setattr(ray, "kill", ended.append)
+    standby = Standby("worker", "here")
+    assert standby.take("here") == "worker"
+    assert standby.take("here") is None, "it is the worker of a run now, and ends with it"
+    assert not ended
+    elsewhere = Standby("worker", "there")
+    assert elsewhere.take("here") is None
+    assert ended == ["worker"], "nobody else would end it before the run is over"
+    assert elsewhere.take("there") is None
+
+
+def test_on_a_gpu_a_worker_finds_nothing_and_else_its_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 8)
+    assert worker_environment(TrainConfig(num_workers=2), on_gpu=True) == {}
+    found = worker_environment(TrainConfig(num_workers=2), on_gpu=False)
+    assert found == {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": "1"}
+    assert worker_environment(TrainConfig(quantization="nf4"), on_gpu=False)["TORCHDYNAMO_DISABLE"] == "0"

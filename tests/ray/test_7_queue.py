@@ -85,6 +85,12 @@ def arbiters(stack: Stack) -> list[int]:
     return [process.pid for process in stack.parts("python", "cluster.arbitrate")]
 
 
+def train_workers(stack: Stack, card: str) -> set[int]:
+    """The processes on a card that train, or will."""
+    raylets = {raylet.pid for raylet in stack.parts("raylet", card)}
+    return {worker.pid for worker in stack.workers("ray::RayTrainWorker") if worker.ppid() in raylets}
+
+
 def test_a_line_of_jobs_goes_on_by_itself_whoever_leaves_or_is_killed(stack: Stack, config, both_cards, chat):
     """A sweep makes room for a run, that for one that goes before it; arbiter and drivers are killed, and nothing is forgotten."""
     with asked_all_the_time(chat):
@@ -145,11 +151,13 @@ def test_quiet_chat_lends_its_card_and_a_request_gets_it_back_and_its_answer(sta
         guest = submit(stack, config, "train.max_steps=100000", "name=guest")
         (early,) = wait_for(lambda: stack.parts("python", f"queue/{guest}.yaml"))
         assert job(stack, guest).state == WAITING, "its process gets ready while it waits"
+        standing_by = wait_for(lambda: train_workers(stack, "card0"))
         assert re.search(rf"tandem-{guest}-\w+ +waits for cards", stack.run("cluster", "status").stdout)
     started = wait_for(lambda: (now := job(stack, guest)).num_steps and now, timeout_s=180)
     assert started.cards == ("card0",)
     assert "lent by chat" in started.reason
     assert stack.parts("python", f"queue/{guest}.yaml") == [early]
+    assert train_workers(stack, "card0") == standing_by, "its worker was there"
     assert re.search(rf"card0\s+serve .*job {guest} \(guest\), running .*lent by chat", stack.run("cluster", "status").stdout)
     assert "the engine on card0 goes to sleep" in handovers(stack)
     assert chat() == 200

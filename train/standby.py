@@ -1,0 +1,71 @@
+"""A worker's process that is there before its job's turn: it has imported what takes seconds, on a card that chat may lend.
+
+Knows Ray's actors and the cards' labels. Does not know what it will train. Until its turn it uses neither the card nor its GPU.
+"""
+
+from importlib import import_module, util
+from typing import Any
+
+import psutil
+import ray
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+
+from cluster.placement import CARD, GPU_SHARE
+from cluster.rule import SERVE
+from configs.schema import TrainConfig
+
+SLOW_IMPORTS = ("mlflow.tracking", "torch._dynamo", "transformers.models.llama.modeling_llama", "peft", "train.step", "train.worker")
+GPU_IMPORTS = ("triton", "liger_kernel.transformers")
+
+
+class Standby:
+    """A worker that stands by, for whoever takes it first."""
+
+    def __init__(self, actor: Any, node_id: str) -> None:
+        self.actor, self.node_id = actor, node_id
+
+    def take(self, node_id: str) -> Any:
+        """Return the actor for work on this node, once; None where it stands on another, and then it ends."""
+        actor, self.actor = self.actor, None
+        if actor is not None and node_id != self.node_id:
+            ray.kill(actor)
+            return None
+        return actor
+
+
+def begin_standby(train: TrainConfig) -> Standby | None:
+    """Start a lone worker on the first of the cards that chat may lend; None where there is none, or several workers are wanted."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Labels"].get("pool") == SERVE]
+    if not nodes or train.num_workers > 1:
+        return None
+    node = min(nodes, key=lambda node: str(node["Labels"][CARD]))
+    on_gpu = "gpu-share" in node["Labels"]
+    worker = ray.remote(RayTrainWorker).options(
+        num_cpus=0,
+        num_gpus=GPU_SHARE if on_gpu else 0,
+        label_selector={CARD: node["Labels"][CARD]},
+        runtime_env={"env_vars": worker_environment(train, on_gpu)},
+    )
+    actor = worker.remote()
+    actor.execute.remote(_import_slowly, on_gpu)
+    return Standby(actor, node["NodeID"])
+
+
+def worker_environment(train: TrainConfig, on_gpu: bool) -> dict[str, str]:
+    """Return what a worker is to find as it imports torch; with a GPU it is nothing.
+
+    Without one, its share of the cores, and threads that sleep while they wait for each other: the engine's card has the same cores. No
+    compiler where it needs none: bitsandbytes, which PEFT imports, gets it ready for bases in 4 bit, and that takes a second.
+    """
+    if on_gpu:
+        return {}
+    num_threads = max(1, (psutil.cpu_count() or 1) // train.num_workers)
+    compiles = train.quantization != "none"
+    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": str(int(not compiles))}
+
+
+def _import_slowly(on_gpu: bool) -> None:
+    """Import what a worker would at its turn."""
+    for name in (*SLOW_IMPORTS, *(GPU_IMPORTS if on_gpu else ())):
+        if util.find_spec(name.partition(".")[0]):
+            import_module(name)
