@@ -15,7 +15,9 @@ from configs.errors import EXIT_BAD_INPUT, EXIT_NOT_PROMOTED, EXIT_STOPPED, Tand
 from configs.schema import LendingConfig
 
 LOST = -1  # the exit status of what was killed
-READY_AFTER_S = 2.0  # of quiet: what a process imports would slow chat that is at work, on a small machine
+# What a process imports would slow chat that is at work, unless there are cores enough: then one gets ready at once.
+READY_AFTER_S = 2.0  # of quiet
+READY_WITH_CORES = 4
 GONE_S = 60.0  # a card whose processes were killed is back sooner, and its run goes on there by itself
 
 log = logging.getLogger("tandem.arbiter")
@@ -43,6 +45,8 @@ class Sight:
     """Whether there is no chat although it was asked for: the head was started anew."""
     num_answering: int = 0
     """Engines that run, have their card, and are reached."""
+    num_idle_cores: float = 0.0
+    """Of this machine, since the last look."""
 
 
 class Ground(Protocol):
@@ -121,7 +125,7 @@ class Arbiter:
             self.ground.bound(fewest, most)
             self.queue.note_handover("chat", what, why, now_s)
         # Last: what fails here keeps chat and jobs from nothing.
-        self._get_ready(decision.next_job, seen.chat.quiet_s >= READY_AFTER_S)
+        self._get_ready(decision.next_job, seen.chat.quiet_s >= READY_AFTER_S or seen.num_idle_cores >= READY_WITH_CORES)
         self._end_nobodys(seen)
 
     def _act(self, action: Start | Leave, now_s: float) -> None:
@@ -133,12 +137,12 @@ class Arbiter:
             log.info("job %d starts on %s: %s", job.id, ", ".join(job.cards), action.reason)
             self._submit(job)
 
-    def _get_ready(self, next_job: int | None, is_quiet: bool) -> None:
+    def _get_ready(self, next_job: int | None, slows_nobody: bool) -> None:
         """Start the process of the job that is next, which then waits for its cards; one that is not next any more ends."""
         for job in self.queue.jobs(WAITING):
             if job.submission and job.id != next_job:
                 self.queue.forget_process(job.id)
-            elif is_quiet and job.id == next_job and job.id not in self.spoilt and (ready := self.queue.make_ready(job.id)):
+            elif slows_nobody and job.id == next_job and job.id not in self.spoilt and (ready := self.queue.make_ready(job.id)):
                 self._submit(ready)
 
     def _follow_early(self, job: QueuedJob, seen: Sight, now_s: float) -> None:

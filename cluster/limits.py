@@ -21,6 +21,11 @@ def num_cpus() -> int:
     return there
 
 
+def num_idle_cores() -> float:
+    """Return how many of them had nothing to do since this was asked last."""
+    return num_cpus() * (1 - psutil.cpu_percent() / 100)
+
+
 def memory_bytes() -> int:
     """Return the memory that may be used."""
     there, limit = int(psutil.virtual_memory().total), _read("memory.max").strip()

@@ -20,6 +20,7 @@ from cluster.arbiter import LOST, Driver, Sight
 from cluster.chat_wish import read_wish, wish_lock
 from cluster.home import home_folder, write_text
 from cluster.job_queue import QueuedJob
+from cluster.limits import num_idle_cores
 from cluster.machines import Raylets, remember, with_lost
 from cluster.placement import CARDS_VARIABLE, as_lent
 from cluster.rule import TRAIN, Card, Chat
@@ -57,6 +58,7 @@ class RayGround:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.client, self.idle_engine = session.dashboard(), session.lending.idle_engine
+        num_idle_cores()  # from now on
         self.stopped_s: dict[str, float] = {}
         self.engines: tuple[Engine, ...] = ()
         self.nodes: dict[str, str] = {}
@@ -82,7 +84,7 @@ class RayGround:
         chat = _chat(application, self.engines, bounds)
         lent = [as_lent(card, self.idle_engine) for card in cards]
         num_answering = _num_answering(self.engines, served.get("proxies") or {})
-        return Sight(_cards(lent, raylets, self.engines, used), chat, bounds, drivers, lost_chat, num_answering)
+        return Sight(_cards(lent, raylets, self.engines, used), chat, bounds, drivers, lost_chat, num_answering, num_idle_cores())
 
     def submit(self, job: QueuedJob) -> None:
         """Start a job's process; Ray takes a submission's name only once."""

@@ -24,12 +24,14 @@ from cluster.turn import is_early, wait_for_turn
 from configs.cli import JOB_VARIABLE
 from configs.errors import ClusterError, RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig
+from data.copies import send_data
 from data.prepare import Prepared, check_source, prepare
 from train.record import FAILED, FINISHED, RUN, STOPPED, Record
-from train.sizing import require_room
+from train.sizing import Sizing, require_room
 
 if TYPE_CHECKING:
     from train.standby import Standby
+    from train.worker import Task
 
 ASKED = "the job was asked to stop"
 SLOW_IMPORTS = ("mlflow.tracking", "torch", "train.controller", "train.worker")
@@ -82,6 +84,16 @@ def make_ready(config: ChatbotConfig, say: Say, kind: str = RUN, resume: str | N
     if earlier:
         earlier.require_same(data, base_fingerprint)
     return Start(session, registry, config, folder, data, base_fingerprint, kind, earlier)
+
+
+def make_task(start: Start, config: ChatbotConfig, run_id: str, sizing: Sizing | None) -> "Task":
+    """Return what workers need to know of a run or a sweep, and see to it that its data can be had by those on other machines."""
+    from train.worker import Task
+
+    data, session = start.data, start.session
+    send_data(session.storage, data.folder)
+    files = (str(start.folder), str(data.train_file), str(data.heldout_file))
+    return Task(config, run_id, *files, data.longest_tokens, session.mlflow_url, sizing, session.storage)
 
 
 def wait_readily(config: ChatbotConfig) -> "Standby | None":

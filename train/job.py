@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,7 @@ from cluster.session import Session
 from cluster.versions import git_commit
 from configs.errors import ClusterError, RunError, TandemError, last_lines
 from configs.schema import ChatbotConfig
-from data.copies import send_data
-from train.driver import ASKED, Say, Start, make_ready, on_record, on_signals
+from train.driver import ASKED, Say, Start, make_ready, make_task, on_record, on_signals
 from train.places import has_checkpoint, on_disk, runs_place
 from train.record import FINISHED, STOPPED, config_fingerprint
 from train.sizing import size_prepared
@@ -78,11 +77,7 @@ def train(
         with on_record(start, config.train.num_workers) as record:
             run_id = record.run_id
             say(f"run {run_id}")
-            from train.worker import Task
-
-            task = Task(config, run_id, str(start.folder), str(data.train_file), str(data.heldout_file), start.session.mlflow_url, sizing)
-            task = replace(task, storage=start.session.storage)
-            send_data(task.storage, data.folder)
+            task = make_task(start, config, run_id, sizing)
             checkpoint, metrics, stop_reason = _fit(task, start.session, show, standby)
             if not stop_reason:
                 say("registering the adapter")

@@ -8,6 +8,7 @@ every token), and its switch for loss on the answers alone refuses templates wit
 
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class Task:
     model_folder: str
     train_file: str
     heldout_file: str
+    longest_tokens: int
+    """Of a row of either."""
     mlflow_url: str
     sizing: Sizing | None = None
     """What the run's size was chosen by; None where the plan does not know the model."""
@@ -108,10 +111,11 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # of an earlier trial of a sweep
     tokenizer = load_tokenizer(Path(task.model_folder))
-    rows = read_rows(Path(task.train_file), tokenizer, task.config.data)
-    heldout = read_rows(Path(task.heldout_file), tokenizer, task.config.data)
+    with ThreadPoolExecutor(1) as reader:  # while the base is loaded
+        reading = reader.map(lambda file: read_rows(Path(file), tokenizer, task.config.data), (task.train_file, task.heldout_file))
+        base = load_base(Path(task.model_folder), task.config.model, train, task.longest_tokens)
+        rows, heldout = reading
     longest_tokens = max(len(row["input_ids"]) for row in rows + heldout)
-    base = load_base(Path(task.model_folder), task.config.model, train, longest_tokens)
     if not suit_attention(base, train.packing, longest_tokens):
         why = "its layers would let packed conversations see each other"
         raise ModelError("train.packing does not suit this model", why, "train.packing=false")

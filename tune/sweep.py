@@ -16,8 +16,7 @@ from cluster.registry import Version
 from configs.errors import RunError
 from configs.loader import with_settings
 from configs.schema import ChatbotConfig, SweepConfig
-from data.copies import send_data
-from train.driver import ASKED, Say, Start, count_cards, make_ready, on_record
+from train.driver import ASKED, Say, Start, count_cards, make_ready, make_task, on_record
 from train.job import make_manifest
 from train.places import on_disk, runs_place
 from train.record import CONFIG_FILE, FINISHED, SWEEP, Record
@@ -94,7 +93,6 @@ def _try_all(start: Start, record: Record, show: "Callable[[ChatbotConfig], Show
     from ray import tune as ray_tune
 
     from train.control import make_control
-    from train.worker import Task
     from tune.beside import TrainBeside, choose_sharing, start_bases
     from tune.callback import ProgressCallback
     from tune.schedule import Budget, make_search
@@ -114,9 +112,7 @@ def _try_all(start: Start, record: Record, show: "Callable[[ChatbotConfig], Show
         config, sizing = sizing.settle_base(config, num_beside), None
         sharing = replace(sharing, recompute=sharing.recompute or config.train.gradient_checkpointing is True)
     shown = show(with_settings(config, {"tune.trials_per_card": num_beside}))
-    task = Task(config, record.run_id, str(folder), str(data.train_file), str(data.heldout_file), session.mlflow_url, sizing)
-    task = replace(task, storage=session.storage)
-    send_data(task.storage, data.folder)
+    task = make_task(start, config, record.run_id, sizing)
     trials = Sweep(task, data.num_train, num_cards)
     if num_beside > 1:
         Seat.bases = start_bases(task, sharing, num_cards, on_gpu)

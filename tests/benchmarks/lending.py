@@ -83,7 +83,7 @@ class Way:
         self.gpus = gpus
         self.folder = Path(tempfile.mkdtemp(prefix="tandem-lending-"))
         self.stack = Stack(self.folder / "home", self.folder, {name: free_port() for name in PORTS}, gpus=[gpu.index for gpu in gpus])
-        self.minutes, self.overrides = arguments.minutes, arguments.overrides
+        self.lends, self.minutes, self.overrides = lends, arguments.minutes, arguments.overrides
         settings = f"enabled: {str(lends).lower()}, quiet_after_s: {arguments.quiet_s}, idle_engine: {arguments.idle_engine}, min_hold_s: 0"
         self.lending = f"lending={{{settings}}}"
         self.config = Path(arguments.config) if arguments.config else None
@@ -104,7 +104,7 @@ class Way:
             self._do("serve", str(self.config), *settings)
             self.model = served_base_name(load_chatbot(str(self.config), self.overrides).model.name)
             self._submit(2)
-            wait_for(lambda: any(job.num_steps for job in self._jobs()), timeout_s=600)
+            wait_for(lambda: sum(bool(job.num_steps) for job in self._jobs()) == 1 + self.lends, timeout_s=600)  # begin in a quiet
             self._trace()
             return self._figures()
         finally:

@@ -100,6 +100,7 @@ class Setting:
     can_sleep: bool = False
     engines_first: bool = False
     """Whom Ray serves first where an engine and a job ask for one card: nobody knows."""
+    num_idle_cores: float = 0.0
     lending: LendingConfig = field(default_factory=lambda: LendingConfig(enabled=True, quiet_after_s=10, min_hold_s=20))
 
 

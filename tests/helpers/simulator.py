@@ -152,7 +152,7 @@ class Simulation:
         cards = tuple(self._seen(spot) for spot in self.spots)
         if self.is_chat_lost:
             return Sight(cards, Chat(), None, dict(self.drivers), lost_chat=True)
-        return Sight(cards, self._chat(), self.bounds_now, dict(self.drivers))
+        return Sight(cards, self._chat(), self.bounds_now, dict(self.drivers), num_idle_cores=self.setting.num_idle_cores)
 
     def send_to_sleep(self, card: str) -> bool:
         self._require_head()

@@ -69,7 +69,7 @@ def make_task(registry, make_run):
     def make(**settings: Any) -> Task:
         train = {"batch_size": 4, "max_steps": 6, "log_every_steps": 1, **settings}
         config = ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": train})
-        return Task(config, make_run().manifest.run_id, "", "", "", registry.url, SIZING)
+        return Task(config, make_run().manifest.run_id, "", "", "", 8, registry.url, SIZING)
 
     return make
 

@@ -25,6 +25,12 @@ def test_a_group_with_more_cores_than_the_machine_has_the_machines(tmp_path, mon
     assert limits.num_cpus() == os.cpu_count()
 
 
+def test_cores_are_idle_by_how_busy_the_machine_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "GROUP", tmp_path)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda: 25.0)
+    assert limits.num_idle_cores() == 0.75 * (os.cpu_count() or 1)
+
+
 @pytest.mark.parametrize(("text", "wanted"), [("1073741824", 2**30), ("max", None), ("9" * 18, None)])
 def test_memory_is_that_of_the_group(tmp_path, monkeypatch, text, wanted):
     monkeypatch.setattr(limits, "GROUP", tmp_path)

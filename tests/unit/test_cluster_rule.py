@@ -158,6 +158,7 @@ settings_of_a_cluster = st.builds(
     uses_train_cards=st.booleans(),
     can_sleep=st.booleans(),
     engines_first=st.booleans(),
+    num_idle_cores=st.sampled_from([1, 16]),
     lending=st.builds(
         LendingConfig,
         enabled=st.sampled_from([True, True, True, False]),
@@ -256,6 +257,16 @@ def test_the_job_that_is_next_has_its_process_before_its_cards_and_no_other_has(
     lent = simulation.queue.find(urgent.id)
     assert (lent.cards, lent.submission) == (("serve0",), next_one)
     assert simulation.queue.find(second.id).submission in simulation.runs
+
+
+def test_where_cores_are_idle_a_process_gets_ready_while_chat_is_at_work():
+    simulation = Simulation(Setting(num_idle_cores=16))
+    simulation.submit_job("train", 500)
+    simulation.rush(100, 5)
+    second = simulation.submit_job("train", 50)
+    simulation.rush(100, 2)
+    assert simulation.queue.find(second.id).submission in simulation.runs
+    assert simulation.queue.find(second.id).cards == ()
 
 
 def test_a_process_that_is_lost_before_its_turn_costs_its_job_nothing(caplog):
