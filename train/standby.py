@@ -14,7 +14,7 @@ from cluster.placement import CARD, GPU_SHARE
 from cluster.rule import SERVE
 from configs.schema import TrainConfig
 
-SLOW_IMPORTS = ("mlflow.tracking", "torch._dynamo", "transformers.models.llama.modeling_llama", "peft", "train.step", "train.worker")
+SLOW_IMPORTS = ("mlflow.tracking", "transformers.models.llama.modeling_llama", "peft", "train.reporting", "train.step", "train.worker")
 GPU_IMPORTS = ("triton", "liger_kernel.transformers")
 
 

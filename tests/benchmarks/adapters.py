@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
-    base = make_model(arguments.shape, Path(tempfile.gettempdir()) / f"tandem-bench-{arguments.shape}")
+    base = make_model(arguments.shape)
     config_file = str(make_bench_config(base, arguments.eager))
     shelf = Shelf(base)
     folders = [make_adapter(arguments.shape, work / f"adapter-{number}", number) for number in range(NUM_MIXED)]

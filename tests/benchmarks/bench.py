@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +38,8 @@ SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
 }
 VOCABULARY = 49152
+NUM_ROWS = 320
+WORDS_A_TOKEN = 1.27  # more than enough words for a row, which is cut
 WORDS = [
     "the",
     "card",
@@ -93,8 +96,9 @@ def write_result(name: str, figures: dict[str, float], notes: dict[str, Any] | N
     return file
 
 
-def make_model(shape: str, folder: Path) -> Path:
-    """Make a Llama of a known shape with random weights, and the small model's tokenizer."""
+def make_model(shape: str) -> Path:
+    """Make a Llama of a known shape with random weights, and the small model's tokenizer; return its folder."""
+    folder = Path(tempfile.gettempdir()) / f"tandem-bench-{shape}"
     if (folder / "config.json").is_file():
         return folder
     import torch
@@ -136,6 +140,19 @@ def write_rows(file: Path, num_rows: int, num_words: int) -> Path:
         rows.append(json.dumps({"messages": messages, "split": "heldout" if number % 16 == 0 else "train"}))
     file.write_text("\n".join(rows) + "\n")
     return file
+
+
+def write_config(work: Path, model: Path, length_tokens: int) -> Path:
+    """Write rows that fill so many tokens, and the config of a chatbot `bench` which trains on them, four a step."""
+    rows = write_rows(work / f"rows-{length_tokens}.jsonl", NUM_ROWS, int(length_tokens * WORDS_A_TOKEN))
+    config = work / "bench.yaml"
+    config.write_text(
+        f"name: bench\nmodel: {{name: {model}}}\n"
+        f"data: {{source: {rows}, split: marked, max_length_tokens: {length_tokens}, too_long: cut}}\n"
+        f"serve: {{max_model_len_tokens: {length_tokens}}}\n"
+        "train: {batch_size: 4, lora: {rank: 16, alpha: 32}, learning_rate: 1.0e-4, log_every_steps: 5}\n"
+    )
+    return config
 
 
 def run_cli(*words: str, timeout_s: float = 900) -> str:

@@ -1,9 +1,10 @@
 """Two cards under bursts of chat while jobs train: each with a fixed job of its own, against cards that lend themselves.
 
-`PYTHONPATH=. python tests/benchmarks/lending.py [--config CONFIG] [--minutes 10] [key=value ...]`. It starts a Tandem of its own twice, the
-second time with `lending.enabled=true`; in both two training jobs wait in line, of which the fixed split can only ever run one. A third
-of the time there are bursts of chat. A request counts as asleep that was sent while no engine answered: none was there, or it started.
-Where there are four GPUs, each way has two of them, at the same time.
+`PYTHONPATH=. python tests/benchmarks/lending.py [--config CONFIG | --shape 8b] [--minutes 10] [key=value ...]`.
+
+It starts a Tandem of its own twice, the second time with `lending.enabled=true`; in both two training jobs wait in line, of which the
+fixed split can only ever run one. A third of the time there are bursts of chat. A request counts as asleep that was sent while no engine
+answered: none was there, or it started. Where there are four GPUs, each way has two of them, at the same time.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import httpx
-from bench import loss_history, steps_lost, write_result
+from bench import SHAPES, loss_history, make_model, steps_lost, write_config, write_result
 
 from cluster.cards import Gpu, find_gpus
 from cluster.job_queue import STANDING, Queue, QueuedJob
@@ -35,6 +36,7 @@ from tests.ray.stack import Stack, make_config, make_tiny_model, wait_for
 NUM_BURSTS, BURST_SHARE = 4, 1 / 3
 NUM_ASKING = 3
 MAX_TOKENS = 24
+LENGTH_TOKENS = 1024
 QUESTION = "How do I start?"
 WHOLE = {"temperature": 0, "ignore_eos": True}  # each answer has all its tokens
 PORTS = ("ray_port", "dashboard_port", "mlflow_port", "chat")
@@ -86,7 +88,7 @@ class Way:
         self.lends, self.minutes, self.overrides = lends, arguments.minutes, arguments.overrides
         settings = f"enabled: {str(lends).lower()}, quiet_after_s: {arguments.quiet_s}, idle_engine: {arguments.idle_engine}, min_hold_s: 0"
         self.lending = f"lending={{{settings}}}"
-        self.config = Path(arguments.config) if arguments.config else None
+        self.config, self.shape = Path(arguments.config) if arguments.config else None, arguments.shape
         self.asked: list[Asked] = []
         self.over = threading.Event()
         self.began_s = self.ended_s = 0.0
@@ -97,7 +99,9 @@ class Way:
         machine = [f"{name}={port}" for name, port in self.stack.ports.items() if name != "chat"]
         self._do("cluster", "up", "auto", *cards, *machine, self.lending)
         try:
-            if self.config is None:
+            if self.shape:
+                self.config = write_config(self.folder, make_model(self.shape), LENGTH_TOKENS)
+            elif self.config is None:
                 self.config = make_config(self.folder, make_tiny_model(self.folder / "model"), self.stack.ports["chat"])
             settings = [f"serve.port={self.stack.ports['chat']}", *ONE_ENGINE, *self.overrides]
             self._submit(1)  # which starts while the engine does; a second one would have the serve card before chat
@@ -228,6 +232,7 @@ def main() -> None:
     """Measure both ways, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a chatbot's YAML file; a tiny model of the benchmark's own if left out")
+    parser.add_argument("--shape", choices=SHAPES, help=f"random weights in a shape, and rows of {LENGTH_TOKENS} tokens, instead")
     parser.add_argument("--minutes", type=float, default=10.0, help="length of the trace, for each way")
     parser.add_argument("--quiet-s", type=float, default=10.0, help="lending.quiet_after_s")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="what is measured")
@@ -250,11 +255,13 @@ def main() -> None:
     notes = {
         "minutes": arguments.minutes,
         "idle_engine": arguments.idle_engine,
-        "config": arguments.config or "tiny",
+        "config": arguments.config or arguments.shape or "tiny",
+        "quiet_after_s": arguments.quiet_s,
         "settings": arguments.overrides,
         "cards": cards,
     }
-    write_result(f"lending-{Path(arguments.config).stem}" if arguments.config else "lending", figures, notes)
+    kind = Path(arguments.config).stem if arguments.config else arguments.shape
+    write_result(f"lending-{kind}" if kind else "lending", figures, notes)
 
 
 if __name__ == "__main__":

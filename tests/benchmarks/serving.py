@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, nargs="+", default=[5], help="for each of --at-once, or for all")
     parser.add_argument("--eager", action="store_true")
     arguments = parser.parse_args()
-    folder = make_model(arguments.shape, Path(tempfile.gettempdir()) / f"tandem-bench-{arguments.shape}")
+    folder = make_model(arguments.shape)
     config = make_bench_config(folder, arguments.eager)
     started_s = time.monotonic()
     run_cli("serve", str(config))

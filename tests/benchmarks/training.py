@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import make_model, run_cli, write_result, write_rows
+from bench import make_model, run_cli, write_config, write_result
 
 from cluster.cards import find_gpus
 from cluster.models import ensure_model
@@ -45,7 +45,6 @@ HEADLINES = {
     "qlora_seq2048": ("qlora_8b_peak_gib", "peak_memory_gib"),
 }
 """Figures that go by a name of their own too."""
-WORDS_A_TOKEN = 1.27  # more than enough words for a row, which is cut
 
 
 def plain_loop(arguments: argparse.Namespace) -> None:
@@ -164,22 +163,15 @@ def on_cpu(steps: int) -> None:
 
 def on_gpu(shape: str, steps: int, settings: list[str], with_plain: bool) -> None:
     """Random weights in the 8B shape; of FP8 also how far its losses are from those of bf16, where both are measured."""
-    folder = make_model(shape, Path(tempfile.gettempdir()) / f"tandem-bench-{shape}")
+    folder = make_model(shape)
     work = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
-    config = work / "bench.yaml"
     registry = Registry(require_session().mlflow_url)
     figures: dict[str, float] = {}
     curves: dict[str, dict[int, float]] = {}
     notes: dict[str, Any] = {"rank": 16, "batch_size": "4, QLoRA 1", "steps": steps}
     for name in settings:
         length, overrides = SETTINGS[name]
-        rows = write_rows(work / f"rows-{length}.jsonl", 320, int(length * WORDS_A_TOKEN))
-        config.write_text(
-            f"name: bench\nmodel: {{name: {folder}}}\n"
-            f"data: {{source: {rows}, split: marked, max_length_tokens: {length}, too_long: cut}}\n"
-            f"serve: {{max_model_len_tokens: {length}}}\n"
-            "train: {batch_size: 4, lora: {rank: 16, alpha: 32}, learning_rate: 1.0e-4, log_every_steps: 5}\n"
-        )
+        config = write_config(work, folder, length)
         version = train_ours(str(config), [ALONE, *overrides], steps)
         found, curves[name] = scores_of(version), losses_of(registry.client, version.run_id)
         if with_plain:

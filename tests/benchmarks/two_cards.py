@@ -10,9 +10,9 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from bench import SHAPES, make_model, write_result, write_rows
+from bench import SHAPES, make_model, write_config, write_result
 from lending import PORTS
-from training import ALONE, KEPT, WORDS_A_TOKEN
+from training import ALONE, KEPT
 
 from cluster.cards import find_gpus
 from cluster.job_queue import DONE, STANDING, Queue, QueuedJob
@@ -49,16 +49,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="of the rows, in tokens")
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    model = make_model(arguments.shape, Path(tempfile.gettempdir()) / f"tandem-bench-{arguments.shape}")
     work = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
-    rows = write_rows(work / "rows.jsonl", 320, int(arguments.length * WORDS_A_TOKEN))
-    config = work / "bench.yaml"
-    config.write_text(
-        f"name: bench\nmodel: {{name: {model}}}\n"
-        f"data: {{source: {rows}, split: marked, max_length_tokens: {arguments.length}, too_long: cut}}\n"
-        f"serve: {{max_model_len_tokens: {arguments.length}}}\n"
-        "train: {lora: {rank: 16, alpha: 32}, learning_rate: 1.0e-4, log_every_steps: 5}\n"
-    )
+    config = write_config(work, make_model(arguments.shape), arguments.length)
     stack = Stack(work / "home", work, {name: free_port() for name in PORTS})
     machine = [f"{name}={port}" for name, port in stack.ports.items() if name != "chat"]
     cards = [] if find_gpus() else ["cards=[{pool: serve}, {pool: train}]"]
