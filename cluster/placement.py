@@ -10,8 +10,9 @@ CARDS_VARIABLE = "TANDEM_CARDS"
 HEAD = "head"  # the label of the first machine's cards; one that joined has its own name
 CARD, SEAT = "card", "seat"
 """Ray's names for a card, which one has alone, and for the place beside it of an engine that can sleep."""
-GPU_SHARE = 0.25
-"""Of its card's GPU in Ray's books: it only shows the GPU to a process. An engine may sleep where a job trains, and a worker stand by."""
+GPU_SHARE = 0.2
+"""Of its card's GPU in Ray's books: it only shows the GPU to a process. Five fit: an engine that sleeps, the job that trains there, its
+worker where that stood by, another one that stands by, and one that still ends."""
 SLEEPING_GIB = 3.0
 """What an engine that sleeps keeps of its GPU: its context, and the graphs that were recorded."""
 

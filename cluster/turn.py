@@ -6,10 +6,12 @@ Knows the queue, and how cards are told to a process. Does not know what the pro
 import os
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
-from cluster.job_queue import STANDING, Queue
+from cluster.job_queue import LEAVING, RUNNING, STANDING, Queue
 from cluster.placement import CARDS_VARIABLE
+from cluster.rule import SERVE
 from configs.cli import JOB_VARIABLE
 from configs.errors import EXIT_STOPPED, ClusterError
 
@@ -21,6 +23,15 @@ LOOK_EVERY_S = 0.1
 def is_early() -> bool:
     """Whether this process was started before its turn."""
     return EARLY_VARIABLE in os.environ
+
+
+def likely_card(cards: Iterable[Mapping[str, str]]) -> Mapping[str, str] | None:
+    """Return the labels of the card that chat will lend to this process's job, by what is known now; None where all are held."""
+    with Queue() as queue:
+        mine = queue.find(int(os.environ[JOB_VARIABLE]))
+        held = {name for job in queue.jobs(RUNNING, LEAVING) for name in job.cards if job.id != mine.id}
+    lent = (card for card in cards if card["pool"] == SERVE and card["card"] not in held)
+    return next((card for card in lent if float(card["memory-gib"]) >= mine.memory_gib), None)
 
 
 def wait_for_turn() -> None:

@@ -8,11 +8,10 @@ trained.
 import asyncio
 import logging
 import time
-from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -21,11 +20,12 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2._internal.logging import LoggingManager
-from ray.util import placement_group_table
 
+from cluster.placement import given_cards
 from train.standby import Standby
 
 HEAR_EVERY_S = 1  # whole seconds, as Ray takes them
+STANDBY_WITHIN_S = 60.0  # it may still import
 NOT_OURS = (
     DatasetsCallback,  # a process that would hand Ray's own data sets to workers: ours read their rows
     PlacementGroupCleanerCallback,  # another for workers that outlive their controller: Ray ends those of a driver that is gone
@@ -52,12 +52,13 @@ class Workers(WorkerGroup):  # type: ignore[misc]
 
     def _create_workers(self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **more: Any) -> list[Any]:
         """Take the worker that stands by where the card is, else start them; the group of resources holds the card for it all the same."""
-        (node_id, *_) = placement_group_table(placement_group)["bundles_to_node_id"].values()
-        if self.standby and (actor := self.standby.take(node_id)):
-            with suppress(RayActorError):  # it died while it waited
-                worker = Worker(actor, ray.get(actor.get_metadata.remote()), resources_per_worker, placement_group_bundle_index=0)
-                workers: list[Any] = self._assign_worker_ranks([worker])
+        if num_workers == 1 and self.standby and (actor := self.standby.take(given_cards())):
+            try:
+                found = ray.get(actor.get_metadata.remote(), timeout=STANDBY_WITHIN_S)
+                workers: list[Any] = self._assign_worker_ranks([Worker(actor, found, resources_per_worker, placement_group_bundle_index=0)])
                 return workers
+            except RayError:  # whatever became of it, its job never needed it
+                ray.kill(actor)
         started: list[Any] = super()._create_workers(num_workers, placement_group, resources_per_worker, **more)
         return started
 
@@ -95,7 +96,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         _log_to_files(self.train_run_context)
         controller = Controller(**parts)
-        controller.worker_group_cls.standby = self.standby
+        Workers.standby = self.standby
         asyncio.run(controller.run())
         return controller.get_result()
 

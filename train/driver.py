@@ -20,7 +20,7 @@ from cluster.placement import is_usable
 from cluster.plan import require_precision
 from cluster.registry import Registry, mlflow_errors
 from cluster.session import LOGS_VARIABLE, RAY_NAMESPACE, Session, require_session, with_joined
-from cluster.turn import is_early, wait_for_turn
+from cluster.turn import is_early, likely_card, wait_for_turn
 from configs.cli import JOB_VARIABLE
 from configs.errors import ClusterError, RegistryError, RunError
 from configs.schema import ChatbotConfig, MachineConfig
@@ -104,15 +104,17 @@ def wait_readily(config: ChatbotConfig) -> "Standby | None":
     """
     if not is_early():
         return None
-    session, standby = require_session(), None
+    session, standby = with_joined(require_session()), None
     with suppress(ClusterError):  # told at its turn, where it is still so
         join(session)
-        from train.standby import begin_standby
+        if config.train.num_workers == 1 and (card := likely_card(session.cards)):
+            from train.standby import begin_standby
 
-        standby = begin_standby(config.train)  # which imports meanwhile
+            standby = begin_standby(config.train, card)  # which imports meanwhile
     for module in SLOW_IMPORTS:
         import_module(module)
     wait_for_turn()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray took it as it connected; until there is a run, whoever is stopped ends at once
     return standby
 
 

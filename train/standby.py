@@ -1,8 +1,10 @@
 """A worker's process that is there before its job's turn: it has imported what takes seconds, on a card that chat may lend.
 
-Knows Ray's actors and the cards' labels. Does not know what it will train. Until its turn it uses neither the card nor its GPU.
+Knows Ray Train's actor of a worker, and the cards' labels. Does not know which model or data it will train on. Until its turn it uses
+neither the card nor its GPU's memory.
 """
 
+from collections.abc import Collection, Mapping
 from importlib import import_module, util
 from typing import Any
 
@@ -10,8 +12,7 @@ import psutil
 import ray
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
-from cluster.placement import CARD, GPU_SHARE
-from cluster.rule import SERVE
+from cluster.placement import CARD, GPU_SHARE, on_cards
 from configs.schema import TrainConfig
 
 SLOW_IMPORTS = ("mlflow.tracking", "transformers.models.llama.modeling_llama", "peft", "train.reporting", "train.step", "train.worker")
@@ -21,34 +22,30 @@ GPU_IMPORTS = ("triton", "liger_kernel.transformers")
 class Standby:
     """A worker that stands by, for whoever takes it first."""
 
-    def __init__(self, actor: Any, node_id: str) -> None:
-        self.actor, self.node_id = actor, node_id
+    def __init__(self, actor: Any, card: str) -> None:
+        self.actor, self.card = actor, card
 
-    def take(self, node_id: str) -> Any:
-        """Return the actor for work on this node, once; None where it stands on another, and then it ends."""
+    def take(self, cards: Collection[str]) -> Any:
+        """Return the actor for work on these cards, once; None where it stands on another, and then it ends."""
         actor, self.actor = self.actor, None
-        if actor is not None and node_id != self.node_id:
+        if actor is not None and self.card not in cards:
             ray.kill(actor)
             return None
         return actor
 
 
-def begin_standby(train: TrainConfig) -> Standby | None:
-    """Start a lone worker on the first of the cards that chat may lend; None where there is none, or several workers are wanted."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Labels"].get("pool") == SERVE]
-    if not nodes or train.num_workers > 1:
-        return None
-    node = min(nodes, key=lambda node: str(node["Labels"][CARD]))
-    on_gpu = "gpu-share" in node["Labels"]
+def begin_standby(train: TrainConfig, labels: Mapping[str, str]) -> Standby:
+    """Start a worker on the card with these labels."""
+    on_gpu = "gpu-share" in labels
     worker = ray.remote(RayTrainWorker).options(
         num_cpus=0,
         num_gpus=GPU_SHARE if on_gpu else 0,
-        label_selector={CARD: node["Labels"][CARD]},
+        label_selector=on_cards([labels[CARD]]),
         runtime_env={"env_vars": worker_environment(train, on_gpu)},
     )
     actor = worker.remote()
     actor.execute.remote(_import_slowly, on_gpu)
-    return Standby(actor, node["NodeID"])
+    return Standby(actor, labels[CARD])
 
 
 def worker_environment(train: TrainConfig, on_gpu: bool) -> dict[str, str]:

@@ -231,8 +231,9 @@ class Way:
 def main() -> None:
     """Measure both ways, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="a chatbot's YAML file; a tiny model of the benchmark's own if left out")
-    parser.add_argument("--shape", choices=SHAPES, help=f"random weights in a shape, and rows of {LENGTH_TOKENS} tokens, instead")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--config", help="a chatbot's YAML file; a tiny model of the benchmark's own if left out")
+    kinds.add_argument("--shape", choices=SHAPES, help=f"random weights in a shape, and rows of {LENGTH_TOKENS} tokens, instead")
     parser.add_argument("--minutes", type=float, default=10.0, help="length of the trace, for each way")
     parser.add_argument("--quiet-s", type=float, default=10.0, help="lending.quiet_after_s")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="what is measured")

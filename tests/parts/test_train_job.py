@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import ray
+from ray.exceptions import GetTimeoutError, OutOfMemoryError
 from ray.train import WorkerGroupError
 
+from cluster.placement import CARDS_VARIABLE
 from configs.errors import ClusterError, ModelError
 from configs.schema import TrainConfig
 from train.driver import on_signals
@@ -138,14 +140,14 @@ def test_sigterm_may_be_taken_for_ctrl_c():
 def test_a_worker_stands_by_for_one_who_works_where_it_is(monkeypatch):
     ended = []
     monkeypatch.setattr(ray, "kill", ended.append)
-    standby = Standby("worker", "here")
-    assert standby.take("here") == "worker"
-    assert standby.take("here") is None, "it is the worker of a run now, and ends with it"
+    standby = Standby("worker", "card0")
+    assert standby.take(["card0"]) == "worker"
+    assert standby.take(["card0"]) is None, "it is the worker of a run now, and ends with it"
     assert not ended
-    elsewhere = Standby("worker", "there")
-    assert elsewhere.take("here") is None
+    elsewhere = Standby("worker", "card1")
+    assert elsewhere.take(["card0"]) is None
     assert ended == ["worker"], "nobody else would end it before the run is over"
-    assert elsewhere.take("there") is None
+    assert elsewhere.take(["card1"]) is None
 
 
 def test_on_a_gpu_a_worker_finds_nothing_and_else_its_share_of_the_cores(monkeypatch):
@@ -154,3 +156,31 @@ def test_on_a_gpu_a_worker_finds_nothing_and_else_its_share_of_the_cores(monkeyp
     found = worker_environment(TrainConfig(num_workers=2), on_gpu=False)
     assert found == {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": "1"}
     assert worker_environment(TrainConfig(quantization="nf4"), on_gpu=False)["TORCHDYNAMO_DISABLE"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("cards", "num_workers", "becomes_of_it", "wanted"),
+    [
+        ("card0", 1, None, "card0's"),
+        ("card1", 1, None, "a new one"),
+        ("card0,card1", 2, None, "a new one"),
+        ("card0", 1, OutOfMemoryError("Ray's memory monitor killed it"), "a new one"),
+        ("card0", 1, GetTimeoutError("it still imports"), "a new one"),
+    ],
+)
+def test_a_worker_that_stands_by_is_taken_where_it_can_be_and_no_run_fails_for_it(monkeypatch, cards, num_workers, becomes_of_it, wanted):
+    from train import controller
+
+    def get(metadata, timeout):
+        if becomes_of_it:
+            raise becomes_of_it
+        return metadata
+
+    monkeypatch.setenv(CARDS_VARIABLE, cards)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    monkeypatch.setattr(controller.WorkerGroup, "_create_workers", lambda *_, **__: ["a new one"])
+    monkeypatch.setattr(controller.Workers, "_assign_worker_ranks", staticmethod(lambda workers: [found.metadata for found in workers]))
+    group = controller.Workers.__new__(controller.Workers)
+    group.standby = Standby(SimpleNamespace(get_metadata=Method("card0's")), "card0")
+    assert group._create_workers(num_workers, None, {"CPU": 1}) == [wanted]

@@ -164,6 +164,14 @@ def test_quiet_chat_lends_its_card_and_a_request_gets_it_back_and_its_answer(sta
     assert [found.pid for found in stack.parts("", "EngineCore")] == [core.pid], "it was woken, and not begun anew"
     wait_for(lambda: f"job {guest} left: {WAITING}" in handovers(stack))  # and perhaps it has the card again: chat is quiet
     assert list((stack.home / "runs" / started.run_id).glob("checkpoint_*/")), "it goes on from where it was"
+    with asked_all_the_time(chat, every_s=2.6):
+        wait_for(lambda: job(stack, guest).state == WAITING)
+        standing_by = wait_for(lambda: train_workers(stack, "card0"))
+        for pid in standing_by:
+            os.kill(pid, signal.SIGKILL)
+    again = wait_for(lambda: (now := job(stack, guest)).state == RUNNING and now.step > started.step and now, timeout_s=180)
+    assert again.num_lost == 0
+    assert standing_by.isdisjoint(train_workers(stack, "card0")), "another one is started where it died"
     assert stack.run("cluster", "cancel", str(long)).returncode == 0
     left = wait_for(lambda: (now := job(stack, long)).state == CANCELLED and now)
     assert stack.registry.client.get_run(left.run_id).info.status == "KILLED"

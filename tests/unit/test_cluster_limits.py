@@ -1,6 +1,7 @@
 """What a container may use, by the files of its control group."""
 
 import os
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -25,10 +26,13 @@ def test_a_group_with_more_cores_than_the_machine_has_the_machines(tmp_path, mon
     assert limits.num_cpus() == os.cpu_count()
 
 
-def test_cores_are_idle_by_how_busy_the_machine_is(tmp_path, monkeypatch):
+def test_cores_are_idle_by_how_busy_the_machine_is_and_where_there_is_a_limit_nobody_knows(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "GROUP", tmp_path)
-    monkeypatch.setattr(psutil, "cpu_percent", lambda: 25.0)
+    monkeypatch.setattr(psutil, "cpu_times_percent", lambda: SimpleNamespace(user=25.0, idle=75.0))
     assert limits.num_idle_cores() == 0.75 * (os.cpu_count() or 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    (tmp_path / "cpu.max").write_text("800000 100000\n")
+    assert limits.num_idle_cores() == 0
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("1073741824", 2**30), ("max", None), ("9" * 18, None)])

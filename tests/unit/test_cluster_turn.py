@@ -8,7 +8,7 @@ import pytest
 
 from cluster.job_queue import FAILED, JOB_VARIABLE, NewJob, Queue, QueuedJob
 from cluster.placement import CARDS_VARIABLE, given_cards
-from cluster.turn import EARLY_VARIABLE, is_early, wait_for_turn
+from cluster.turn import EARLY_VARIABLE, is_early, likely_card, wait_for_turn
 from configs.errors import EXIT_STOPPED
 
 
@@ -56,3 +56,26 @@ def test_it_ends_where_it_is_not_wanted_any_more(early, change):
         wait_for_turn()
     assert ended.value.code == EXIT_STOPPED
     assert os.environ[CARDS_VARIABLE] == ""
+
+
+def test_the_card_that_it_will_get_is_the_first_that_chat_may_lend_and_is_large_enough(early):
+    def labels(card: str, pool: str, memory_gib: float) -> dict[str, str]:
+        return {"card": card, "pool": pool, "memory-gib": str(memory_gib)}
+
+    cards = [labels("card0", "train", 32), labels("card1", "serve", 16), labels("card2", "serve", 16)]
+    assert likely_card(cards)["card"] == "card1"
+    with Queue() as queue:
+        other = queue.submit(NewJob("train", "helpdesk", "name: helpdesk"))
+        queue.begin(other.id, ("card1",), "it is its turn", 1.0)
+        assert likely_card(cards)["card"] == "card2"
+        queue.begin(early.id, ("card2",), "it is its turn", 1.0)
+        assert likely_card(cards)["card"] == "card2", "its turn came"
+    assert likely_card(cards[:2]) is None
+    assert likely_card([labels("card3", "serve", 0.5)])["card"] == "card3"
+
+
+def test_a_card_that_is_too_small_is_not_waited_at(home, monkeypatch):
+    with Queue() as queue:
+        job = queue.submit(NewJob("train", "helpdesk", "name: helpdesk", memory_gib=20))
+    monkeypatch.setenv(JOB_VARIABLE, str(job.id))
+    assert likely_card([{"card": "card0", "pool": "serve", "memory-gib": "16"}]) is None
