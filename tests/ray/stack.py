@@ -94,7 +94,7 @@ class Stack:
         """Start a card for each GPU, or without one a serve card and two train cards."""
         machine = [f"{name}={port}" for name, port in self.ports.items() if name != "chat"]
         cards = [] if find_gpus() else ["cards=[{pool: serve}, {pool: train}, {pool: train}]"]
-        lending = "lending={enabled: true, quiet_after_s: 3, idle_engine: sleep, min_hold_s: 0}"
+        lending = "lending={enabled: true, quiet_after_s: 5, idle_engine: sleep, min_hold_s: 0}"
         return self.run("cluster", "up", "auto", *cards, *machine, lending)
 
     @property

@@ -29,7 +29,7 @@ def chat(stack: Stack, config, served, secret, tiny_model) -> Callable[[], int]:
 
 @contextmanager
 def asked_all_the_time(chat: Callable[[], int], every_s: float = 1.0) -> Iterator[None]:
-    """Let chat have no quiet, so that it lends nothing: that takes 3 s here."""
+    """Let chat have no quiet, so that it lends nothing: that takes 5 s here."""
     over = threading.Event()
 
     def ask() -> None:
@@ -151,8 +151,8 @@ def test_quiet_chat_lends_its_card_and_a_request_gets_it_back_and_its_answer(sta
         guest = submit(stack, config, "train.max_steps=100000", "name=guest")
         (early,) = wait_for(lambda: stack.parts("python", f"queue/{guest}.yaml"))
         assert job(stack, guest).state == WAITING, "its process gets ready while it waits"
-        standing_by = wait_for(lambda: train_workers(stack, "card0"))
         assert re.search(rf"tandem-{guest}-\w+ +waits for cards", stack.run("cluster", "status").stdout)
+        standing_by = wait_for(lambda: train_workers(stack, "card0"))
     started = wait_for(lambda: (now := job(stack, guest)).num_steps and now, timeout_s=180)
     assert started.cards == ("card0",)
     assert "lent by chat" in started.reason
