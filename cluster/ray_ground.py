@@ -58,7 +58,6 @@ class RayGround:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.client, self.idle_engine = session.dashboard(), session.lending.idle_engine
-        num_idle_cores()
         self.stopped_s: dict[str, float] = {}
         self.engines: tuple[Engine, ...] = ()
         self.nodes: dict[str, str] = {}

@@ -49,6 +49,7 @@ class Workers(WorkerGroup):  # type: ignore[misc]
     """Workers that are not told of an actor of the controller's: they would ask it for checkpoints of their own run."""
 
     standby: Standby | None = None
+    """Of this process's job, which is the only one."""
 
     def _create_workers(self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **more: Any) -> list[Any]:
         """Take the worker that stands by where the card is, else start them; the group of resources holds the card for it all the same."""
@@ -91,12 +92,9 @@ class Controller(TrainController):  # type: ignore[misc]
 class Trainer(TorchTrainer):  # type: ignore[misc]
     """A trainer that runs its controller here; SIGINT stays as it is."""
 
-    standby: Standby | None = None
-
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         _log_to_files(self.train_run_context)
         controller = Controller(**parts)
-        Workers.standby = self.standby
         asyncio.run(controller.run())
         return controller.get_result()
 

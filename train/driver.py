@@ -106,7 +106,7 @@ def wait_readily(config: ChatbotConfig) -> "Standby | None":
         return None
     session, standby = with_joined(require_session()), None
     with suppress(ClusterError):  # told at its turn, where it is still so
-        join(session)
+        connect(session)
         if config.train.num_workers == 1 and (card := likely_card(session.cards)):
             from train.standby import begin_standby
 
@@ -136,7 +136,7 @@ def on_record(start: Start, num_cards: int) -> Iterator[Record]:
         TandemError: The cluster cannot do it, or what was done failed.
     """
     # Ray, as it connects, takes SIGTERM for itself.
-    with connect(start.session), on_signals(signal.default_int_handler):
+    with connected(start.session), on_signals(signal.default_int_handler):
         require_cards(num_cards)
         if start.earlier:
             require_at_rest(start.earlier.run_id)
@@ -161,9 +161,9 @@ def say_who_asks(session: Session) -> None:
 
 
 @contextmanager
-def connect(session: Session) -> Iterator[None]:
+def connected(session: Session) -> Iterator[None]:
     """Be connected to the cluster."""
-    join(session)
+    connect(session)
     import ray
 
     try:
@@ -172,7 +172,7 @@ def connect(session: Session) -> Iterator[None]:
         ray.shutdown()
 
 
-def join(session: Session) -> None:
+def connect(session: Session) -> None:
     """Connect to the cluster, as part of a Ray job or straight, where this process has not yet."""
     say_who_asks(session)
     # Before Ray connects: a process that loads torch afterwards, in a Ray job, dies in MKL ("Cannot load libtorch_cpu.so").

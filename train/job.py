@@ -99,7 +99,7 @@ def _fit(
     from ray import train as ray_train
 
     from train.control import make_control
-    from train.controller import Trainer
+    from train.controller import Trainer, Workers
     from train.standby import worker_environment
     from train.worker import train_worker
 
@@ -126,7 +126,7 @@ def _fit(
             worker_runtime_env={"env_vars": worker_environment(config.train, on_gpu)},
         ),
     )
-    trainer.standby = standby
+    Workers.standby = standby
     with _watch(control, show) as stop_reason:
         try:
             result = trainer.fit()
