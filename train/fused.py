@@ -8,6 +8,7 @@ than that (dropout, several adapters, one merged or switched off) is left to PEF
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import is_
 from types import MethodType
 from typing import Any
 
@@ -102,6 +103,30 @@ class Copies:
         self.versions |= {owner: [each._version for each in some] for owner, (some, _) in pairs.items()}
 
 
+@dataclass(frozen=True)
+class Look:
+    """What was found of a layer: good as long as the layer is made of the same parts, which is seen at once."""
+
+    parts: tuple[object, ...]
+    kind: torch.dtype
+    """Of the values that it multiplies."""
+    layer: Any
+    is_plain: bool = False
+    frozen: Frozen | None = None
+    down: Any = None
+    up: Any = None
+    scale: float = 1.0
+
+    @classmethod
+    def at(cls, layer: Any, parts: tuple[object, ...], kind: torch.dtype) -> "Look":
+        """Look at all of it."""
+        if not _is_plain(layer):
+            return cls(parts, kind, layer)
+        (name,) = layer.active_adapters
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return cls(parts, kind, layer, True, frozen_of(layer.base_layer, kind), down, up, layer.scaling[name])
+
+
 class Siblings:
     """PEFT layers that read the same values: when the first is asked, all are multiplied, and the others' products wait for them."""
 
@@ -111,43 +136,51 @@ class Siblings:
         """Until one does not fetch its product: then the model asks them in another way."""
         self._down, self._ups = torch.empty(0), [torch.empty(0)]
         self._read: torch.Tensor | None = None
-        self._waiting: dict[int, torch.Tensor] = {}
+        self._waiting: dict[int, tuple[torch.Tensor, Look]] = {}
+        self._looks: dict[int, Look] = {}
 
     def multiply(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """Return one layer's product, (..., outputs) for x (..., inputs); None where it is PEFT's to make."""
-        if x is self._read and index in self._waiting and _is_plain(self.layers[index]):
-            found = self._waiting.pop(index)
+        if x is self._read and index in self._waiting:
+            found, look = self._waiting.pop(index)
             self._read = x if self._waiting else None
-            return found
+            if self._look(index, look.kind) is look:
+                return found
         if index == 0 and self._waiting:
             self.are_together, self._read, self._waiting = False, None, {}
-        if index == 0 and self.are_together and (products := self._products(self.layers, x)):
-            found, *others = products
-            self._read, self._waiting = x, dict(enumerate(others, 1))
-            return found
-        return next(iter(self._products([self.layers[index]], x)), None)
-
-    def _products(self, layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
-        """Return the products of all these layers, or none."""
-        if not all(map(_is_plain, layers)):
-            return []
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        frozen = [frozen_of(layer.base_layer, kind) for layer in layers]
-        names = [layer.active_adapters[0] for layer in layers]
-        downs = [layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)]
-        ups = [layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)]
-        scales = [layer.scaling[name] for layer, name in zip(layers, names, strict=True)]
-        flat = x.to(kind).reshape(-1, x.shape[-1])
-        if len({type(each) for each in frozen}) > 1 or (frozen[0] is None and len(layers) > 1):
+        if index == 0 and self.are_together:
+            looks = [self._look(each, kind) for each in range(len(self.layers))]
+            if products := self._products(looks, x):
+                found, *others = products
+                self._read, self._waiting = x, dict(enumerate(zip(others, looks[1:], strict=True), 1))
+                return found
+        return next(iter(self._products([self._look(index, kind)], x)), None)
+
+    def _look(self, index: int, kind: torch.dtype) -> Look:
+        """Look at a layer, at all of it only where something has changed: a step asks some hundred times, and its GPU would wait."""
+        layer, seen = self.layers[index], self._looks.get(index)
+        parts = _parts(layer)
+        if seen is None or seen.kind != kind or not all(map(is_, parts, seen.parts)):
+            seen = self._looks[index] = Look.at(layer, parts, kind)
+        return seen
+
+    def _products(self, looks: Sequence[Look], x: torch.Tensor) -> list[torch.Tensor]:
+        """Return the products of all these layers, or none."""
+        first, frozen = looks[0], [look.frozen for look in looks]
+        if not all(look.is_plain for look in looks) or len(set(map(type, frozen))) > 1 or (first.frozen is None and len(looks) > 1):
             return []
-        if frozen[0] is None:  # a layer with a product of its own
-            own, inner = layers[0].base_layer(flat).to(kind), linear(flat, downs[0].to(kind))
-            products = [torch.addmm(own, inner, ups[0].to(kind).t(), alpha=scales[0])]
+        flat = x.to(first.kind).reshape(-1, x.shape[-1])
+        if first.frozen is None:  # a layer with a product of its own
+            own, inner = first.layer.base_layer(flat).to(first.kind), linear(flat, first.down.to(first.kind))
+            products = [torch.addmm(own, inner, first.up.to(first.kind).t(), alpha=first.scale)]
         else:
+            downs, ups = [look.down for look in looks], [look.up for look in looks]
             with torch.no_grad():  # the gradients are those of the matrices themselves
-                down, others = self._ready(downs, ups, kind)
+                down, others = self._ready(downs, ups, first.kind)
             matrices = [matrix for pair in zip(downs, ups, strict=True) for matrix in pair]
-            products = list(_Products.apply(flat, Layers(frozen, down, others, scales), *matrices))  # type: ignore[arg-type]
+            made = Layers(frozen, down, others, [look.scale for look in looks])  # type: ignore[arg-type]
+            products = list(_Products.apply(flat, made, *matrices))
         return [product.view(*x.shape[:-1], -1) for product in products]
 
     def _ready(self, downs: list[torch.Tensor], ups: list[torch.Tensor], kind: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -192,6 +225,16 @@ def _with_fallback(of_peft: Any) -> Any:
         return of_peft(self, x, *args, **kwargs) if found is None else found
 
     return forward
+
+
+def _parts(layer: Any) -> tuple[object, ...]:
+    """Return what a layer is made of and how it is used, each the same object until that is changed."""
+    inside, names = layer._modules, layer.active_adapters
+    name = names[0] if len(names) == 1 else None
+    base = inside["base_layer"]
+    matrices = (inside[part]._modules.get(name) for part in ("lora_A", "lora_B"))
+    own = (matrix and matrix._parameters["weight"] for matrix in matrices)
+    return layer.disable_adapters, layer.merged, name, layer.scaling.get(name), base, base._parameters.get("weight"), *own
 
 
 def _is_plain(layer: Any) -> bool:
