@@ -5,13 +5,14 @@ next one goes on. Knows the order of things. Does not know how they are done: se
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
 from cluster.job_queue import CANCELLED, DONE, FAILED, LEAVING, STANDING, SUBMISSION, WAITING, Queue, QueuedJob, clock
-from cluster.rule import Card, Chat, Job, Leave, Snapshot, Start, decide
-from configs.errors import EXIT_BAD_INPUT, EXIT_NOT_PROMOTED, EXIT_STOPPED, TandemError
+from cluster.rule import TRAIN, Card, Chat, Job, Leave, Snapshot, Start, decide
+from configs.errors import EXIT_BAD_INPUT, EXIT_NO_FIT, EXIT_NOT_PROMOTED, EXIT_STOPPED, TandemError
 from configs.schema import LendingConfig
 
 LOST = -1  # the exit status of what was killed
@@ -193,13 +194,23 @@ class Arbiter:
             self._end(job, WAITING if job.state == LEAVING else CANCELLED, job.reason if job.state == LEAVING else "stopped by hand", now_s)
         elif driver.exit_status == 0:
             self._end(job, DONE, self.ground.words(job.submission), now_s)
-        elif driver.exit_status in (EXIT_BAD_INPUT, EXIT_NOT_PROMOTED) and _are_alive(job.cards, seen):
+        elif driver.exit_status == EXIT_NO_FIT and (larger_gib := self._larger_gib(job, seen)):
+            self.queue.want_memory(job.id, larger_gib)
+            self._end(job, WAITING, f"{self.ground.words(job.submission)}; it waits for a card of {larger_gib:.4g} GiB", now_s)
+        elif driver.exit_status in (EXIT_BAD_INPUT, EXIT_NO_FIT, EXIT_NOT_PROMOTED) and _are_alive(job.cards, seen):
             self._end(job, FAILED, self.ground.words(job.submission), now_s)
             self._tell_failure(job)
         elif job.state == LEAVING:
             self._end(job, WAITING, job.reason, now_s)
         else:
             self._lose(job, f"its process was lost: {self.ground.words(job.submission)}", now_s)
+
+    def _larger_gib(self, job: QueuedJob, seen: Sight) -> float | None:
+        """Return the memory of the next larger cards than a job has, where it may get as many as it needs; it was reckoned for short rows."""
+        has_gib = min((card.memory_gib for card in seen.cards if card.name in job.cards), default=math.inf)
+        usable = [card.memory_gib for card in seen.cards if card.pool == TRAIN or self.lending.enabled]
+        larger = sorted(gib for gib in usable if gib > has_gib)
+        return larger[0] if len(larger) >= job.num_cards else None
 
     def _gone(self, job: QueuedJob, seen: Sight, now_s: float) -> list[str]:
         """Return which of a job's cards were not there for long; another arbiter counts anew, and is late by as much."""

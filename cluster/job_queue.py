@@ -253,6 +253,10 @@ class Queue:
                 self._change(job_id, priority=priority)
             return self.find(job_id)
 
+    def want_memory(self, job_id: int, memory_gib: float) -> None:
+        """Let a job have only cards with so much memory from now on."""
+        self._change(job_id, memory_gib=memory_gib)
+
     def handovers(self, count: int) -> list[tuple[float, str, str, str]]:
         """Return the newest handovers: time, card, what, why."""
         rows = self._execute("SELECT at_s, card, what, reason FROM handovers ORDER BY rowid DESC LIMIT ?", count)

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from configs.errors import (
     EXIT_BAD_INPUT,
+    EXIT_NO_FIT,
     EXIT_INTERRUPTED,
     EXIT_UNAVAILABLE,
     ClusterError,
@@ -64,18 +65,24 @@ def names_command(word: str, commands: Collection[str]) -> bool:
 def run_app(app: typer.Typer, module: str) -> None:
     """Run a command line as `python -m MODULE`; a `TandemError` ends it with status 2 and no traceback.
 
-    A job of the queue tells apart what comes back by itself, and is begun again then.
+    A job of the queue tells apart what comes back by itself, and what another card may have memory for; it is begun again then.
     """
     try:
         app(prog_name=f"python -m {module}")
     except TandemError as error:
         print_error(error)
-        mends_itself = isinstance(error, ClusterError | RegistryError) and not isinstance(error, FitError)
-        sys.exit(EXIT_UNAVAILABLE if mends_itself and JOB_VARIABLE in os.environ else EXIT_BAD_INPUT)
+        sys.exit(_status_in_line(error) if JOB_VARIABLE in os.environ else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     finally:
         gc.freeze()  # the interpreter else goes through all that torch and MLflow brought, as it ends: a second, and three on busy cores
+
+
+def _status_in_line(error: TandemError) -> int:
+    """Return the exit status by which the arbiter tells what becomes of a job of the queue."""
+    if isinstance(error, FitError):
+        return EXIT_NO_FIT
+    return EXIT_UNAVAILABLE if isinstance(error, ClusterError | RegistryError) else EXIT_BAD_INPUT
 
 
 def print_error(error: TandemError) -> None:

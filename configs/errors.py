@@ -15,6 +15,7 @@ Raise one of these for whatever a user can mend; let everything else be a traceb
 
 EXIT_BAD_INPUT = 2
 EXIT_NOT_PROMOTED = 3
+EXIT_NO_FIT = 4  # of a queued job: its card has too little memory, and another may have enough
 EXIT_UNAVAILABLE = 75  # of a queued job: a service was away, which comes back by itself
 EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 143

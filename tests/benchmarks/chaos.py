@@ -2,8 +2,9 @@
 
 `PYTHONPATH=. python tests/benchmarks/chaos.py [--minutes 30] [--seed 0] [--note WORDS]`. It starts a Tandem of its own with a tiny model,
 and sends SIGKILL to a run's worker or driver, an engine's replica or core, the arbiter, a card's raylet, the head, and MLflow's server:
-the next one some seconds after all goes on again. Ends with status 1 where something was lost: a job, a request that got neither an
-answer nor a 503 although what it needed was there, more steps than lie between two checkpoints, or a card that takes no job any more.
+the next one some seconds after all goes on again. Chat has spells of quiet, in which its card is lent to a third job, and its engine
+sleeps; after a kill it asks. Ends with status 1 where something was lost: a job, a request that got neither an answer nor a 503 although
+what it needed was there, more steps than lie between two checkpoints, or a card that takes no job any more.
 """
 
 import argparse
@@ -25,13 +26,16 @@ from bench import loss_history, steps_lost, write_result
 from cluster.cards import find_gpus
 from cluster.job_queue import DONE, FAILED, RUNNING, STANDING, Queue, QueuedJob
 from cluster.processes import free_port
+from cluster.rule import SERVE
 from configs.cli import console
 from tests.ray.stack import Stack, make_config, make_tiny_model, wait_for
 
 PORTS = ("ray_port", "dashboard_port", "mlflow_port", "chat")
 SAVE_EVERY, SHORT_STEPS, FOREVER = 20, 100, 1_000_000
 NUM_ASKING = 2
-PAUSE_S = (2.0, 12.0)
+PAUSE_S = (2.0, 25.0)
+CHATS_S, QUIET_S, QUIET_AFTER_S = 30.0, 45.0, 8.0
+NUM_JOBS = 3  # in line, for two train cards and the one that chat lends
 SETTLES_S = 1.0  # what was under way at a kill is told by then
 OUTLIVES_S = 3.0  # engines and workers end with their raylet, head or driver, and so much later
 RECOVERS_WITHIN_S = 300.0
@@ -121,7 +125,9 @@ class Chaos:
         if not found:
             console.print(f"{victim}: none is there now")
             return
-        before = {job.id: job for job in self.jobs() if job.state == RUNNING and job.num_steps}
+        lent = {card["card"] for card in json.loads((self.stack.home / "cluster.json").read_text())["cards"] if card["pool"] == SERVE}
+        # Who has a lent card leaves it when chat asks.
+        before = {job.id: job for job in self.jobs() if job.state == RUNNING and job.num_steps and not lent & set(job.cards)}
         chosen = self.chance.choice(found)
         num_begun = self._num_arbiters()
         kill = Kill(victim, time.time(), tuple(before))
@@ -168,13 +174,16 @@ class Chaos:
         return self.jobs()[-1].id
 
     def _submit_short_ones(self) -> None:
-        """Keep one short job in line, beside the one that lasts."""
+        """Keep short jobs in line, beside the one that lasts."""
         while not self.over.wait(1.0):
-            if len(self.jobs(*STANDING)) < 2:
+            if len(self.jobs(*STANDING)) < NUM_JOBS:
                 self.submit(f"train.max_steps={SHORT_STEPS}", "name=short")
 
     def _chat(self) -> None:
         while not self.over.is_set():
+            if self._is_quiet():
+                time.sleep(0.2)
+                continue
             one = Asked(time.time())
             try:
                 one.said = self._ask()
@@ -183,6 +192,10 @@ class Chaos:
             one.ended_s = time.time()
             self.asked.append(one)
             time.sleep(1.0)
+
+    def _is_quiet(self) -> bool:
+        """Whether nobody chats now: in spells, and not as long as something that was killed is not back."""
+        return time.monotonic() % (CHATS_S + QUIET_S) > CHATS_S and all(kill.back_s for kill in self.kills)
 
     def _ask(self) -> str:
         """Ask for a streamed answer; return its status, or what was amiss with it."""
@@ -249,6 +262,8 @@ def figures_of(chaos: Chaos) -> dict[str, float]:
             name = victim.lower().replace("'s", "").replace(" ", "_")
             figures |= {f"{name}_kills": len(times), f"{name}_median_s": median(times), f"{name}_max_s": max(times)}
     figures |= {f"requests_{kind}": kinds[kind] for kind in ("answered", "refused", "cut", "no_door", "failed")}
+    with closing(Queue(chaos.stack.home / "queue.db")) as queue:
+        figures["lent"] = sum("is lent by chat" in reason for *_, reason in queue.handovers(10_000))
     figures |= {"jobs_done": len(chaos.jobs(DONE)), "jobs_failed": len(chaos.jobs(FAILED))}
     figures |= {"steps_done": sum(len({step for _, step in history}) for history in histories.values())}
     return figures | {"steps_lost": sum(again), "steps_lost_at_once_max": max(again, default=0), "num_lost": len(chaos.lost)}
@@ -265,7 +280,8 @@ def main() -> int:
     stack = Stack(folder / "home", folder, {name: free_port() for name in PORTS})
     cards = [] if find_gpus() else ["cards=[{pool: serve}, {pool: train}, {pool: train}]"]
     machine = [f"{name}={port}" for name, port in stack.ports.items() if name != "chat"]
-    done = stack.run("cluster", "up", "auto", *cards, *machine, f"lending={{min_hold_s: 0, max_attempts: {FOREVER}}}")
+    lending = f"lending={{enabled: true, quiet_after_s: {QUIET_AFTER_S}, idle_engine: sleep, min_hold_s: 0, max_attempts: {FOREVER}}}"
+    done = stack.run("cluster", "up", "auto", *cards, *machine, lending)
     if done.returncode:
         raise SystemExit(done.stderr)
     try:

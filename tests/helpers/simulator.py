@@ -12,7 +12,7 @@ from dataclasses import replace
 from cluster.arbiter import LOST, Arbiter, Driver, Sight
 from cluster.job_queue import LEAVING, RUNNING, STANDING, NewJob, QueuedJob
 from cluster.rule import SERVE, TRAIN, Card, Chat
-from configs.errors import EXIT_STOPPED
+from configs.errors import EXIT_NO_FIT, EXIT_STOPPED
 from tests.helpers.laws import Laws
 from tests.helpers.simulated import (
     DOWN_AFTER_S,
@@ -56,6 +56,8 @@ class Simulation:
         self.work: dict[int, float] = {}
         """Seconds of training that each job still needs, and what of them is saved."""
         self.saved: dict[int, float] = {}
+        self.needs_gib: dict[int, float] = {}
+        """Of a card's memory, as each job finds out at its turn."""
         self.leave_s = 2.0
         self.head_back_s = 0.0
         self.queue = QuickQueue(":memory:")
@@ -73,16 +75,18 @@ class Simulation:
 
     # What happens from outside.
 
-    def submit_job(self, kind: str, work_s: float, priority: int = 0, num_cards: int = 1, memory_gib: float = 0.0) -> QueuedJob | None:
-        """Submit what the whole cluster has cards for."""
+    def submit_job(self, kind: str, work_s: float, priority: int = 0, num_cards: int = 1, *gib: float) -> QueuedJob | None:
+        """Submit what the whole cluster has cards for: of `gib` memory each, by what is reckoned as it is submitted, and in truth."""
+        memory_gib, needs_gib = min(gib, default=0.0), max(gib, default=0.0)
         suit = [
-            spot for spot in self.spots if spot.card.memory_gib >= memory_gib and (spot.card.pool == TRAIN or self.setting.lending.enabled)
+            spot for spot in self.spots if spot.card.memory_gib >= needs_gib and (spot.card.pool == TRAIN or self.setting.lending.enabled)
         ]
         if len(suit) < num_cards:
             return None
         new = NewJob("train" if kind == "train" else "sweep", "bot", "", priority=priority, num_cards=num_cards, memory_gib=memory_gib)
         job = self.queue.submit(new, now_s=self.now_s)
         self.work[job.id] = self.saved[job.id] = work_s
+        self.needs_gib[job.id] = needs_gib
         return job
 
     def arrive(self, num_requests: float) -> None:
@@ -323,6 +327,8 @@ class Simulation:
             elif self.now_s >= run.leaves_s:
                 hung = self.leave_s > LEAVE_WITHIN_S
                 self._finish(submission, Driver("stopped"), saved=not hung)
+            elif run.spots and min(spot.card.memory_gib for spot in run.spots) < self.needs_gib[run.job.id]:
+                self._finish(submission, Driver("ended", EXIT_NO_FIT), saved=False)
             elif self.now_s >= run.placed_s + SETUP_S:
                 self.work[run.job.id] -= 1
                 if (self.now_s - run.placed_s) % SAVE_EVERY_S == 0:

@@ -10,7 +10,7 @@ from cluster.cards import Card, Gpu
 from cluster.job_queue import Queue, QueuedJob
 from cluster.queue_view import check_job
 from configs.cli import JOB_VARIABLE
-from configs.errors import EXIT_UNAVAILABLE, ClusterError
+from configs.errors import EXIT_NO_FIT, EXIT_UNAVAILABLE, ClusterError
 from configs.loader import ROOT
 
 HELPDESK = str(ROOT / "configs" / "helpdesk.yaml")
@@ -128,3 +128,12 @@ def test_a_job_whose_cluster_is_away_is_begun_again_and_what_is_wrong_is_not(com
     monkeypatch.setenv(JOB_VARIABLE, "1")
     assert command("train", HELPDESK).status == EXIT_UNAVAILABLE
     assert command("train", HELPDESK, "train.max_step=3").status == 2
+
+
+def test_a_job_that_does_not_fit_its_card_tells_it_apart_from_what_is_wrong(command, up, large, monkeypatch):
+    up()
+    words = ("train", HELPDESK, f"model.name={large}", f"data.source={ROOT / 'data' / 'helpdesk.jsonl'}")
+    assert command(*words).status == 2
+    monkeypatch.setenv(JOB_VARIABLE, "1")
+    done = command(*words)
+    assert (done.status, "this run does not fit its card" in done.err) == (EXIT_NO_FIT, True)

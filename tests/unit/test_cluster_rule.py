@@ -169,7 +169,7 @@ settings_of_a_cluster = st.builds(
 )
 jobs = st.tuples(
     st.just("submit_job"), st.sampled_from(["train", "sweep"]), st.sampled_from([5, 30, 90, 200]),
-    st.integers(-1, 1), st.sampled_from([1, 1, 1, 2]), st.sampled_from([0, 0, 32]),
+    st.integers(-1, 1), st.sampled_from([1, 1, 1, 2]), st.sampled_from([0, 0, 32]), st.sampled_from([0, 32]),
 )  # fmt: skip
 happenings = st.one_of(
     jobs,
@@ -300,6 +300,29 @@ def test_a_job_that_always_dies_is_begun_three_times_and_the_next_one_runs(caplo
     assert told_in_log["last_lines"].startswith("  the last lines of ")
     assert told_in_log["remedy"] == "mend the reason, then python -m cluster submit CONFIG"
     assert f"python -m cluster logs system --find 'job {doomed.id} failed'" in told(found)
+
+
+def test_a_job_that_does_not_fit_the_card_it_got_waits_for_a_larger_one():
+    """It was reckoned for short rows as it was submitted; its own are longer."""
+    simulation = Simulation(Setting(lending=LendingConfig(enabled=True, quiet_after_s=0, min_hold_s=0), max_engines=0, min_engines=0))
+    first = simulation.submit_job("train", 60)
+    simulation.run(5)
+    assert simulation.queue.find(first.id).cards == ("train0",)
+    long = simulation.submit_job("train", 5, 0, 1, 0, 32)
+    simulation.run(5)
+    found = simulation.queue.find(long.id)
+    assert (found.state, found.memory_gib) == ("waiting", 32), "it was lent the smaller one, and came back"
+    assert "it waits for a card of 32 GiB" in [what[-1] for what in simulation.queue.handovers(9)][0]
+    simulation.run(90)
+    assert simulation.queue.find(long.id).state == DONE
+
+
+def test_a_job_that_fits_no_card_fails_with_its_own_words():
+    simulation = Simulation(Setting())
+    job = simulation.submit_job("train", 5)
+    simulation.needs_gib[job.id] = 64
+    simulation.run(10)
+    assert simulation.queue.find(job.id).state == FAILED
 
 
 def test_thousands_of_requests_a_second_for_ten_minutes_beside_a_line_of_jobs():
