@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -36,8 +37,8 @@ NUM_ASKING = 2
 PAUSE_S = (2.0, 25.0)
 CHATS_S, QUIET_S, QUIET_AFTER_S = 30.0, 45.0, 8.0
 NUM_JOBS = 3  # in line, for two train cards and the one that chat lends
-SETTLES_S = 1.0  # what was under way at a kill is told by then
-OUTLIVES_S = 3.0  # engines and workers end with their raylet, head or driver, and so much later
+OUTLIVES_S = 4.0  # engines and workers end with their raylet, head or driver, and so much later
+STOPS_S = 5.0  # a run that makes no step for so long was hit; an evaluation is shorter, and a new process takes longer
 RECOVERS_WITHIN_S = 300.0
 # Of each victim: its process' name and words of its command line, and whether chat and training need it.
 VICTIMS = {
@@ -143,7 +144,7 @@ class Chaos:
         try:
             wait_for(is_whole, timeout_s=RECOVERS_WITHIN_S)
             kill.whole_s = time.time()
-            time.sleep(max(0.0, kill.at_s + SETTLES_S - time.time()))
+            time.sleep(max(0.0, kill.at_s + OUTLIVES_S - time.time()))
             before |= {job.id: job for job in self.jobs() if job.id in before}
             wait_for(lambda: self._goes_on(kill, before), timeout_s=RECOVERS_WITHIN_S)
         except AssertionError:
@@ -215,14 +216,27 @@ class Chaos:
                 return "no_door"
         return "failed"
 
-    def took_s(self, kill: Kill, histories: dict[int, list[tuple[float, int]]]) -> float:
-        """Return the seconds until chat answered and each job was beyond where it was, if it concerns them; else until it was there."""
+    def took_s(self, kill: Kill, histories: dict[int, list[tuple[float, int]]]) -> float | None:
+        """Return the seconds until chat answered and each job that it stopped was beyond where it was; else until it was there again.
+
+        None where it is there for jobs alone, and stopped none: its job waited, or its card had none.
+        """
         times = [one.ended_s for one in self.asked if one.is_answered and one.sent_s > kill.at_s][:1] if kill.stops_chat else []
-        ended_s = kill.at_s + (0.0 if kill.victim == "trainer" else OUTLIVES_S)
         for job_id in kill.running if kill.stops_training else ():
-            highest = max((step for at_s, step in histories[job_id] if at_s <= ended_s), default=0)
-            times += [at_s for at_s, step in histories[job_id] if at_s > ended_s and step > highest][:1]
+            times += _went_on_s(kill, histories[job_id])
+        if not times and kill.stops_training:
+            return None
         return max(times, default=kill.whole_s or kill.back_s) - kill.at_s
+
+
+def _went_on_s(kill: Kill, history: list[tuple[float, int]]) -> list[float]:
+    """Return when a run that stopped at a kill was beyond where it was, if it stopped: steps are told before a worker ends, too."""
+    told = sorted(history)
+    for (last_s, _), (next_s, _) in pairwise(told):
+        if kill.at_s - STOPS_S <= last_s <= kill.at_s + OUTLIVES_S and next_s - last_s >= STOPS_S and next_s > kill.at_s:
+            highest = max(step for at_s, step in told if at_s <= last_s)
+            return [at_s for at_s, step in told if at_s > last_s and step > highest][:1]
+    return []
 
 
 def settle(chaos: Chaos, forever: int) -> None:
@@ -258,9 +272,11 @@ def figures_of(chaos: Chaos) -> dict[str, float]:
     chaos.lost += [f"a request at {one.sent_s:.1f}: {one.said}" for one in chaos.asked if chaos.kind_of(one) == "failed"]
     figures: dict[str, float] = {"kills": len(chaos.kills)}
     for victim in VICTIMS:
-        if times := [chaos.took_s(kill, histories) for kill in chaos.kills if kill.victim == victim]:
-            name = victim.lower().replace("'s", "").replace(" ", "_")
-            figures |= {f"{name}_kills": len(times), f"{name}_median_s": median(times), f"{name}_max_s": max(times)}
+        took_s = [chaos.took_s(kill, histories) for kill in chaos.kills if kill.victim == victim]
+        name = victim.lower().replace("'s", "").replace(" ", "_")
+        figures |= {f"{name}_kills": len(took_s)} if took_s else {}
+        if times := [one for one in took_s if one is not None]:
+            figures |= {f"{name}_timed": len(times), f"{name}_median_s": median(times), f"{name}_max_s": max(times)}
     figures |= {f"requests_{kind}": kinds[kind] for kind in ("answered", "refused", "cut", "no_door", "failed")}
     with closing(Queue(chaos.stack.home / "queue.db")) as queue:
         figures["lent"] = sum("is lent by chat" in reason for *_, reason in queue.handovers(10_000))
