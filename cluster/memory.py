@@ -22,9 +22,11 @@ FP32_BYTES, BF16_BYTES = 4, 2
 OPTIMIZER_BYTES = {32: 8.0, 8: 2 + 2 * 4 / 256}  # a weight; 8 bit as bitsandbytes has it, with a scale for each 256
 NF4_BYTES = 0.5 + 4 / 64  # a weight, with a scale in fp32 for each 64
 NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the scales in 8 bit, with one in fp32 for each 256 of them
-# bf16 logits are upcast; their log-softmax is kept, and beside it lie two gradients of its size when the backward pass begins. With it,
-# the 8B shape's LoRA step at 4 rows of 2,048 tokens comes to 52.9 GiB of tensors, measured 52.87 (results/training-h100-..-11-22.json);
-# QLoRA at one row, recomputed, to 6.2, measured 6.26.
+# Logits of so many tokens lie in memory at once that they take so much in fp32: in bf16 too, or their gradient is; see `train.loss`.
+CHUNK_BYTES = 256 * MIB
+CHUNK_LOGIT_BYTES = FP32_BYTES + BF16_BYTES
+# Of models that change their logits, all are upcast; their log-softmax is kept, and beside it lie two gradients of its size when the
+# backward pass begins.
 LOGIT_BYTES = 12
 EVALUATION_LOGIT_BYTES = 10  # bf16, fp32, and the log-softmax, at once
 EVALUATION_TOKENS = 2048  # of a batch; micro-batches of a few short rows would leave a processor idle
@@ -32,10 +34,10 @@ EVALUATION_TOKENS = 2048  # of a batch; micro-batches of a few short rows would 
 # (results/step-profile-h200-..-11-29.json), with Liger's kernels, which it no longer has. One that is recomputed was never measured.
 COMPILED_WIDTHS = 1.4
 CUBLAS_BYTES = 2 * 32 * MIB  # a workspace for each of the two threads that multiply: torch's default on Hopper; elsewhere 8 MiB
-# What torch's allocator holds beyond its tensors, with segments that grow: as much as the logits in bf16, which come and go among larger
-# things, and a little more. It differs from run to run: of steps that recompute, by nearly all of it. Context: driver, cuBLAS and kernels
-# of a training process. All measured, on two machines (results/memory-h100-..-11-23.json, memory-h200-..-11-30.json).
-LOST_LOGITS = BF16_BYTES / LOGIT_BYTES
+# What torch's allocator holds beyond its tensors, with segments that grow: as much as the logits that are there in bf16, which come and go
+# among larger things, and a little more. It differs from run to run: of steps that recompute, by nearly all of it. Context: driver, cuBLAS
+# and kernels of a training process. Measured on two machines (results/memory-h100-..-11-23.json, memory-h200-..-11-30.json), with all
+# logits there at once.
 LOST_BYTES, RECOMPUTED_LOST_BYTES = 256 * MIB, 20 * MIB  # the latter beside what one layer of the MLP takes
 CUDA_CONTEXT_BYTES = 770 * MIB
 # Python with torch, transformers and Ray's worker: what the 135M model's run is above its tensors (1.90 GiB in training-cpu-..-11-22.json).
@@ -131,13 +133,13 @@ class Step:
         kept, block, grads = self._kept_bytes(), self._backward_bytes(), self._num_adapter * FP32_BYTES
         held = grads if self._accumulates else 0  # gradients of the micro-batches before
         num_rows = max(self.size, EVALUATION_TOKENS / self.rows.longest_tokens)
-        answers = num_rows * (self.rows.longest_tokens if self.shape.changes_logits else self.rows.most_loss_tokens)
+        answers = num_rows * self.rows.most_loss_tokens
         return [
-            self._moment(kept, held, self._logit_bytes()),
+            self._moment(kept, held, self._logit_bytes(self.size * self.rows.most_loss_tokens)),
             self._moment(kept + block, held),
             self._moment(block, grads),
             self._moment(0, grads),
-            self._moment(0, 0, answers * self.shape.vocabulary * EVALUATION_LOGIT_BYTES),
+            self._moment(0, 0, self._logit_bytes(answers, learns=False)),
         ]
 
     def _moment(self, activations: float, gradients: float, logits: float = 0.0) -> Need:
@@ -157,7 +159,7 @@ class Step:
     def _lost_bytes(self) -> float:
         wide = self.num_tokens * self.shape.inner_width * self.device.value_bytes
         little = wide + RECOMPUTED_LOST_BYTES if self.recomputes else LOST_BYTES
-        return LOST_LOGITS * self._logit_bytes() + little + CUBLAS_BYTES
+        return self._num_logits(self.size * self.rows.most_loss_tokens) * BF16_BYTES + little + CUBLAS_BYTES
 
     @property
     def _num_adapter(self) -> int:
@@ -255,11 +257,19 @@ class Step:
         alone = [inputs * outputs for name, (inputs, outputs) in self.shape.linear_layers.items() if name not in together]
         return max(max(alone, default=0) * self.device.value_bytes, 0 if self.device.on_gpu else self._scratch_bytes())
 
-    def _logit_bytes(self) -> float:
-        """The logits and their gradients, of those tokens alone that carry loss, unless the model changes them after the head."""
+    def _num_logits(self, num_answers: float) -> float:
+        """How many logits are there at once: some tokens' of those that carry loss; all tokens' of a model that changes them."""
+        shape = self.shape
+        if shape.changes_logits:
+            return num_answers * self.rows.longest_tokens / self.rows.most_loss_tokens * shape.vocabulary
+        return min(num_answers, max(1, CHUNK_BYTES // (shape.vocabulary * FP32_BYTES))) * shape.vocabulary
+
+    def _logit_bytes(self, num_answers: float, learns: bool = True) -> float:
+        """The logits, and where a step learns, the gradients of what they are made of."""
+        number, value = self._num_logits(num_answers), self.device.value_bytes
         if self.shape.changes_logits:
-            return self.num_tokens * self.shape.vocabulary * (LOGIT_BYTES + 2 * self.device.value_bytes)
-        return self.size * self.rows.most_loss_tokens * self.shape.vocabulary * LOGIT_BYTES
+            return number * (LOGIT_BYTES + 2 * value if learns else EVALUATION_LOGIT_BYTES)
+        return number * CHUNK_LOGIT_BYTES + (2 * num_answers * self.shape.width * value if learns else 0)
 
 
 def weight_bytes(shape: Shape, linear_bytes: float, device: Device) -> float:

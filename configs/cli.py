@@ -18,8 +18,8 @@ from typer.core import TyperGroup
 
 from configs.errors import (
     EXIT_BAD_INPUT,
-    EXIT_NO_FIT,
     EXIT_INTERRUPTED,
+    EXIT_NO_FIT,
     EXIT_UNAVAILABLE,
     ClusterError,
     ConfigError,

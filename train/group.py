@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint as recompute
 
 from cluster.home import new_folder
 from configs.errors import ModelError
 from configs.schema import ChatbotConfig
 from train.attention import lay_end_to_end, take
 from train.learner import Learner, num_targets
+from train.loss import sum_losses
 from train.memory import MAX_BATCH_TOKENS
 from train.mixed import Batch, Mixer, Stack, make_batch
 from train.model import draws_numbers, has_logit_settings, insert_adapter, packs_safely
@@ -79,7 +78,7 @@ class Group:
         if gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         self.base, self.rows, self.heldout = base, rows, heldout
-        self.gradient_checkpointing, self.max_batch_tokens = gradient_checkpointing, max_batch_tokens
+        self.max_batch_tokens = max_batch_tokens
         self.device: torch.device = base.get_input_embeddings().weight.device
         self.members: dict[str, Member] = {}
         self.mixer = Mixer()
@@ -213,18 +212,8 @@ class Group:
             hidden = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, rows=batch.rows, use_cache=False).last_hidden_state
             chosen = take(hidden[0], batch.sources)
             parts = zip(batch.slots, chosen.split(batch.num_targets), batch.targets.split(batch.num_targets), strict=True)
-            return {slot: self._sum(states, targets, smoothing.get(slot, 0.0)) for slot, states, targets in parts}
-
-    def _sum(self, states: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-        def loss(states: torch.Tensor) -> torch.Tensor:
-            logits = self.base.get_output_embeddings()(states)
-            return cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
-
-        if not self.gradient_checkpointing:
-            return loss(states)
-        # The logits of all adapters at once are among the largest things in training.
-        found: torch.Tensor = recompute(loss, states, use_reentrant=False, preserve_rng_state=False)
-        return found
+            head = self.base.get_output_embeddings()
+            return {slot: sum_losses(states, head, targets, smoothing.get(slot, 0.0)) for slot, states, targets in parts}
 
     def evaluate(self, trial_id: str) -> float:
         """Return an adapter's held-out loss, as a Trainer measures it."""

@@ -19,6 +19,7 @@ from configs.schema import LoraConfig, ModelConfig, TrainConfig
 from train.attention import attend_without_masks, lay_end_to_end, take
 from train.fp8 import quantise_base, require_fp8
 from train.fused import fuse_adapter
+from train.loss import sum_losses
 from train.rows import answer_places
 from train.unpacked import pack_by_block
 
@@ -226,8 +227,8 @@ def suit_attention(base: Any, packing: bool, longest_tokens: int) -> bool:
 def _answer_forward(full_forward: Callable[..., Any], changes_logits: bool, label_smoothing: float) -> Callable[..., Any]:
     """Wrap a causal model's forward pass: given labels, compute logits only where the next token carries loss.
 
-    On chat rows a third of the tokens carry loss, and logits over a vocabulary of 50 to 150 thousand are among the largest
-    things in training; the loss is the same. Where they are may be given as `answers`: then nobody waits for a GPU to say it.
+    On chat rows a third of the tokens carry loss; the loss is the same. Where they are may be given as `answers`: then nobody waits for
+    a GPU to say it.
     Smoothing is for training alone, so that held-out losses stay comparable.
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -244,14 +245,14 @@ def _answer_forward(full_forward: Callable[..., Any], changes_logits: bool, labe
         inputs.pop("return_dict", None)
         if answers is None:  # a GPU is waited for here
             answers = answer_places(labels)
-        if changes_logits:
-            logits = take(full_forward(self, **inputs).logits.flatten(0, 1), answers)
-        else:
-            hidden = self.get_decoder()(**inputs).last_hidden_state  # (rows, tokens, width)
-            logits = self.get_output_embeddings()(take(hidden.flatten(0, 1), answers))  # (loss tokens, vocabulary)
         smoothing = label_smoothing if self.training else 0.0
         targets = labels.flatten().index_select(0, answers + 1)
-        total = cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        if changes_logits:
+            logits = take(full_forward(self, **inputs).logits.flatten(0, 1), answers)  # (loss tokens, vocabulary)
+            total = cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        else:
+            hidden = self.get_decoder()(**inputs).last_hidden_state  # (rows, tokens, width)
+            total = sum_losses(take(hidden.flatten(0, 1), answers), self.get_output_embeddings(), targets, smoothing)
         count = len(answers) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 

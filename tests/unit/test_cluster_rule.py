@@ -312,7 +312,7 @@ def test_a_job_that_does_not_fit_the_card_it_got_waits_for_a_larger_one():
     simulation.run(5)
     found = simulation.queue.find(long.id)
     assert (found.state, found.memory_gib) == ("waiting", 32), "it was lent the smaller one, and came back"
-    assert "it waits for a card of 32 GiB" in [what[-1] for what in simulation.queue.handovers(9)][0]
+    assert "it waits for a card of 32 GiB" in next(what[-1] for what in simulation.queue.handovers(9))
     simulation.run(90)
     assert simulation.queue.find(long.id).state == DONE
 

@@ -1,0 +1,56 @@
+"""The loss of answers under a frozen head, some hundred tokens at a time: their logits are never all in memory, nor kept for the way back.
+
+Logits over a vocabulary of 50 to 150 thousand are among the largest things in training. The head does not learn, so that a token's
+gradient is known as soon as its loss is, and its logits can go: the same two products, in other order. Knows matrices and targets. Does
+not know the model.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, linear, log_softmax
+
+from cluster.memory import CHUNK_BYTES, FP32_BYTES
+
+
+def sum_losses(states: torch.Tensor, head: Any, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Return the sum of the losses, in fp32.
+
+    Args:
+        states: What the head reads, (tokens, width).
+        head: The model's last layer.
+        targets: The next token of each, (tokens,).
+        smoothing: How much of a target is spread over the vocabulary.
+    """
+    if type(head) is torch.nn.Linear and not head.weight.requires_grad and head.bias is None:
+        total: torch.Tensor = _InChunks.apply(states, head.weight, targets, smoothing)
+        return total
+    return cross_entropy(head(states).float(), targets, reduction="sum", label_smoothing=smoothing)
+
+
+class _InChunks(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(context: Any, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+        total, gradient = torch.zeros((), device=states.device), torch.empty_like(states) if context.needs_input_grad[0] else None
+        num_tokens = max(1, CHUNK_BYTES // (len(weight) * FP32_BYTES))
+        for begin in range(0, len(states), num_tokens):
+            chunk = slice(begin, begin + num_tokens)
+            chances = log_softmax(linear(states[chunk].to(weight.dtype), weight), dim=-1, dtype=torch.float32)  # (tokens, vocabulary)
+            wanted = targets[chunk, None]
+            total -= (1 - smoothing) * chances.gather(1, wanted).sum()
+            if smoothing:
+                total -= smoothing * chances.mean(-1).sum()
+            if gradient is not None:
+                found = chances.exp_()  # less what they should be
+                if smoothing:
+                    found -= smoothing / len(weight)
+                found.scatter_add_(1, wanted, found.new_full(wanted.shape, smoothing - 1))
+                gradient[chunk] = found.to(weight.dtype) @ weight
+        if gradient is not None:
+            context.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(context: Any, of_total: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = context.saved_tensors
+        return gradient * of_total, None, None, None
