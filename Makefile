@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 CONFIG ?= configs/helpdesk.yaml
 MODEL ?=
-BENCH ?= training front $(if $(shell nvidia-smi -L 2> /dev/null),memory shared_base packing serving adapters)
+BENCH ?= training front $(if $(shell nvidia-smi -L 2> /dev/null),step_profile memory shared_base packing serving adapters)
 export TANDEM_VENV = $(VENV)
 
 .PHONY: help setup demo down test check format lock bench

@@ -28,6 +28,21 @@ BUSY_TIMEOUT_S = 30.0
 PROGRESS_TIMEOUT_S = 1.0
 PARTS_A_RUN = 100
 """In which a sweep tells how far it is, all its trials together: steps of different trials may be of different size."""
+REASONS = {
+    "chat wants %": "chat wants it back",
+    "% lent by chat%": "chat does not need it",
+    "chat is quiet%": "chat is quiet",
+    "chat has requests again%": "chat has requests again",
+    "% goes before it": "a job goes before",
+    "it is its turn": "its turn",
+    "% by the user": "by the user",
+    "% was lost%": "a process was lost",
+    "% gone with the machine": "a card was lost",
+    "%it goes on by itself": "the cluster was started anew",
+    "the cluster was started anew": "the cluster was started anew",
+}
+"""Why cards are handed over, in the few words of a metric, by what the reasons in full look like."""
+OTHER_REASON = "other"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -262,9 +277,12 @@ class Queue:
         rows = self._execute("SELECT at_s, card, what, reason FROM handovers ORDER BY rowid DESC LIMIT ?", count)
         return [(row["at_s"], row["card"], row["what"], row["reason"]) for row in rows]
 
-    def count_handovers(self) -> dict[str, int]:
-        """Return how many there ever were, by card."""
-        return {row["card"]: int(row["num"]) for row in self._execute("SELECT card, COUNT(*) AS num FROM handovers GROUP BY card")}
+    def count_handovers(self) -> dict[tuple[str, str], int]:
+        """Return how many there ever were, by card and reason, of which there are few here: see `REASONS`."""
+        cases = " ".join("WHEN reason LIKE ? THEN ?" for _ in REASONS)
+        values = [word for pair in REASONS.items() for word in pair]
+        query = f"SELECT card, CASE {cases} ELSE ? END AS why, COUNT(*) AS num FROM handovers GROUP BY card, why"  # noqa: S608 (our words)
+        return {(row["card"], row["why"]): int(row["num"]) for row in self._execute(query, *values, OTHER_REASON)}
 
     def note_handover(self, card: str, what: str, reason: str, now_s: float) -> None:
         """Note what chat did with a card."""

@@ -133,7 +133,7 @@ CARD_LENT = Metric(
     "tandem_card_lent_seconds_total", "counter", "seconds", ("card", "pool"), "Time that a card served the other pool's work.", ARBITER
 )
 HANDOVERS = Metric(
-    "tandem_handovers_total", "counter", "handovers", ("card",), "Cards given, asked for and left, and chat's bounds.", ARBITER
+    "tandem_handovers_total", "counter", "handovers", ("card", "reason"), "Cards given, asked for and left, and chat's bounds.", ARBITER
 )
 JOBS = Metric("tandem_jobs", "gauge", "jobs", ("kind", "state"), "Jobs of the line, by kind and state.", ARBITER)
 JOB_WAITS = Metric("tandem_job_waiting_seconds", "gauge", "seconds", (), "How long the job has waited that waits longest.", ARBITER)

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from functools import cache
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,20 @@ def hardware() -> str:
     return name if len(gpus) == 1 else f"{len(gpus)}x-{name}"
 
 
+@cache
+def _file(name: str, hardware_name: str, date: str) -> Path:
+    """Return a file of this run's own: a run of the same day stays, too."""
+    stem = f"{name}-{hardware_name}-{date}"
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    return next(file for file in (RESULTS / f"{each}.json" for each in names) if not file.exists())
+
+
 def write_result(name: str, figures: dict[str, float], notes: dict[str, Any] | None = None) -> Path:
-    """Print the figures, and write them beside those of other days."""
+    """Print the figures, and write them beside those of other runs; what this run wrote before is written over."""
     versions = {package: _version(package) for package in PACKAGES if _version(package)}
     commit = os.environ.get("TANDEM_COMMIT") or _git_commit()
     date = dt.datetime.now(dt.UTC).date().isoformat()
-    result = {
+    result: dict[str, Any] = {
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **versions},
         "commit": commit,
@@ -87,9 +96,11 @@ def write_result(name: str, figures: dict[str, float], notes: dict[str, Any] | N
         "notes": notes or {},
     }
     RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}-{hardware()}-{date}.json"
+    file = _file(name, hardware(), date)
     file.write_text(json.dumps(result, indent=2) + "\n")
-    table = Table("figure", "value", title=f"{name} on {hardware()}, {date}", title_justify="left")
+    made_of = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    title = f"{name} on {hardware()}, {date}, at {commit}\n{made_of}"
+    table = Table("figure", "value", title=title, title_justify="left")
     for key, value in result["figures"].items():
         table.add_row(key, f"{value:,.3f}".rstrip("0").rstrip("."))
     console.print(table)
@@ -184,5 +195,10 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.strip() or "unknown"

@@ -46,10 +46,11 @@ def main() -> None:
         ways = {way: measure("configs/helpdesk.yaml", [*shared, *settings, f"train.packing={way == 'packed'}"], arguments.steps)
                 for way in ("packed", "by_length")}  # fmt: skip
         for way, found in ways.items():
-            figures |= {f"{name}_{way}_{key}": found[key] for key in ("tokens_per_s", "eval_loss", "peak_memory_gib")}
+            kept = ("tokens_per_s", "eval_loss", "peak_memory_gib")
+            figures |= {f"{name}_{way}_{key}": found[key] for key in kept}
             if "ratio" in found:  # the plain loop may have failed, for want of memory
                 figures[f"{name}_{way}_over_padded"] = found["ratio"]
-                figures.setdefault(f"{name}_padded_tokens_per_s", found["plain_tokens_per_s"])
+                figures |= {f"{name}_padded_{key}": found[f"plain_{key}"] for key in kept}
         write_result("packing", figures, {"batch_size": arguments.batch_size, "steps": arguments.steps})
 
 

@@ -110,11 +110,11 @@ def test_a_card_that_is_no_more_is_shown_no_more(queue):
     exporter = Exporter(queue)
     for number in range(3):
         begun = queue.submit(job(), 100.0)
-        queue.begin(begun.id, (f"pod{number}",), "its turn", 100.0)
+        queue.begin(begun.id, (f"pod{number}",), "it is its turn", 100.0)
         exporter.note(sight(Card(f"pod{number}", TRAIN)), 100.0 + 10 * number)
     found = shown(exporter)
     assert {name for name in found if "pod0" in name or "pod1" in name} == set()
-    assert found['tandem_handovers_total{card="pod2"}'] == 1
+    assert found['tandem_handovers_total{card="pod2",reason="its turn"}'] == 1
     assert exporter.busy_s.keys() == {("pod2", "train", holder) for holder in ("chat", "train", "sweep", "other")}
 
 
@@ -122,7 +122,7 @@ def test_seconds_go_to_who_has_the_card(queue):
     exporter = Exporter(queue)
     first, second = queue.submit(job(), 100.0), queue.submit(job(), 100.0)
     exporter.note(sight(*CARDS), 100.0)
-    queue.begin(first.id, ("card1",), "its turn", 100.0)
+    queue.begin(first.id, ("card1",), "it is its turn", 100.0)
     exporter.note(sight(*CARDS), 110.0)
     found = shown(exporter)
     assert found['tandem_card_busy_seconds_total{card="card0",holder="chat",pool="serve"}'] == 10
@@ -133,7 +133,7 @@ def test_seconds_go_to_who_has_the_card(queue):
     assert found['tandem_jobs{kind="train",state="running"}'] == found['tandem_jobs{kind="train",state="waiting"}'] == 1
     assert found['tandem_jobs{kind="sweep",state="waiting"}'] == 0
     assert found["tandem_job_waiting_seconds"] == 10
-    assert found['tandem_handovers_total{card="card1"}'] == 1
+    assert found['tandem_handovers_total{card="card1",reason="its turn"}'] == 1
 
     queue.lose(first.id, "killed", 3, 120.0)
     queue.begin(second.id, ("card0",), "lent by chat", 120.0)
@@ -189,3 +189,25 @@ def test_metrics_are_shown_at_the_port_that_is_named_and_else_at_any(queue, home
         assert target != "127.0.0.1:0"
         assert wanted in (0, int(target.rpartition(":")[2]))
         assert b"tandem_card_up" in urlopen(f"http://{target}/metrics").read()
+
+
+def test_reasons_of_handovers_are_few(queue):
+    """Each of the rule's and the arbiter's own words has its place; what a process said as it ended has one for all."""
+    said = {
+        "chat wants card0 back: an engine waits for it": "chat wants it back",
+        "card0 is lent by chat, which does not need it": "chat does not need it",
+        "chat is quiet, and a job waits for the card": "chat is quiet",
+        "chat has requests again, and its engine did not fall asleep": "chat has requests again",
+        "job 7 goes before it": "a job goes before",
+        "it is its turn": "its turn",
+        "cancelled by the user": "by the user",
+        "its process was lost: killed": "a process was lost",
+        "card1 and card2 are gone with the machine": "a card was lost",
+        "the cluster was started anew; it goes on by itself": "the cluster was started anew",
+        "error: no such file": "other",
+    }
+    for number, why in enumerate(said):
+        queue.note_handover("card0", "whatever", why, 100.0 + number)
+    counted = queue.count_handovers()
+    assert {reason for _, reason in counted} == set(said.values())
+    assert sum(counted.values()) == len(said)
