@@ -18,7 +18,7 @@ MIB = 2**20
 # rows of 256, and 290 against 325 on rows of 512.
 MAX_PLAIN_ATTENTION_TOKENS = 256
 FP32_BYTES, BF16_BYTES = 4, 2
-# PEFT holds an adapter in fp32 beside a base in bf16; transformers' AdamW (`adamw_torch_fused`) has two fp32 moments.
+# PEFT holds an adapter in fp32 beside a base in bf16; torch's AdamW has two moments in fp32.
 OPTIMIZER_BYTES = {32: 8.0, 8: 2 + 2 * 4 / 256}  # a weight; 8 bit as bitsandbytes has it, with a scale for each 256
 NF4_BYTES = 0.5 + 4 / 64  # a weight, with a scale in fp32 for each 64
 NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the scales in 8 bit, with one in fp32 for each 256 of them
@@ -106,7 +106,6 @@ class Step:
     train: TrainConfig
     rows: Rows
     device: Device
-    optimizer_bits: int = 32
 
     @property
     def size(self) -> int:
@@ -147,7 +146,7 @@ class Step:
         return Need(
             weights=weight_bytes(self.shape, self._linear_bytes, self.device) + self._scratch_bytes(),
             adapter=self._num_adapter * (FP32_BYTES + (BF16_BYTES if self._fuses and in_bf16 else 0)),
-            optimizer=self._num_adapter * OPTIMIZER_BYTES[self.optimizer_bits],
+            optimizer=self._num_adapter * OPTIMIZER_BYTES[self.train.optimizer_bits],
             # With several workers, gradients lie in buckets too, which are sent.
             gradients=gradients + (self._num_adapter * FP32_BYTES if self.train.num_workers > 1 else 0),
             activations=activations,

@@ -33,6 +33,8 @@ def why_apart(config: ChatbotConfig, base: ChatbotConfig | None = None) -> str |
     """Tell why this chatbot's adapter cannot share a base, or not that of another config, if it cannot."""
     if config.train.lora.dropout:
         return "train.lora.dropout draws random numbers in an order that depends on who else is there"
+    if config.train.optimizer_bits != 32:
+        return "train.optimizer_bits=8 has scales for parts of a matrix, which lies beside those of other adapters"
     if config.train.compile:
         return "train.compile compiles a base with one adapter"
     if config.train.num_workers > 1:

@@ -100,6 +100,7 @@ def training_arguments(config: ChatbotConfig, scratch: Path, num_workers: int, n
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=max(micro_batch, EVALUATION_TOKENS // longest_tokens),
         gradient_accumulation_steps=per_worker // micro_batch,
+        optim="adamw_bnb_8bit" if train.optimizer_bits == 8 else "adamw_torch_fused",
         learning_rate=train.learning_rate,
         # transformers' own "constant" leaves out the warm-up.
         lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,

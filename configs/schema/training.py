@@ -120,6 +120,8 @@ class TrainConfig(Settings):
     """Most memory that a run may take of each train card, in GiB; nearly all of the card's if empty, which of a single GPU is half."""
     packing: bool = False
     """Join a batch's conversations to one row without padding, each blind to the others; else rows of like length go together."""
+    optimizer_bits: Literal[32, 8] = 32
+    """Format of the optimizer's two numbers for each of the adapter's weights; 8 bit, by bitsandbytes, take a quarter of the memory."""
     weight_decay: float = Field(0.0, ge=0.0)
     """Decay of the adapter's weights."""
     max_grad_norm: float = Field(1.0, gt=0.0)

@@ -227,6 +227,7 @@ def test_what_must_be_the_same_to_share_a_base():
     assert why_apart(wanted(learning_rate=0.1, batch_size=2, seed=4, lora={"rank": 64}, packing=True), wanted()) is None
     assert "train.quantization differs" in why_apart(wanted(quantization="nf4"), wanted())
     assert "data differs" in why_apart(other_data, wanted())
+    assert "train.optimizer_bits=8" in why_apart(wanted(optimizer_bits=8))
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,27 @@ def test_a_resumed_run_takes_the_steps_of_an_unbroken_one(step, unbroken, tmp_pa
     assert train(tmp_path, packing, str(folder / f"checkpoint-{step}")) == pytest.approx(losses, abs=SAME)
 
 
+def test_an_optimizer_of_8_bit_takes_steps_like_those_of_32_and_is_resumed(tmp_path):
+    """Of matrices large enough: bitsandbytes leaves small ones as they are."""
+    found = {}
+    for name, settings, resume in (
+        ("whole", {}, None),
+        ("small", {"optimizer_bits": 8, "checkpoint_every_steps": 3}, None),
+        ("resumed", {"optimizer_bits": 8}, "small/checkpoint-3"),
+    ):
+        settings = {"lora": {"rank": 64}, **settings}
+        trainer = make_trainer(tmp_path / name, packing=False, **settings)
+        trainer.model.float()
+        trainer.args.save_total_limit = None
+        trainer.train(resume_from_checkpoint=resume and str(tmp_path / resume))
+        kinds = {state["state1"].dtype for state in trainer.optimizer.state.values() if "state1" in state}
+        assert (torch.uint8 in kinds) == ("optimizer_bits" in settings)
+        found[name] = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    assert found["small"] == pytest.approx(found["whole"], rel=0.05)
+    assert found["small"] != found["whole"]
+    assert found["resumed"] == pytest.approx(found["small"], abs=SAME)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_every_schedule_warms_up(schedule, tmp_path):
     settings = {"schedule": schedule, "warmup_share": 0.5, "max_steps": 10}

@@ -196,6 +196,13 @@ def test_recomputing_and_fewer_bits_never_need_more(found):
 
 @settings(deadline=None)  # of a busy machine
 @given(steps)
+def test_an_optimizer_of_8_bit_takes_a_quarter(found):
+    whole, small = (need(**{**found, "optimizer_bits": bits}).optimizer for bits in (32, 8))
+    assert 0.25 * whole < small < 0.26 * whole
+
+
+@settings(deadline=None)  # of a busy machine
+@given(steps)
 def test_fp8_takes_the_weights_of_bf16_and_a_quantised_gradient_more(found):
     plain, in_fp8 = ({**found, "device": GPU, "quantization": "none", "precision": precision} for precision in ("auto", "fp8"))
     assert need(**in_fp8).weights == need(**plain).weights
