@@ -206,7 +206,10 @@ class Arbiter:
             self._lose(job, f"its process was lost: {self.ground.words(job.submission)}", now_s)
 
     def _larger_gib(self, job: QueuedJob, seen: Sight) -> float | None:
-        """Return the memory of the next larger cards than a job has, where it may get as many as it needs: short rows were planned."""
+        """Return the memory of the next larger cards than a job has, where it may get as many as it needs; one that is down may be back.
+
+        What was planned as it was submitted were short rows.
+        """
         has_gib = min((card.memory_gib for card in seen.cards if card.name in job.cards), default=math.inf)
         usable = [card.memory_gib for card in seen.cards if card.pool == TRAIN or self.lending.enabled]
         larger = sorted(gib for gib in usable if gib > has_gib)

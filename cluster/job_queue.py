@@ -29,19 +29,24 @@ PROGRESS_TIMEOUT_S = 1.0
 PARTS_A_RUN = 100
 """In which a sweep tells how far it is, all its trials together: steps of different trials may be of different size."""
 REASONS = {
-    "chat wants %": "chat wants it back",
-    "% lent by chat%": "chat does not need it",
-    "chat is quiet%": "chat is quiet",
-    "chat has requests again%": "chat has requests again",
-    "% goes before it": "a job goes before",
-    "it is its turn": "its turn",
-    "% by the user": "by the user",
-    "% was lost%": "a process was lost",
-    "% gone with the machine": "a card was lost",
-    "%it goes on by itself": "the cluster was started anew",
-    "the cluster was started anew": "the cluster was started anew",
+    "job % left: done: %": "done",
+    "job % left: failed: %": "failed",
+    "%: chat wants %": "chat wants it back",
+    "job % starts: % lent by chat%": "chat does not need it",
+    "%: chat is quiet%": "chat is quiet",
+    "%: chat has requests again%": "chat has requests again",
+    "%: the engine on its card did not fall asleep%": "an engine did not fall asleep",
+    "%: job % goes before it": "a job goes before",
+    "job % starts: it is its turn": "its turn",
+    "%: cancelled by the user": "by the user",
+    "%: stopped by hand": "by the user",
+    "job % left: waiting: its process was lost%": "a process was lost",
+    "%: % gone with the machine": "a card was lost",
+    "job % left: waiting: % it waits for a card of %": "it did not fit",
+    "%: the cluster was started anew%": "the cluster was started anew",
+    "chat may have %": "as chat's config says, or cards allow",
 }
-"""Why cards are handed over, in the few words of a metric, by what the reasons in full look like."""
+"""Why cards are handed over, in the few words of a metric: by what happened and why, the first that fits."""
 OTHER_REASON = "other"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -279,7 +284,7 @@ class Queue:
 
     def count_handovers(self) -> dict[tuple[str, str], int]:
         """Return how many there ever were, by card and reason, of which there are few here: see `REASONS`."""
-        cases = " ".join("WHEN reason LIKE ? THEN ?" for _ in REASONS)
+        cases = " ".join("WHEN what || ': ' || reason LIKE ? THEN ?" for _ in REASONS)
         values = [word for pair in REASONS.items() for word in pair]
         query = f"SELECT card, CASE {cases} ELSE ? END AS why, COUNT(*) AS num FROM handovers GROUP BY card, why"  # noqa: S608 (our words)
         return {(row["card"], row["why"]): int(row["num"]) for row in self._execute(query, *values, OTHER_REASON)}

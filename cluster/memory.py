@@ -22,9 +22,9 @@ FP32_BYTES, BF16_BYTES = 4, 2
 OPTIMIZER_BYTES = {32: 8.0, 8: 2 + 2 * 4 / 256}  # a weight; 8 bit as bitsandbytes has it, with a scale for each 256
 NF4_BYTES = 0.5 + 4 / 64  # a weight, with a scale in fp32 for each 64
 NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the scales in 8 bit, with one in fp32 for each 256 of them
-# Logits of so many tokens lie in memory at once that they take so much in fp32: in bf16 too, or their gradient is; see `train.loss`.
+# Logits of so many tokens lie in memory at once that they take so much in fp32, and their log-softmax as much again; see `train.loss`.
 CHUNK_BYTES = 256 * MIB
-CHUNK_LOGIT_BYTES = FP32_BYTES + BF16_BYTES
+CHUNK_LOGIT_BYTES = 2 * FP32_BYTES
 # Of models that change their logits, all are upcast; their log-softmax is kept, and beside it lie two gradients of its size when the
 # backward pass begins.
 LOGIT_BYTES = 12
@@ -132,13 +132,12 @@ class Step:
         kept, block, grads = self._kept_bytes(), self._backward_bytes(), self._num_adapter * FP32_BYTES
         held = grads if self._accumulates else 0  # gradients of the micro-batches before
         num_rows = max(self.size, EVALUATION_TOKENS / self.rows.longest_tokens)
-        answers = num_rows * self.rows.most_loss_tokens
         return [
-            self._moment(kept, held, self._logit_bytes(self.size * self.rows.most_loss_tokens)),
+            self._moment(kept, held, self._logit_bytes(self.size)),
             self._moment(kept + block, held),
             self._moment(block, grads),
             self._moment(0, grads),
-            self._moment(0, 0, self._logit_bytes(answers, learns=False)),
+            self._moment(0, 0, self._logit_bytes(num_rows, learns=False)),
         ]
 
     def _moment(self, activations: float, gradients: float, logits: float = 0.0) -> Need:
@@ -158,7 +157,7 @@ class Step:
     def _lost_bytes(self) -> float:
         wide = self.num_tokens * self.shape.inner_width * self.device.value_bytes
         little = wide + RECOMPUTED_LOST_BYTES if self.recomputes else LOST_BYTES
-        return self._num_logits(self.size * self.rows.most_loss_tokens) * BF16_BYTES + little + CUBLAS_BYTES
+        return self._num_logits(self.size) * BF16_BYTES + little + CUBLAS_BYTES
 
     @property
     def _num_adapter(self) -> int:
@@ -256,19 +255,20 @@ class Step:
         alone = [inputs * outputs for name, (inputs, outputs) in self.shape.linear_layers.items() if name not in together]
         return max(max(alone, default=0) * self.device.value_bytes, 0 if self.device.on_gpu else self._scratch_bytes())
 
-    def _num_logits(self, num_answers: float) -> float:
-        """How many logits are there at once: some tokens' of those that carry loss; all tokens' of a model that changes them."""
-        shape = self.shape
+    def _num_logits(self, num_rows: float) -> float:
+        """How many logits of so many rows are there at once: those of some tokens that carry loss; of a model that changes them, all."""
+        shape, num_answers = self.shape, num_rows * self.rows.most_loss_tokens
         if shape.changes_logits:
-            return num_answers * self.rows.longest_tokens / self.rows.most_loss_tokens * shape.vocabulary
+            return num_rows * self.rows.longest_tokens * shape.vocabulary
         return min(num_answers, max(1, CHUNK_BYTES // (shape.vocabulary * FP32_BYTES))) * shape.vocabulary
 
-    def _logit_bytes(self, num_answers: float, learns: bool = True) -> float:
-        """The logits, and where a step learns, the gradients of what they are made of."""
-        number, value = self._num_logits(num_answers), self.device.value_bytes
+    def _logit_bytes(self, num_rows: float, learns: bool = True) -> float:
+        """The logits, and where a step learns, what they are made of and its gradient, which on the way back is there in fp32 too."""
+        number, value = self._num_logits(num_rows), self.device.value_bytes
         if self.shape.changes_logits:
             return number * (LOGIT_BYTES + 2 * value if learns else EVALUATION_LOGIT_BYTES)
-        return number * CHUNK_LOGIT_BYTES + (2 * num_answers * self.shape.width * value if learns else 0)
+        states = num_rows * self.rows.most_loss_tokens * self.shape.width if learns else 0
+        return max(number * CHUNK_LOGIT_BYTES, states * FP32_BYTES) + 2 * states * value
 
 
 def weight_bytes(shape: Shape, linear_bytes: float, device: Device) -> float:

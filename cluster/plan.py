@@ -13,7 +13,7 @@ from cluster.home import BYTES_PER_GIB
 from cluster.memory import BF16_BYTES, FP32_BYTES, Device, Need, Rows, Step
 from cluster.rates import UNKNOWN, Rate, find_rate, step_s
 from cluster.shape import Shape
-from configs.errors import ClusterError, FitError
+from configs.errors import ClusterError, ConfigError, FitError
 from configs.schema import ChatbotConfig, TrainConfig
 
 # Of a card's memory, left free: a prediction may be under by 3 %, and nvidia-smi counts some that no process gets.
@@ -172,6 +172,7 @@ def require_fit(shape: Shape, config: ChatbotConfig, rows: Rows, place: Place) -
 
     Raises:
         FitError: Nothing fits.
+        ConfigError: Nothing fits within the limit that the config sets, on whatever card.
     """
     if choice := choose(shape, config.train, rows, place):
         return choice
@@ -181,6 +182,8 @@ def require_fit(shape: Shape, config: ChatbotConfig, rows: Rows, place: Place) -
     shown = ", ".join(f"{name} {size / BYTES_PER_GIB:.1f}" for name, size in parts.items() if size)
     why = f"rows of {rows.longest_tokens:,} tokens need {need.gib:.1f} GiB ({shown}); it may take {place.usable_gib:.1f}"
     remedy = ", or ".join(_nearest(shape, config.train, rows, place)) or "a smaller model.name, or a larger card"
+    if place.usable_gib == place.limit_gib:
+        raise ConfigError(f"this run does not fit train.max_memory_gib={place.limit_gib:g}", why, remedy)
     raise FitError(f"this run does not fit its card, {place.title}", why, remedy)
 
 

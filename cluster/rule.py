@@ -298,7 +298,9 @@ class _Hand:
 
     def _reason(self, job: Job, usable: Iterable[Card]) -> str:
         """Say who has the cards that it could use."""
-        return "; ".join(f"{card.name} {self._told(card, job)}" for card in usable)
+        others = "; ".join(f"{card.name} {self._told(card, job)}" for card in usable)
+        is_too_small = any(card.is_alive and card.memory_gib < job.memory_gib for card in self.seen.cards)
+        return f"it needs {_count(job.num_cards)}{_of_memory(job)}: {others}" if is_too_small else others
 
     def _told(self, card: Card, job: Job) -> str:
         if holder := self.holders.get(card.name):

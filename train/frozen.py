@@ -4,6 +4,7 @@ Knows the three kinds of weights. Does not know adapters. Nothing here has a gra
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -73,13 +74,23 @@ def frozen_of(base: torch.nn.Linear, kind: torch.dtype) -> Frozen | None:
     if weight.requires_grad:
         return None
     if type(base) is torch.nn.Linear and weight.dtype == kind:
-        return Weight(lambda: weight, bias)
+        return Weight(partial(_whole, base), bias)
     bias = None if bias is None else bias.to(kind)
     if (unpacked := unpacked_of(base)) and unpacked.dtype == kind:
         return Weight(unpacked.take, bias)
     if not is_packed(weight):
         return None
+    return Weight(partial(_taken_out, base, kind), bias)
+
+
+def _whole(base: torch.nn.Linear) -> torch.Tensor:
+    return base.weight
+
+
+def _taken_out(base: torch.nn.Linear, kind: torch.dtype) -> torch.Tensor:
+    """As bitsandbytes itself does for more than a few tokens, through layers of Python that take longer than the product."""
     from bitsandbytes.functional import dequantize_4bit
 
-    # As bitsandbytes itself does for more than a few tokens, through layers of Python that take longer than the product.
-    return Weight(lambda: dequantize_4bit(weight.data, weight.quant_state).to(kind), bias)
+    weight: Any = base.weight
+    whole: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    return whole.to(kind)

@@ -232,9 +232,11 @@ def _parts(layer: Any) -> tuple[object, ...]:
     inside, names = layer._modules, layer.active_adapters
     name = names[0] if len(names) == 1 else None
     base = inside["base_layer"]
+    weight = base._parameters.get("weight")
+    how = (weight.dtype, weight.requires_grad) if weight is not None else ()
     matrices = (inside[part]._modules.get(name) for part in ("lora_A", "lora_B"))
     own = (matrix and matrix._parameters["weight"] for matrix in matrices)
-    return layer.disable_adapters, layer.merged, name, layer.scaling.get(name), base, base._parameters.get("weight"), *own
+    return layer.disable_adapters, layer.merged, name, layer.scaling.get(name), base, weight, *how, *own
 
 
 def _is_plain(layer: Any) -> bool:

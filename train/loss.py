@@ -8,6 +8,7 @@ not know the model.
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear, log_softmax
 
 from cluster.memory import CHUNK_BYTES, FP32_BYTES
@@ -23,34 +24,42 @@ def sum_losses(states: torch.Tensor, head: Any, targets: torch.Tensor, smoothing
         smoothing: How much of a target is spread over the vocabulary.
     """
     if type(head) is torch.nn.Linear and not head.weight.requires_grad and head.bias is None:
-        total: torch.Tensor = _InChunks.apply(states, head.weight, targets, smoothing)
+        total: torch.Tensor = _InChunks.apply(states, head.weight, targets, smoothing, torch.is_grad_enabled())
         return total
     return cross_entropy(head(states).float(), targets, reduction="sum", label_smoothing=smoothing)
 
 
 class _InChunks(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(context: Any, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-        total, gradient = torch.zeros((), device=states.device), torch.empty_like(states) if context.needs_input_grad[0] else None
+    def forward(
+        context: Any, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float, learns: bool
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=states.device)
+        gradient = torch.empty_like(states) if learns and context.needs_input_grad[0] else None
         num_tokens = max(1, CHUNK_BYTES // (len(weight) * FP32_BYTES))
         for begin in range(0, len(states), num_tokens):
             chunk = slice(begin, begin + num_tokens)
-            chances = log_softmax(linear(states[chunk].to(weight.dtype), weight), dim=-1, dtype=torch.float32)  # (tokens, vocabulary)
+            logits = linear(states[chunk].to(weight.dtype), weight).float()  # (tokens, vocabulary)
+            chances = log_softmax(logits, dim=-1)
+            del logits  # no more than two of its size are there at once: see `cluster.memory`
             wanted = targets[chunk, None]
             total -= (1 - smoothing) * chances.gather(1, wanted).sum()
             if smoothing:
                 total -= smoothing * chances.mean(-1).sum()
             if gradient is not None:
-                found = chances.exp_()  # less what they should be
+                chances.exp_()
                 if smoothing:
-                    found -= smoothing / len(weight)
-                found.scatter_add_(1, wanted, found.new_full(wanted.shape, smoothing - 1))
-                gradient[chunk] = found.to(weight.dtype) @ weight
+                    chances -= smoothing / len(weight)
+                chances.scatter_add_(1, wanted, chances.new_full(wanted.shape, smoothing - 1))  # less what they should be
+                gradient[chunk] = chances.to(weight.dtype) @ weight
+            del chances
         if gradient is not None:
             context.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(context: Any, of_total: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(context: Any, of_total: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = context.saved_tensors
-        return gradient * of_total, None, None, None
+        # In fp32: a GPU would round the factor, and all gradients with it, to bf16.
+        return (gradient.float() * of_total).to(gradient.dtype), None, None, None, None

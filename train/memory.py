@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.memory import CHUNK_BYTES, CHUNK_LOGIT_BYTES, FP32_BYTES
 from configs.errors import ModelError
 
 MOST_OF_BASE = 1.5  # what a base and all that learns beside it may take, as a multiple of the base alone
@@ -16,7 +15,7 @@ MOST_OF_BASE = 1.5  # what a base and all that learns beside it may take, as a m
 A_WEIGHT_OF_THE_BASE = {"none": 2.0, "nf4": 0.61}
 A_WEIGHT_OF_AN_ADAPTER = 16  # in fp32, with its gradient and AdamW's two moments
 A_TOKEN_IN_A_LAYER = {False: 50, True: 4}  # for each of its hidden states, kept or recomputed
-MOST_LOGITS_BYTES = CHUNK_BYTES / FP32_BYTES * CHUNK_LOGIT_BYTES  # which are never all there; see `train.loss`
+A_LOGIT = 10  # of every token, as if all carried loss and all were there at once, as they were when this was measured
 MAX_BATCH_TOKENS = 8192  # of all adapters, in one pass through the base: more fill no card better
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -56,15 +55,13 @@ class Memory:
 
     def share(self, num_tokens: float) -> float:
         """Return what all takes with so many tokens in a pass, as a multiple of the base alone."""
-        logits = min(MOST_LOGITS_BYTES, num_tokens * self._logit_bytes)
-        return 1 + (self._adapters_bytes + num_tokens * self._token_bytes + logits) / self._base_bytes
+        return 1 + (self._adapters_bytes + num_tokens * self._token_bytes) / self._base_bytes
 
     @property
     def most_tokens(self) -> int:
         """Tokens that a pass may have for all to stay within MOST_OF_BASE; 0 where none may."""
         left_bytes = (MOST_OF_BASE - 1) * self._base_bytes - self._adapters_bytes
-        with_all = left_bytes / (self._token_bytes + self._logit_bytes)
-        return max(0, int(max(with_all, (left_bytes - MOST_LOGITS_BYTES) / self._token_bytes)))
+        return max(0, int(left_bytes / self._token_bytes))
 
     @property
     def _base_bytes(self) -> float:
@@ -84,9 +81,7 @@ class Memory:
     @property
     def _token_bytes(self) -> float:
         shape = self.base.config.get_text_config()
-        return float(shape.num_hidden_layers * shape.hidden_size * A_TOKEN_IN_A_LAYER[self.recompute])
-
-    @property
-    def _logit_bytes(self) -> float:
-        """Of one token, as if all carried loss."""
-        return float(self.base.config.get_text_config().vocab_size * CHUNK_LOGIT_BYTES)
+        logits = shape.vocab_size * A_LOGIT
+        if self.recompute:
+            logits /= self.num_adapters  # those of one adapter at a time
+        return float(shape.num_hidden_layers * shape.hidden_size * A_TOKEN_IN_A_LAYER[self.recompute] + logits)

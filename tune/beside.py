@@ -28,7 +28,10 @@ NUM_TRIALS = 4
 MAX_TOKENS = 2048  # of a step: at 1,500, four share an H100 at three times the pace of one after another; at 6,000 one fills it by itself
 MAX_LOADS = 3  # of a base that dies while it loads, before the trials that wait for it fail
 BASE_WAIT_S = 1800.0  # of a trial for its base: a large one is loaded in less, and another sweep may have taken the card of one that died
-OF_THE_BASE = ("train.quantization", "train.double_quantization", "train.precision", "train.num_workers")
+OF_THE_BASE = ("train.quantization", "train.double_quantization", "train.precision", "train.num_workers", "train.compile")
+
+
+NEEDS_ITS_OWN = {"train.lora.dropout": 0, "train.optimizer_bits": 32}  # beside this value
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,8 @@ def why_not(config: ChatbotConfig) -> str | None:
     for path, dimension in config.tune.space.items():
         if path in OF_THE_BASE or not path.startswith("train."):
             return f"{path} differs between trials, and a base has one"
-        if path == "train.lora.dropout" and dimension.choice != [0]:
-            return "train.lora.dropout needs a base of its own"
+        if path in NEEDS_ITS_OWN and dimension.choice != [NEEDS_ITS_OWN[path]]:
+            return f"{path} needs a base of its own"
     return why_apart(config)
 
 

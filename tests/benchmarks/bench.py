@@ -15,8 +15,9 @@ import sys
 import tempfile
 import time
 from functools import cache
-from itertools import chain, count, pairwise
+from itertools import pairwise
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from rich.table import Table
@@ -78,7 +79,7 @@ def hardware() -> str:
 def _file(name: str, hardware_name: str, date: str) -> Path:
     """Return a file of this run's own: a run of the same day stays, too."""
     stem = f"{name}-{hardware_name}-{date}"
-    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    names = (stem + letter for letter in ("", *ascii_lowercase[1:]))  # the newest is the last by name
     return next(file for file in (RESULTS / f"{each}.json" for each in names) if not file.exists())
 
 

@@ -64,7 +64,10 @@ def make_model(config: ChatbotConfig, folder: Path, device: str, with_liger: boo
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     ours = config.train.lora
-    lora = LoraConfig(r=ours.rank, lora_alpha=ours.alpha, target_modules=ours.target_modules, task_type="CAUSAL_LM")
+    left_out = (ours.num_layers, config.train.label_smoothing, config.train.optimizer_bits - 32, not config.train.double_quantization)
+    assert not any(left_out), "the plain loop does not know train.lora.num_layers, label_smoothing, optimizer_bits, or single quantisation"
+    settings = {"lora_dropout": ours.dropout, "use_rslora": ours.use_rslora, "task_type": "CAUSAL_LM"}
+    lora = LoraConfig(r=ours.rank, lora_alpha=ours.alpha, target_modules=ours.target_modules, **settings)
     return get_peft_model(base, lora, autocast_adapter_dtype=device == "cpu")
 
 
@@ -128,7 +131,6 @@ def main() -> None:
         num_tokens += sum(len(row["input_ids"]) for row in chosen) if step >= NUM_WARMUP else 0
     took_s, peak_gib = time.perf_counter() - started_s, peak_memory_gib()
     model.eval()
-    heldout.sort(key=lambda row: len(row["input_ids"]))  # as transformers' Trainer takes them
     size = max(1, EVALUATION_TOKENS // max(len(row["input_ids"]) for row in heldout))
     parts = [heldout[at : at + size] for at in range(0, len(heldout), size)]
     with torch.no_grad():

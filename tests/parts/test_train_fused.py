@@ -46,6 +46,56 @@ def test_a_layer_with_a_bias_keeps_it():
     assert_same(step(model, batch), step(as_peft(model), batch))
 
 
+def double_scales(model):
+    for layer in fused_layers(model):
+        layer.scaling = {name: 2 * scale for name, scale in layer.scaling.items()}
+
+
+def replace_bases(model):
+    for layer in fused_layers(model):
+        weight = layer.base_layer.weight
+        layer.base_layer.weight = torch.nn.Parameter(2 * weight.detach(), requires_grad=False)
+
+
+def take_another_adapter(model):
+    model.add_adapter("other", model.peft_config["default"])
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".other." in name:
+                weight.normal_(0, 0.1)
+    model.set_adapter("other")
+
+
+@pytest.mark.parametrize("change", [double_scales, replace_bases, take_another_adapter])
+def test_a_change_after_a_pass_is_in_the_next(change):
+    model, batch = with_adapter().double(), Padder(0)(rows())
+    before, _ = step(model, batch)
+    change(model)
+    found = step(model.double(), batch)
+    assert_same(found, step(as_peft(model), batch), apart=1e-12)
+    assert abs(float(found[0]) - float(before)) > 1e-4
+
+
+def test_a_copy_made_after_a_pass_multiplies_by_its_own_base():
+    model, batch = with_adapter(), Padder(0)(rows())
+    step(model, batch)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in fused_layers(other):
+            layer.base_layer.weight.zero_()
+    assert_same(step(other, batch), step(as_peft(other), batch))
+
+
+def test_a_model_brought_to_another_format_after_a_pass_multiplies_in_it():
+    model, batch = with_adapter(tiny().bfloat16()), Padder(0)(rows())
+    with torch.autocast("cpu", torch.bfloat16):
+        step(model, batch)
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, peft = step(model, batch), step(as_peft(model), batch)
+    assert float(ours[0]) == pytest.approx(float(peft[0]), rel=0.01)
+
+
 def test_dropout_is_left_to_peft():
     model = with_adapter(dropout=0.5)
     batch = Padder(0)(rows())

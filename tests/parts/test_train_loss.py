@@ -1,9 +1,13 @@
 """The loss of answers in chunks, against torch's own over all logits at once."""
 
+import weakref
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from cluster.memory import CHUNK_LOGIT_BYTES
 from train import loss
 from train.loss import sum_losses
 
@@ -60,7 +64,7 @@ def test_under_autocast_states_in_fp32_are_brought_to_the_heads_format():
 
 def test_logits_are_never_all_there_and_none_is_kept(monkeypatch):
     sizes, plain = [], torch.nn.functional.log_softmax
-    monkeypatch.setattr(loss, "log_softmax", lambda logits, **settings: sizes.append(len(logits)) or plain(logits, **settings))
+    monkeypatch.setattr(loss, "log_softmax", lambda logits, dim: sizes.append(len(logits)) or plain(logits, dim=dim))
     states, head, targets = make()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -69,10 +73,41 @@ def test_logits_are_never_all_there_and_none_is_kept(monkeypatch):
     assert [tuple(tensor.shape) for tensor in kept] == [(TOKENS, WIDTH)]
 
 
-def test_without_a_gradient_none_is_made():
+class Held(TorchDispatchMode):
+    """Counts the bytes of tensors of a chunk's logits' size that are there at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape == (10, VOCABULARY):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.most = max(self.most, sum(self.alive.values()))
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunks_logits_take_what_the_plan_says(dtype):
+    states, head, targets = make(dtype)
+    with Held() as held:
+        sum_losses(states, head, targets, 0.1).backward()
+    assert held.most == 10 * VOCABULARY * CHUNK_LOGIT_BYTES
+
+
+def test_without_a_gradient_none_is_made(monkeypatch):
     states, head, targets = make()
+    made, plain = [], torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **settings: made.append(args) or plain(*args, **settings))
     with torch.no_grad():
         found = sum_losses(states, head, targets, 0.0)
+    assert made == []
     torch.testing.assert_close(found, whole(states, head, targets, 0.0))
     assert not found.requires_grad
 
@@ -85,6 +120,13 @@ def test_a_head_that_learns_or_is_another_layer_is_asked_itself(learns):
     sum_losses(states, layer, targets, 0.0).backward()
     assert (head.weight.grad is not None) == learns
     assert states.grad is not None
+
+
+def test_in_bf16_a_factor_keeps_its_digits():
+    """As that of a loss that is divided by a number of tokens."""
+    states, head, targets = make(torch.bfloat16)
+    gradients = [torch.autograd.grad(sum_losses(states, head, targets, 0.0) / count, states)[0].float() for count in (1, 1003)]
+    assert float((gradients[1] * 1003).norm() / gradients[0].norm()) == pytest.approx(1, abs=2e-4)
 
 
 def test_nothing_to_learn_is_no_loss():

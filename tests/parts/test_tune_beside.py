@@ -101,6 +101,8 @@ def test_a_base_that_cannot_be_shared_keeps_trials_apart_that_would_share_by_the
     [
         ({"train.quantization": {"choice": ["none", "nf4"]}}, {}),
         ({"train.lora.dropout": {"choice": [0.0, 0.1]}}, {}),
+        ({"train.optimizer_bits": {"choice": [32, 8]}}, {}),
+        ({"train.compile": {"choice": [True, False]}}, {}),
         ({"data.max_length_tokens": {"choice": [64, 128]}}, {}),
         (RANK, {"lora": {"dropout": 0.1}}),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -12,11 +13,13 @@ from cluster.arbiter import Arbiter, Sight
 from cluster.decisions import note_decision, read_decisions
 from cluster.exporter import LONGEST_LOOK_S, STALE_S, Exporter, serve_metrics
 from cluster.home import home_folder
-from cluster.job_queue import NewJob, Queue
+from cluster.job_queue import FAILED, OTHER_REASON, REASONS, STANDING, NewJob, Queue
 from cluster.processes import free_port
 from cluster.rule import SERVE, TRAIN, Card, Chat
 from configs.errors import ClusterError
 from configs.schema import LendingConfig
+from tests.helpers.simulated import Setting
+from tests.helpers.simulator import Simulation
 
 LOOKED = "tandem_arbiter_looked_timestamp_seconds"
 CARDS = (Card("card0", SERVE, engine_since_s=5.0), Card("card1", TRAIN), Card("card2", TRAIN, is_alive=False))
@@ -191,23 +194,34 @@ def test_metrics_are_shown_at_the_port_that_is_named_and_else_at_any(queue, home
         assert b"tandem_card_up" in urlopen(f"http://{target}/metrics").read()
 
 
-def test_reasons_of_handovers_are_few(queue):
-    """Each of the rule's and the arbiter's own words has its place; what a process said as it ended has one for all."""
-    said = {
-        "chat wants card0 back: an engine waits for it": "chat wants it back",
-        "card0 is lent by chat, which does not need it": "chat does not need it",
-        "chat is quiet, and a job waits for the card": "chat is quiet",
-        "chat has requests again, and its engine did not fall asleep": "chat has requests again",
-        "job 7 goes before it": "a job goes before",
-        "it is its turn": "its turn",
-        "cancelled by the user": "by the user",
-        "its process was lost: killed": "a process was lost",
-        "card1 and card2 are gone with the machine": "a card was lost",
-        "the cluster was started anew; it goes on by itself": "the cluster was started anew",
-        "error: no such file": "other",
-    }
-    for number, why in enumerate(said):
-        queue.note_handover("card0", "whatever", why, 100.0 + number)
-    counted = queue.count_handovers()
-    assert {reason for _, reason in counted} == set(said.values())
-    assert sum(counted.values()) == len(said)
+def test_reasons_of_handovers_are_few():
+    """All that the rule and the arbiter say has its place, whatever happens in a cluster where much does."""
+    lending = LendingConfig(enabled=True, quiet_after_s=3, min_hold_s=5)
+    counted: Counter[str] = Counter()
+    for can_sleep in (True, False):
+        simulation = Simulation(
+            Setting(num_serve=1, num_train=2, max_engines=2, uses_train_cards=True, can_sleep=can_sleep, lending=lending)
+        )
+        for number in range(40):
+            simulation.submit_job("sweep" if number % 3 else "train", 30, number % 2, 1, 0, 32 * (number % 4 == 0))
+            simulation.run(15)
+            simulation.rush(100 if number % 2 else 9000, number % 7)
+            if number % 8 == 5:
+                simulation.kill_run()
+            if number % 16 == 9:
+                simulation.kill_head(5)
+            if number % 16 == 11:
+                simulation.queue.cancel(simulation.queue.jobs(*STANDING)[0].id, simulation.now_s)
+        simulation.run(900)
+        counted += Counter({reason: number for (_, reason), number in simulation.queue.count_handovers().items()})
+    assert OTHER_REASON not in counted, list(simulation.queue.handovers(9999))
+    assert set(counted) <= set(REASONS.values())
+    assert len(counted) >= 9, counted
+
+
+@pytest.mark.parametrize("said", ["error: the actor was lost", "error: no such file"])
+def test_what_a_process_says_as_it_fails_is_no_reason_of_its_own(queue, said):
+    begun = queue.submit(job(), 100.0)
+    queue.begin(begun.id, ("card1",), "it is its turn", 100.0)
+    queue.end(begun.id, FAILED, said, 101.0)
+    assert queue.count_handovers() == {("card1", "its turn"): 1, ("card1", "failed"): 1}

@@ -322,7 +322,8 @@ def test_a_job_that_fits_no_card_fails_with_its_own_words():
     job = simulation.submit_job("train", 5)
     simulation.needs_gib[job.id] = 64
     simulation.run(10)
-    assert simulation.queue.find(job.id).state == FAILED
+    found = simulation.queue.find(job.id)
+    assert (found.state, found.reason.startswith("the words of ")) == (FAILED, True)
 
 
 def test_thousands_of_requests_a_second_for_ten_minutes_beside_a_line_of_jobs():
