@@ -1,7 +1,8 @@
-"""The peer in training: a plain PyTorch + PEFT loop as most people write it, on a run's rows, in its order and at its rates.
+"""The peer in training: a plain PyTorch + PEFT loop as most people write it, on a run's rows and at its rates.
 
-Padded rows with a mask, logits of every token, AdamW; `--liger` gives it Liger's kernels, as the best of the peers has them. It runs in a
-process of its own, which prints its figures as JSON.
+Padded rows in random order with a mask, logits of every token, AdamW. `--liger` gives it Liger's kernels, as the best of the peers has
+them, and `--our-order` the run's own order, by length, so that losses can be held against each other step by step. It runs in a process of
+its own, which prints its figures as JSON.
 """
 
 import argparse
@@ -24,17 +25,17 @@ NUM_WARMUP = 3
 OURS_ALONE = ("train.precision=", "train.compile=", "train.packing=", "train.max_memory_gib=", "train.micro_batch_size=")
 
 
-def measure_plain(config_file: str, overrides: list[str], steps: int, with_liger: bool = False) -> dict[str, Any] | None:
+def measure_plain(config_file: str, overrides: list[str], steps: int, flags: tuple[str, ...]) -> dict[str, Any] | None:
     """Return the plain loop's tokens/s, peak, losses and held-out loss; None where it failed, as for want of memory."""
-    return _measure(config_file, tuple(word for word in overrides if not word.startswith(OURS_ALONE)), steps, with_liger)
+    return _measure(config_file, tuple(word for word in overrides if not word.startswith(OURS_ALONE)), steps, flags)
 
 
 @cache
-def _measure(config_file: str, overrides: tuple[str, ...], steps: int, with_liger: bool) -> dict[str, Any] | None:
+def _measure(config_file: str, overrides: tuple[str, ...], steps: int, flags: tuple[str, ...]) -> dict[str, Any] | None:
     config = load_chatbot(config_file, overrides)
     data = prepare(config, ensure_model(config.model))
     words = ["--config", config_file, "--train-file", str(data.train_file), "--heldout-file", str(data.heldout_file), "--steps", str(steps)]
-    command = [sys.executable, __file__, *words, *(["--liger"] if with_liger else []), *overrides]
+    command = [sys.executable, __file__, *words, *flags, *overrides]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
     if done.returncode:
@@ -86,6 +87,7 @@ def main() -> None:
         parser.add_argument(name, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--liger", action="store_true")
+    parser.add_argument("--our-order", action="store_true")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     config = load_chatbot(arguments.config, arguments.overrides)
@@ -108,7 +110,7 @@ def main() -> None:
         return {**batch, "attention_mask": (torch.arange(batch["input_ids"].shape[1], device=device) < lengths).long()}
 
     def batches() -> Iterator[list[Row]]:
-        order = RowOrder(rows, train.batch_size, train.seed, by_length=True)
+        order = RowOrder(rows, train.batch_size, train.seed, by_length=arguments.our_order)
         for epoch in range(arguments.steps):
             order.set_epoch(epoch)
             places = list(order)

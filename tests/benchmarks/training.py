@@ -40,10 +40,9 @@ HEADLINES = {
 """Figures that go by a name of their own too."""
 
 
-def measure(config_file: str, overrides: list[str], steps: int, with_liger: bool = False) -> dict[str, float]:
+def measure(config_file: str, overrides: list[str], steps: int) -> dict[str, float]:
     """Run Tandem and the plain loop on the same rows, and return the figures of both."""
-    version = train_ours(config_file, overrides, steps)
-    return beside_plain(version, config_file, overrides, steps, with_liger)
+    return beside_plain(train_ours(config_file, overrides, steps), config_file, overrides, steps)
 
 
 def train_ours(config_file: str, overrides: list[str], steps: int) -> Version:
@@ -60,17 +59,20 @@ def scores_of(version: Version) -> dict[str, float]:
     return {name: scores[name] for name in ("eval_loss", "tokens_per_s", "peak_memory_gib")}
 
 
-def beside_plain(version: Version, config_file: str, overrides: list[str], steps: int, with_liger: bool) -> dict[str, float]:
-    """Return our figures with those of the plain loop beside them, or `plain_failed`; of its losses, how far ours are off."""
-    ours, plain = scores_of(version), measure_plain(config_file, overrides, steps, with_liger)
+def beside_plain(version: Version, config_file: str, overrides: list[str], steps: int, *flags: str) -> dict[str, float]:
+    """Return our figures with those of the plain loop beside them, or `plain_failed`; in our order, also how far our losses are off."""
+    ours, plain = scores_of(version), measure_plain(config_file, overrides, steps, flags)
     if plain is None:
         return {**ours, "plain_failed": 1.0}
+    found = {f"plain_{name}": plain[name] for name in ("tokens_per_s", "peak_memory_gib", "eval_loss")}
+    found = {**ours, **found, "ratio": ours["tokens_per_s"] / plain["tokens_per_s"]}
+    if "--our-order" not in flags:
+        return found
     right, before, logged = {}, 0, losses_of(Registry(require_session().mlflow_url).client, version.run_id)
     for step in sorted(logged):  # the mean since the last that was logged
         right[step] = sum(plain["losses"][before:step]) / (step - before)
         before = step
-    found = {f"plain_{name}": plain[name] for name in ("tokens_per_s", "peak_memory_gib", "eval_loss")}
-    return {**ours, **found, "ratio": ours["tokens_per_s"] / plain["tokens_per_s"], **difference("plain_loss", logged, right)}
+    return found | difference("plain_loss", logged, right)
 
 
 def difference(name: str, losses: dict[int, float], right: dict[int, float]) -> dict[str, float]:
@@ -131,7 +133,8 @@ def on_gpu(arguments: argparse.Namespace, settings: list[str]) -> None:
         version = train_ours(str(config), [ALONE, *overrides], steps)
         found, curves[name] = scores_of(version), losses_of(registry.client, version.run_id)
         if not arguments.without_plain:
-            found = beside_plain(version, str(config), [ALONE, *overrides], steps, arguments.liger)
+            flags = ("--our-order", "--liger") if arguments.liger else ("--our-order",)  # rows are equally long: no order is quicker
+            found = beside_plain(version, str(config), [ALONE, *overrides], steps, *flags)
         figures |= {f"{named(name, shape)}_{key}": value for key, value in found.items()}
         if name in HEADLINES and shape == "8b":
             short, key = HEADLINES[name]
