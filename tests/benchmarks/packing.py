@@ -40,7 +40,8 @@ def main() -> None:
     long_tailed = write_long_tailed(Path(tempfile.mkdtemp(prefix="tandem-bench-")) / "rows.jsonl")
     shared = ["train.lora.num_layers=null", f"train.batch_size={arguments.batch_size}", "train.gradient_checkpointing=false"]
     shared += [f"model.name={arguments.model}"] if arguments.model else []
-    sets = {"helpdesk": [], "long_tailed": [f"data.source={long_tailed}", f"data.max_length_tokens={MAX_TOKENS}", "data.too_long=cut"]}
+    long_rows = [f"data.max_length_tokens={MAX_TOKENS}", f"serve.max_model_len_tokens={MAX_TOKENS}", "data.too_long=cut"]
+    sets = {"helpdesk": [], "long_tailed": [f"data.source={long_tailed}", *long_rows]}
     figures: dict[str, float] = {}
     for name, settings in sets.items():
         ways = {way: measure("configs/helpdesk.yaml", [*shared, *settings, f"train.packing={way == 'packed'}"], arguments.steps)

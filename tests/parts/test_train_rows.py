@@ -1,7 +1,10 @@
 """Batches: padded on the right, or packed without padding, with the same tokens and the same loss tokens."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from configs.schema import DataConfig
 from data.conversations import to_jsonl
@@ -98,6 +101,25 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone(by_length):
     assert torch.equal(torch.get_rng_state(), state), "dropout is the same with any order"
     assert all(sorted(other) == sorted(first) == list(range(40)) for other in others)
     assert len({tuple(found) for found in (first, *others)}) == 4
+
+
+def test_steps_do_not_go_from_long_rows_to_short_ones():
+    """A model that sees all long rows first learns worse."""
+    means = [sum(place % 7 for place in batch) / 4 for batch in zip(*[iter(order())] * 4, strict=True)]
+    assert means != sorted(means, reverse=True)
+    rises = sum(after > before for before, after in pairwise(means))
+    assert rises >= 2
+
+
+@pytest.mark.parametrize("num_rows", [3, 4, 41, 43])
+def test_steps_are_those_of_the_grouping_and_one_that_is_not_full_is_the_last(num_rows):
+    """Else all after it would be made of rows of two lengths."""
+    lengths = [1 + place % 7 for place in range(num_rows)]
+    found = list(RowOrder([{"input_ids": [0] * length, "labels": []} for length in lengths], 4, 0, by_length=True))
+    grouped = get_length_grouped_indices(lengths, 4, generator=torch.Generator().manual_seed(0))
+    steps, wanted = ([tuple(places[begin : begin + 4]) for begin in range(0, num_rows, 4)] for places in (found, grouped))
+    assert sorted(steps) == sorted(wanted)
+    assert len(steps[-1]) == (num_rows % 4 or 4)
 
 
 def test_rows_of_like_length_go_together():
