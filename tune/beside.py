@@ -29,8 +29,6 @@ MAX_TOKENS = 2048  # of a step: at 1,500, four share an H100 at three times the 
 MAX_LOADS = 3  # of a base that dies while it loads, before the trials that wait for it fail
 BASE_WAIT_S = 1800.0  # of a trial for its base: a large one is loaded in less, and another sweep may have taken the card of one that died
 OF_THE_BASE = ("train.quantization", "train.double_quantization", "train.precision", "train.num_workers", "train.compile")
-
-
 NEEDS_ITS_OWN = {"train.lora.dropout": 0, "train.optimizer_bits": 32}  # beside this value
 
 
