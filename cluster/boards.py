@@ -79,7 +79,7 @@ BOARDS: dict[str, tuple[Panel, ...]] = {
     "Cards": (
         Panel("Busy share, by holder", "percentunit", {"{{card}} {{holder}}": _rate("tandem_card_busy_seconds_total", "card, holder")}),
         Panel("Share of time lent", "percentunit", {"{{card}}": _rate("tandem_card_lent_seconds_total", "card")}),
-        Panel("Handovers", "short", {"{{card}}: {{reason}}": "sum by (card, reason) (tandem_handovers_total) > 0"}),
+        Panel("Handovers", "short", {"{{card}}: {{reason}}": "sum by (card, reason) (tandem_handovers_total)"}),
         Panel("Cards that are up", "short", {"{{card}} ({{pool}})": "max by (card, pool) (tandem_card_up)"}),
         Panel("Memory of hosts", "percentunit", {"{{ip}}": "max by (ip) (ray_node_mem_used / ray_node_mem_total)"}),
         Panel("Cores of hosts", "percent", {"{{ip}}": "max by (ip) (ray_node_cpu_utilization)"}),

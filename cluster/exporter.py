@@ -8,7 +8,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from prometheus_client.registry import Collector
 from cluster.arbiter import Sight
 from cluster.decisions import read_decisions
 from cluster.home import home_folder, log_folder, write_text
-from cluster.job_queue import LEAVING, OTHER_REASON, REASONS, RUNNING, STANDING, WAITING, Queue, QueuedJob
+from cluster.job_queue import ITS_TURN, LEAVING, RUNNING, STANDING, WAITING, Queue, QueuedJob
 from cluster.metrics import (
     CARD_BUSY,
     CARD_LENT,
@@ -96,8 +95,11 @@ class Exporter(Collector):
         yield _family(CARD_BUSY, self.busy_s)
         yield _family(CARD_LENT, self.lent_s)
         counted = self.queue.count_handovers()  # of all that ever were
-        shown = product((*(card.name for card in cards), CHAT), (*dict.fromkeys(REASONS.values()), OTHER_REASON))
-        yield _family(HANDOVERS, {labels: counted.get(labels, 0) for labels in shown})
+        names = {*(card.name for card in cards), CHAT}
+        shown = {(name, ITS_TURN): 0 for name in sorted(names)} | {
+            labels: number for labels, number in counted.items() if labels[0] in names
+        }
+        yield _family(HANDOVERS, shown)
 
 
 def _of_chat(seen: Sight) -> Iterator[Family]:

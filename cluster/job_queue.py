@@ -28,6 +28,7 @@ BUSY_TIMEOUT_S = 30.0
 PROGRESS_TIMEOUT_S = 1.0
 PARTS_A_RUN = 100
 """In which a sweep tells how far it is, all its trials together: steps of different trials may be of different size."""
+ITS_TURN = "its turn"
 REASONS = {
     "job % left: done: %": "done",
     "job % left: failed: %": "failed",
@@ -37,7 +38,7 @@ REASONS = {
     "%: chat has requests again%": "chat has requests again",
     "%: the engine on its card did not fall asleep%": "an engine did not fall asleep",
     "%: job % goes before it": "a job goes before",
-    "job % starts: it is its turn": "its turn",
+    "job % starts: it is its turn": ITS_TURN,
     "%: cancelled by the user": "by the user",
     "%: stopped by hand": "by the user",
     "job % left: waiting: its process was lost%": "a process was lost",
