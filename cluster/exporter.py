@@ -96,10 +96,8 @@ class Exporter(Collector):
         yield _family(CARD_LENT, self.lent_s)
         counted = self.queue.count_handovers()  # of all that ever were
         names = {*(card.name for card in cards), CHAT}
-        shown = {(name, ITS_TURN): 0 for name in sorted(names)} | {
-            labels: number for labels, number in counted.items() if labels[0] in names
-        }
-        yield _family(HANDOVERS, shown)
+        found = {labels: number for labels, number in counted.items() if labels[0] in names}
+        yield _family(HANDOVERS, {(name, ITS_TURN): 0 for name in sorted(names)} | found)
 
 
 def _of_chat(seen: Sight) -> Iterator[Family]:
