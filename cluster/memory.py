@@ -260,7 +260,7 @@ class Step:
         shape, num_answers = self.shape, num_rows * self.rows.most_loss_tokens
         if shape.changes_logits:
             return num_rows * self.rows.longest_tokens * shape.vocabulary
-        return min(num_answers, max(1, CHUNK_BYTES // (shape.vocabulary * FP32_BYTES))) * shape.vocabulary
+        return min(num_answers, chunk_tokens(shape.vocabulary)) * shape.vocabulary
 
     def _logit_bytes(self, num_rows: float, learns: bool = True) -> float:
         """The logits, and where a step learns, what they are made of and its gradient, which on the way back is there in fp32 too."""
@@ -269,6 +269,11 @@ class Step:
             return number * (LOGIT_BYTES + 2 * value if learns else EVALUATION_LOGIT_BYTES)
         states = num_rows * self.rows.most_loss_tokens * self.shape.width if learns else 0
         return max(number * CHUNK_LOGIT_BYTES, states * FP32_BYTES) + 2 * states * value
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Return how many tokens' logits are made at once in training."""
+    return max(1, CHUNK_BYTES // (vocabulary * FP32_BYTES))
 
 
 def weight_bytes(shape: Shape, linear_bytes: float, device: Device) -> float:

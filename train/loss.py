@@ -11,7 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear, log_softmax
 
-from cluster.memory import CHUNK_BYTES, FP32_BYTES
+from cluster.memory import chunk_tokens
 
 
 def sum_losses(states: torch.Tensor, head: Any, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -36,7 +36,7 @@ class _InChunks(torch.autograd.Function):  # type: ignore[misc]
     ) -> torch.Tensor:
         total = torch.zeros((), device=states.device)
         gradient = torch.empty_like(states) if learns and context.needs_input_grad[0] else None
-        num_tokens = max(1, CHUNK_BYTES // (len(weight) * FP32_BYTES))
+        num_tokens = chunk_tokens(len(weight))
         for begin in range(0, len(states), num_tokens):
             chunk = slice(begin, begin + num_tokens)
             logits = linear(states[chunk].to(weight.dtype), weight).float()  # (tokens, vocabulary)

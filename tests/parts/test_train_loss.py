@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cluster import memory
 from cluster.memory import CHUNK_LOGIT_BYTES
 from train import loss
 from train.loss import sum_losses
@@ -17,7 +18,7 @@ TOKENS, WIDTH, VOCABULARY = 37, 16, 96
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Of ten tokens each, so that the last one is not full."""
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 10 * VOCABULARY * 4)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 10 * VOCABULARY * 4)
 
 
 def make(dtype: torch.dtype = torch.float32):
