@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear, log_softmax
 
 from cluster.memory import chunk_tokens
+from data.template import NO_LOSS
 
 
 def sum_losses(states: torch.Tensor, head: Any, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -20,7 +21,7 @@ def sum_losses(states: torch.Tensor, head: Any, targets: torch.Tensor, smoothing
     Args:
         states: What the head reads, (tokens, width).
         head: The model's last layer.
-        targets: The next token of each, (tokens,).
+        targets: The next token of each, (tokens,); `NO_LOSS` where it carries none.
         smoothing: How much of a target is spread over the vocabulary.
     """
     if type(head) is torch.nn.Linear and not head.weight.requires_grad and head.bias is None:
@@ -42,16 +43,17 @@ class _InChunks(torch.autograd.Function):  # type: ignore[misc]
             logits = linear(states[chunk].to(weight.dtype), weight).float()  # (tokens, vocabulary)
             chances = log_softmax(logits, dim=-1)
             del logits  # no more than two of its size are there at once: see `cluster.memory`
-            wanted = targets[chunk, None]
-            total -= (1 - smoothing) * chances.gather(1, wanted).sum()
+            counts = targets[chunk, None] != NO_LOSS
+            wanted = targets[chunk, None].clamp(min=0)
+            total -= (1 - smoothing) * (chances.gather(1, wanted) * counts).sum()
             if smoothing:
-                total -= smoothing * chances.mean(-1).sum()
+                total -= smoothing * (chances.mean(-1, keepdim=True) * counts).sum()
             if gradient is not None:
                 chances.exp_()
                 if smoothing:
                     chances -= smoothing / len(weight)
                 chances.scatter_add_(1, wanted, chances.new_full(wanted.shape, smoothing - 1))  # less what they should be
-                gradient[chunk] = chances.to(weight.dtype) @ weight
+                gradient[chunk] = (chances.to(weight.dtype) @ weight) * counts
             del chances
         if gradient is not None:
             context.save_for_backward(gradient)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,6 +16,7 @@ from cluster.memory import MAX_PLAIN_ATTENTION_TOKENS
 from cluster.shape import LOGIT_SETTINGS
 from configs.errors import ModelError
 from configs.schema import LoraConfig, ModelConfig, TrainConfig
+from data.template import NO_LOSS
 from train.attention import attend_without_masks, lay_end_to_end, take
 from train.fp8 import quantise_base, require_fp8
 from train.fused import fuse_adapter
@@ -190,6 +191,12 @@ def draws_numbers(base: Any) -> bool:
     return any(value for name, value in settings if isinstance(value, float) and ("drop" in name or "jitter" in name))
 
 
+def pick_graphs(base: Any, train: TrainConfig, num_workers: int) -> Literal["auto"] | bool:
+    """Return whether steps may be CUDA graphs: what is done must be the same each time, and depend on the batch's shape alone."""
+    varies = train.packing or train.lora.dropout or is_compiled(train) or draws_numbers(base) or has_logit_settings(base)
+    return train.cuda_graphs if torch.cuda.is_available() and num_workers == 1 and not varies else False
+
+
 def has_logit_settings(base: Any) -> bool:
     """Whether the model changes its logits after the head."""
     return any(getattr(base.config, name, None) for name in LOGIT_SETTINGS)
@@ -253,7 +260,7 @@ def _answer_forward(full_forward: Callable[..., Any], changes_logits: bool, labe
         else:
             hidden = self.get_decoder()(**inputs).last_hidden_state  # (rows, tokens, width)
             total = sum_losses(take(hidden.flatten(0, 1), answers), self.get_output_embeddings(), targets, smoothing)
-        count = len(answers) if num_items_in_batch is None else num_items_in_batch
+        count = (targets != NO_LOSS).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
     return forward

@@ -23,12 +23,22 @@ from configs.schema import ChatbotConfig
 from data.template import NO_LOSS
 from train.attention import ATTENTION, CAUSAL
 from train.fp8 import require_fp8
-from train.model import add_adapter, blocks, finish_base, is_compiled, let_segments_grow, pick_attention, pick_dtype, suit_attention
+from train.model import (
+    add_adapter,
+    blocks,
+    finish_base,
+    is_compiled,
+    let_segments_grow,
+    pick_attention,
+    pick_dtype,
+    pick_graphs,
+    suit_attention,
+)
 from train.reporting import peak_memory_gib, taken_memory_gib, wait_for_gpu
 from train.rows import Packer, Padder, Row, RowOrder
 from train.step import OrderedTrainer, training_arguments
 
-NUM_WARMUP_STEPS, NUM_STEPS = 2, 4
+NUM_WARMUP_STEPS, NUM_STEPS = 4, 4
 SPREAD = 0.02  # of made-up weights, as models are usually begun with
 
 
@@ -144,7 +154,8 @@ def run_steps(base: Any, config: ChatbotConfig, rows: list[Row], num_steps: int 
             arguments.save_strategy, arguments.logging_steps = "no", train.max_steps  # a number asked of the GPU in the midst costs time
             order = RowOrder(rows, train.batch_size, train.seed, by_length=not train.packing)
             settings = {"args": arguments, "train_dataset": rows, "eval_dataset": rows, "callbacks": [clock]}
-            trainer = OrderedTrainer(order, model=model, data_collator=Packer() if train.packing else Padder(0), **settings)
+            settings |= {"data_collator": Packer() if train.packing else Padder(0), "cuda_graphs": pick_graphs(base, train, 1)}
+            trainer = OrderedTrainer(order, model=model, **settings)
             loss = trainer.train().training_loss
             gradient_norm = next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry)
             trainer.evaluate(rows[: arguments.per_device_eval_batch_size])  # as a run does, in batches of its own size

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 KIB = 1024
 ASK_EVERY_S = 0.5  # in the midst of a step
-NUM_WARMUP_STEPS = 2  # kernels are compiled and memory is first taken in them
+NUM_WARMUP_STEPS = 4  # kernels are compiled, memory is first taken, and a graph captured in them
 
 
 class ReportCallback(TrainerCallback):  # type: ignore[misc]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from torch.utils.data import Sampler
 
 from configs.schema import DataConfig
@@ -17,6 +18,7 @@ from data.template import NO_LOSS, fit, tokenize
 from train.attention import spread
 
 Row = dict[str, list[int]]
+NUM_LENGTHS = 16
 SEEDS_APART = 1_000_003  # so that no epoch of one seed is ordered like one of another
 
 
@@ -71,11 +73,35 @@ class RowOrder(Sampler[int]):  # type: ignore[misc]
             yield from torch.randperm(len(self.lengths), generator=chance).tolist()
 
 
-def answer_places(labels: torch.Tensor) -> torch.Tensor:
-    """Return the places of the tokens whose next one carries loss, (loss tokens,), in a batch (rows, tokens) laid flat."""
+def few_lengths(longest: int) -> list[int]:
+    """Return some lengths up to the longest, as far from each other: a GPU likes multiples of 8 best."""
+    between = 8 * max(2, -(-longest // (8 * NUM_LENGTHS)))
+    return [*range(between, longest, between), longest]
+
+
+def fill_up(batch: dict[str, torch.Tensor], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Make a batch's rows, (rows, longest), as long as the next of these lengths; causal attention never sees what is added."""
+    longest = batch["labels"].shape[1]
+    num_more = next((length for length in lengths if length >= longest), longest) - longest
+    return {name: pad(values, (0, num_more), value=NO_LOSS if name == "labels" else 0) for name, values in batch.items()}
+
+
+def answer_places(labels: torch.Tensor, num_parts: int | None = None) -> torch.Tensor:
+    """Return the places of the tokens whose next one carries loss, (loss tokens,), in a batch (rows, tokens) laid flat.
+
+    Given `num_parts`, of other tokens too, until their number is the next of so many parts of the batch: so there are few sizes.
+    """
     carries_loss = torch.zeros_like(labels, dtype=torch.bool)
     carries_loss[:, :-1] = labels[:, 1:] != NO_LOSS
-    return carries_loss.flatten().nonzero().flatten()
+    places = carries_loss.flatten().nonzero().flatten()
+    if num_parts is None:
+        return places
+    followed = torch.ones_like(labels, dtype=torch.bool)
+    followed[:, -1] = False  # of a row's last token the next one is another row's
+    part = -(-labels.numel() // num_parts)
+    num_wanted = min(-(-len(places) // part) * part, int(followed.sum()))
+    others = (followed & ~carries_loss).flatten().nonzero().flatten()
+    return torch.cat([places, others[: num_wanted - len(places)]])
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cluster.memory import EVALUATION_TOKENS
 from configs.schema import ChatbotConfig
-from train.rows import Row, RowOrder, answer_places
+from train.graphs import MicroSteps
+from train.rows import Row, RowOrder, answer_places, few_lengths, fill_up
+from train.unpacked import scratches_of
 
 NUM_TOKENS = "num_tokens"
+NUM_ANSWER_PARTS = 4  # of a batch's tokens so many parts may carry loss, where shapes are to be few
+
+Batch = dict[str, Any]
 
 
 class OrderedTrainer(Trainer):  # type: ignore[misc]
@@ -25,30 +30,56 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
     A GPU runs behind the process that tells it what to do, and stands still where that one waits for it or is slow. So nothing of a step
     asks the GPU for a number, or waits until it has a batch, and nothing walks over the frozen weights, of which a large base has
     thousands. Several workers still do: they count their tokens together, and wrap the model in torch's own.
+
+    Args:
+        order: Of the rows.
+        data_collator: Makes a batch of them.
+        cuda_graphs: Whether steps may be CUDA graphs; as long as they are or may be, batches are filled up, so that there are few shapes.
     """
 
-    def __init__(self, order: RowOrder, data_collator: Callable[[Sequence[Row]], dict[str, Any]], **settings: Any) -> None:
-        super().__init__(data_collator=_Counted(data_collator), **settings)
+    def __init__(
+        self, order: RowOrder, data_collator: Callable[[Sequence[Row]], Batch], cuda_graphs: Literal["auto"] | bool = False, **settings: Any
+    ) -> None:
+        super().__init__(**settings)
         self.order = order
         self.add_callback(_KeepEpoch(order))
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.micro_steps = MicroSteps(self._micro_step, self.trained, scratches_of(self.model), cuda_graphs)
+        self.data_collator = _Counted(data_collator, self.micro_steps, few_lengths(max(order.lengths)))
         self.model.train()  # once through all of it
         self.model.train = MethodType(_train, self.model)
-        self.model.zero_grad = self._zero_grad
+        self.model.zero_grad = lambda *_, **__: self.micro_steps.zero_gradients()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
         return self.order
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **settings: Any) -> Any:
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Add a batch's gradients; the model is that of this trainer, which has one worker where steps may be graphs."""
+        if num_items_in_batch is None or not self.micro_steps.wanted:
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        inputs = {name: value for name, value in self._prepare_inputs(inputs).items() if name != NUM_TOKENS}
+        return self.micro_steps.step(inputs, torch.as_tensor(num_items_in_batch, device=self.args.device))
+
+    def _micro_step(self, inputs: Batch, num_items: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(self.model, inputs, num_items)
+        return loss
+
+    def evaluate(self, *arguments: Any, **settings: Any) -> Any:
+        """Evaluate in memory that is there without the graphs."""
+        self.micro_steps.drop()
+        return super().evaluate(*arguments, **settings)
+
+    def compute_loss(self, model: Any, inputs: Batch, *arguments: Any, **settings: Any) -> Any:
         """Leave the count out of what the model gets."""
         inputs = {name: value for name, value in inputs.items() if name != NUM_TOKENS}
         return super().compute_loss(model, inputs, *arguments, **settings)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, inputs: Batch) -> int:
         """Count none: nobody reads them."""
         return 0
 
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
         num_tokens = inputs[NUM_TOKENS]
         if self.args.world_size > 1:
             num_tokens = int(self.accelerator.gather(torch.tensor(num_tokens, device=self.args.device)).sum())
@@ -56,10 +87,6 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
-
-    def _zero_grad(self, set_to_none: bool = True) -> None:
-        for weight in self.trained:
-            weight.grad = None
 
 
 def _train(self: Any, mode: bool = True) -> Any:
@@ -71,11 +98,17 @@ def _train(self: Any, mode: bool = True) -> Any:
 class _Counted:
     """Makes batches that say how many tokens they hold and where answers are, before they are on a GPU."""
 
-    collate: Callable[[Sequence[Row]], dict[str, Any]]
+    collate: Callable[[Sequence[Row]], Batch]
+    micro_steps: MicroSteps
+    lengths: Sequence[int]
+    """That rows may have where shapes are to be few; a longer one stays as it is."""
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        batch = self.collate(rows)
-        return {**batch, "answers": answer_places(batch["labels"]), NUM_TOKENS: sum(len(row["input_ids"]) for row in rows)}
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        batch, num_parts = self.collate(rows), None
+        if self.micro_steps.may_be:
+            batch, num_parts = fill_up(batch, self.lengths), NUM_ANSWER_PARTS
+        num_tokens = sum(len(row["input_ids"]) for row in rows)
+        return {**batch, "answers": answer_places(batch["labels"], num_parts), NUM_TOKENS: num_tokens}
 
 
 class _KeepEpoch(TrainerCallback):  # type: ignore[misc]

@@ -22,6 +22,10 @@ class Scratch:
         self.weights = torch.empty(num_weights, dtype=dtype, device=device)
         self.owner: Packed | None = None
 
+    def forget(self) -> None:
+        """Have weights unpacked anew when they are next asked for: what lies here is not known any more."""
+        self.owner = None
+
 
 class Packed:
     """The weights of a block's layers in 4 bit, behind one another, where no two layers share a scale."""
@@ -104,6 +108,12 @@ def pack_by_block(blocks: Iterable[Any]) -> None:
             Packed(layers, scratch)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # of the layers' own
+
+
+def scratches_of(model: Any) -> list[Scratch]:
+    """Return the memory into which a model's layers are unpacked."""
+    found = {id(layer.unpacked.packed.scratch): layer.unpacked.packed.scratch for layer in model.modules() if hasattr(layer, "unpacked")}
+    return list(found.values())
 
 
 def num_aligned(layer: Any) -> int:

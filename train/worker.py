@@ -101,7 +101,7 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
     from transformers import set_seed
 
     from data.template import load_tokenizer
-    from train.model import add_adapter, is_compiled, load_base, suit_attention
+    from train.model import add_adapter, is_compiled, load_base, pick_graphs, suit_attention
     from train.reporting import ReportCallback
     from train.rows import Packer, Padder, RowOrder, read_rows
     from train.step import OrderedTrainer, training_arguments
@@ -128,5 +128,6 @@ def _make_trainer(task: Task, scratch: Path, host: Host) -> Any:
         train_dataset=rows,
         eval_dataset=heldout,
         data_collator=Packer() if train.packing else Padder(tokenizer.pad_token_id or tokenizer.eos_token_id),
+        cuda_graphs=pick_graphs(base, train, host.num_workers),
         callbacks=[ReportCallback(task, host)],
     )

@@ -100,6 +100,8 @@ class TrainConfig(Settings):
     """What the frozen base's linear layers multiply in: the base's own number format, or FP8 on a GPU that has it."""
     compile: bool = False
     """Have torch compile the model's blocks, on a GPU: some time at a run's beginning, for steps that ask less of the host."""
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    """Ask a GPU for a whole step at once, as a CUDA graph, where batches of its shape come again; `auto` where it waits for the host."""
     learning_rate: float = Field(2e-4, gt=0.0, le=1.0)
     """Highest learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -3,8 +3,9 @@
 `PYTHONPATH=. python tests/benchmarks/step_profile.py [--shape 8b] [--kinds lora lora_fp8 qlora] [--ways ours ...]`
 Random weights, rows of equal length, no Ray: `training.py` measures what a user gets. A way is a change to ours: `peft` leaves the
 adapter's products to PEFT, `alone` multiplies each layer by itself, `unpacked` takes each out of 4 bit by itself, `cudnn` takes attention
-from cuDNN, `flash` from torch's own, `compiled` is `train.compile`, `hooked` recomputes in torch's newer way, `masked` leaves attention
-to transformers' masks. A way whose loss or gradient is another one computes something else.
+from cuDNN, `flash` from torch's own, `compiled` is `train.compile`, `graphed` and `asked` are steps as CUDA graphs and without,
+`hooked` recomputes in torch's newer way, `masked` leaves attention to transformers' masks. A way whose loss or gradient is another one
+computes something else.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from configs.schema import ChatbotConfig
 from train.probe import NUM_WARMUP_STEPS, make_base, make_rows, run_steps
 
 NUM_STEPS = 8
-WAYS = ["ours", "peft", "alone", "unpacked", "cudnn", "flash", "compiled", "hooked", "masked"]
+WAYS = ["ours", "graphed", "asked", "peft", "alone", "unpacked", "cudnn", "flash", "compiled", "hooked", "masked"]
 QLORA = {"quantization": "nf4", "batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True}
 KINDS = {
     "lora": (4096, {"batch_size": 2, "micro_batch_size": 2, "gradient_checkpointing": False}),
@@ -126,7 +127,7 @@ def main() -> None:
         length, settings = arguments.length or KINDS[kind][0], KINDS[kind][1]
         data, serve = {"source": "x", "max_length_tokens": length}, {"max_model_len_tokens": length}
         for way in arguments.ways:
-            own = settings | {"compile": way == "compiled"}
+            own = settings | {"compile": way == "compiled", "cuda_graphs": {"graphed": True, "asked": False}.get(way, "auto")}
             config = ChatbotConfig.model_validate({"name": "bench", "data": data, "train": own, "serve": serve})
             torch.manual_seed(0)
             base = make_base(model_config(arguments.shape), config, length)
@@ -135,7 +136,12 @@ def main() -> None:
                 found = run_steps(base, config, rows, NUM_STEPS)
                 step_ms = config.train.batch_size * length / found.tokens_per_s * 1000
                 name = f"{kind}_{arguments.shape}_{way}"
-                values = {"tokens_per_s": found.tokens_per_s, "step_ms": step_ms, "held_gib": found.held_gib}
+                values = {
+                    "tokens_per_s": found.tokens_per_s,
+                    "step_ms": step_ms,
+                    "held_gib": found.held_gib,
+                    "context_gib": found.context_gib,
+                }
                 values |= {"loss": found.loss, "gradient_norm": found.gradient_norm}
                 figures |= {f"{name}_{key}": value for key, value in values.items()}
                 said = f"{found.tokens_per_s:,.0f} tokens/s, {step_ms:.0f} ms a step, {found.held_gib:.1f} GiB"

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluster import memory
 from cluster.memory import CHUNK_LOGIT_BYTES
+from data.template import NO_LOSS
 from train import loss
 from train.loss import sum_losses
 
@@ -38,6 +39,17 @@ def test_loss_and_gradient_are_those_of_all_logits_at_once(smoothing):
     found, wanted = (way(states, head, targets, smoothing) for way in (sum_losses, whole))
     torch.testing.assert_close(found, wanted)
     gradients = [torch.autograd.grad(3 * total, states)[0] for total in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_token_without_a_target_counts_nothing(smoothing):
+    states, head, targets = make()
+    some = torch.arange(TOKENS) % 3 == 0
+    left = torch.where(some, targets, NO_LOSS)
+    found, wanted = sum_losses(states, head, left, smoothing), whole(states[some], head, targets[some], smoothing)
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(total, states)[0] for total in (found, wanted)]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 

@@ -25,7 +25,7 @@ from data.template import NO_LOSS
 from serve.adapters import BrokenAdapterError, check_adapter
 from train.attention import ATTENTION, CAUSAL, attend_without_masks, lay_end_to_end
 from train.model import add_adapter, has_logit_settings, load_base, packs_safely, pick_dtype
-from train.rows import Packer, Padder, answer_places
+from train.rows import Packer, Padder, answer_places, fill_up
 
 VOCABULARY, NUM_LAYERS, RANK = 128, 2, 4
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -115,6 +115,17 @@ def test_logits_of_the_answers_alone_give_the_same_loss_and_gradients(num_items,
     assert_same(ours, full)
     assert len(ours[1]) == NUM_LAYERS * len(LINEAR) * 2
     assert all(gradient.abs().max() > 0 for gradient in ours[1].values()), "each matrix learns"
+
+
+@pytest.mark.parametrize("scale", [None, 0.5], ids=["plain", "changes its logits"])
+def test_places_that_carry_no_loss_change_neither_loss_nor_gradients(scale):
+    base = tiny()
+    base.config.logit_scale = scale
+    model, batch = with_adapter(base), fill_up(Padder(0)(rows()), (16,))
+    exact, filled = (answer_places(batch["labels"], num_parts) for num_parts in (None, 2))
+    assert len(filled) > len(exact)
+    for inputs in ({}, {"num_items_in_batch": 40}):
+        assert_same(step(model, {**batch, "answers": filled}, **inputs), step(model, {**batch, "answers": exact}, **inputs))
 
 
 @pytest.mark.parametrize("scale", [None, 0.5], ids=["plain", "changes its logits"])

@@ -10,7 +10,7 @@ from configs.schema import DataConfig
 from data.conversations import to_jsonl
 from data.template import NO_LOSS, load_tokenizer
 from tests.helpers.data import chat, tokenizer_folder
-from train.rows import Packer, Padder, RowOrder, read_rows
+from train.rows import Packer, Padder, RowOrder, answer_places, few_lengths, fill_up, read_rows
 
 N = NO_LOSS
 ROWS = [
@@ -30,6 +30,33 @@ def test_padding_fills_up_on_the_right_and_carries_no_loss():
 
 def test_equally_long_rows_need_no_padding():
     assert Padder(42)(ROWS[:1])["input_ids"].tolist() == [ROWS[0]["input_ids"]]
+
+
+def test_where_shapes_are_to_be_few_rows_are_as_long_as_the_next_length():
+    batch = fill_up(Padder(42)(ROWS), (3, 6, 9))
+    assert batch["input_ids"].tolist()[1] == [9, 1, 42, 42, 0, 0]
+    assert batch["labels"].tolist()[0] == [N, N, 7, 8, N, N]
+    assert fill_up(Padder(42)(ROWS), (3,))["input_ids"].shape == (3, 4), "none is that long"
+
+
+@pytest.mark.parametrize("longest", [5, 64, 100, 2048, 8192])
+def test_few_lengths_are_multiples_of_eight_up_to_the_longest(longest):
+    lengths = few_lengths(longest)
+    assert lengths[-1] == longest
+    assert len(lengths) <= 16
+    assert all(length % 8 == 0 for length in lengths[:-1])
+    assert len({later - earlier for earlier, later in pairwise(lengths[:-1])}) <= 1
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 4])
+def test_places_are_filled_up_with_such_as_carry_no_loss(num_parts):
+    labels = Padder(0)(ROWS)["labels"]
+    exact, filled = answer_places(labels), answer_places(labels, num_parts)
+    assert filled[: len(exact)].tolist() == exact.tolist()
+    others = filled[len(exact) :].tolist()
+    assert len(set(filled.tolist())) == len(filled)
+    assert all(place % 4 != 3 and labels.flatten()[place + 1] == N for place in others)
+    assert len(filled) == min(9, -(-4 // (12 // num_parts)) * (12 // num_parts))
 
 
 def test_packing_makes_one_row_whose_positions_begin_anew():
