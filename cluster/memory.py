@@ -33,13 +33,12 @@ EVALUATION_TOKENS = 2048  # of a batch; micro-batches of a few short rows would 
 # What a compiled block keeps of a token beyond ours, in widths: the 8B shape held 2.74 GiB more of 8,192 tokens, which is 1.37
 # (results/step-profile-h200-..-11-29.json), with Liger's kernels, which it no longer has. One that is recomputed was never measured.
 COMPILED_WIDTHS = 1.4
-CUBLAS_BYTES = 2 * 32 * MIB  # a workspace for each of the two threads that multiply: torch's default on Hopper; elsewhere 8 MiB
-# What torch's allocator holds beyond its tensors, with segments that grow: as much as the logits that are there in bf16, which come and go
-# among larger things, and a little more. It differs from run to run: of steps that recompute, by nearly all of it. Context: driver, cuBLAS
-# and kernels of a training process. Measured on two machines (results/memory-h100-..-11-23.json, memory-h200-..-11-30.json), with all
-# logits there at once.
-LOST_BYTES, RECOMPUTED_LOST_BYTES = 256 * MIB, 20 * MIB  # the latter beside what one layer of the MLP takes
+# What torch's allocator holds beyond the tensors that are planned, with segments that grow: two workspaces of cuBLAS (32 MiB each on
+# Hopper), what lies between tensors, and as much as the largest layer's weight twice. Context: driver, cuBLAS and kernels of a training
+# process. Steps that are CUDA graphs have a memory of their own, and what the driver keeps of them. See results/memory-h200-*.
+LOST_BYTES, LOST_LAYERS = 235 * MIB, 2
 CUDA_CONTEXT_BYTES = 770 * MIB
+STEP_GRAPHS_BYTES = 200 * MIB
 # Python with torch, transformers and Ray's worker: what the 135M model's run is above its tensors (1.90 GiB in training-cpu-..-11-22.json).
 CPU_PROCESS_BYTES = 1150 * MIB
 
@@ -130,14 +129,14 @@ class Step:
     def _moments(self) -> list[Need]:
         """The loss, the first and the last block on the way back, the optimizer's turn, and an evaluation."""
         kept, block, grads = self._kept_bytes(), self._backward_bytes(), self._num_adapter * FP32_BYTES
-        held = grads if self._accumulates else 0  # gradients of the micro-batches before
+        held = grads if self._accumulates or self._may_be_graphs else 0  # gradients of the micro-batches before, or where graphs add
         num_rows = max(self.size, EVALUATION_TOKENS / self.rows.longest_tokens)
         return [
             self._moment(kept, held, self._logit_bytes(self.size)),
             self._moment(kept + block, held),
             self._moment(block, grads),
             self._moment(0, grads),
-            self._moment(0, 0, self._logit_bytes(num_rows, learns=False)),
+            self._moment(0, held, self._logit_bytes(num_rows, learns=False)),
         ]
 
     def _moment(self, activations: float, gradients: float, logits: float = 0.0) -> Need:
@@ -151,13 +150,24 @@ class Step:
             activations=activations,
             logits=logits,
             lost=self._lost_bytes() if self.device.on_gpu else 0.0,
-            process=CUDA_CONTEXT_BYTES if self.device.on_gpu else CPU_PROCESS_BYTES,
+            process=self._process_bytes(),
         )
 
     def _lost_bytes(self) -> float:
-        wide = self.num_tokens * self.shape.inner_width * self.device.value_bytes
-        little = wide + RECOMPUTED_LOST_BYTES if self.recomputes else LOST_BYTES
-        return self._num_logits(self.size) * BF16_BYTES + little + CUBLAS_BYTES
+        of_logits = self._num_logits(self.size) * BF16_BYTES if self.shape.changes_logits else 0  # which come and go among larger things
+        largest = max(inputs * outputs for inputs, outputs in self.shape.linear_layers.values()) * self.device.value_bytes
+        return LOST_BYTES + LOST_LAYERS * largest + of_logits
+
+    def _process_bytes(self) -> float:
+        if not self.device.on_gpu:
+            return CPU_PROCESS_BYTES
+        return CUDA_CONTEXT_BYTES + (STEP_GRAPHS_BYTES if self._may_be_graphs else 0)
+
+    @property
+    def _may_be_graphs(self) -> bool:
+        """Whether steps may be CUDA graphs; see `train.model.pick_graphs`."""
+        varies = self.train.packing or not self._fuses or self.shape.changes_logits
+        return self.device.on_gpu and self.train.cuda_graphs is not False and self.train.num_workers == 1 and not varies
 
     @property
     def _num_adapter(self) -> int:
@@ -224,7 +234,9 @@ class Step:
     def _backward_bytes(self) -> float:
         """What a block's way back takes beside what was kept: gradients inside the MLP or attention, and a weight taken out of 4 bit."""
         shape, value = self.shape, self.device.value_bytes
-        mlp = 3 * shape.inner_width + shape.width
+        # Liger's kernel writes the gradients of gate and up where those were.
+        in_place = self.device.on_gpu and not self.train.compile
+        mlp = (1 if in_place else 3) * shape.inner_width + shape.width
         attention = 5 * shape.query_width + shape.width
         found: float = self.num_tokens * max(mlp, attention) * value
         if self.train.quantization == "nf4":

@@ -1,7 +1,7 @@
 """vLLM's engine and its own OpenAI application, for the versions of vLLM that Tandem runs with.
 
-Knows vLLM's import paths and arguments; besides it, only `serve.tools`, `serve.cpu_lora` and `serve.engine_metrics` import vLLM.
-Does not know Ray.
+Knows vLLM's import paths and arguments; besides it, only `serve.tools`, `serve.cpu_lora`, `serve.gpu_lora` and `serve.engine_metrics`
+import vLLM. Does not know Ray.
 """
 
 import json
@@ -18,7 +18,12 @@ from serve.tools import OFF
 OUTPUT_CHUNK = {"VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "16"}
 """Of a step's tokens so many are handed on before whoever came meanwhile has a turn; vLLM's 128 let a new request wait for all of them,
 at each of the turns that it takes to reach the engine."""
-CPU_WORKER = "serve.cpu_lora.GroupedLoraWorker"
+CPU_WORKER, GPU_WORKER = "serve.cpu_lora.GroupedLoraWorker", "serve.gpu_lora.BesideLoraWorker"
+BESIDE = {"VLLM_LORA_ENABLE_DUAL_STREAM": "1", "VLLM_LORA_DISABLE_PDL": "1"}
+"""With the first vLLM leaves a linear layer and its adapters to one operation, in which `serve.gpu_lora` stands."""
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512)
+"""Tokens of a batch for which there are CUDA graphs, a third as many as vLLM's: each takes a start some tenths of a second. Reading the
+weights takes a step longest, so that a batch which is filled up to the next size takes hardly longer."""
 # In the engine's own process, as on a GPU. For `uni` vLLM would start one more, to bind its threads to cores; ours are not bound.
 CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 SLEEP_ARGUMENTS = ["--enable-sleep-mode"]
@@ -36,7 +41,7 @@ def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> d
         "OMP_NUM_THREADS": str(num_threads),  # Ray sets it to 1
     }
     if on_gpu:
-        return shared
+        return shared | BESIDE
     # Left alone, vLLM takes a large share of memory, and binds its threads to cores that others use too.
     return shared | {
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
@@ -65,13 +70,23 @@ def engine_arguments(model: ModelConfig, config: ServeConfig, folder: Path, base
         flags.append("--enable-auto-tool-choice")
     if gpu_share is not None:
         arguments["--gpu-memory-utilization"] = f"{config.gpu_memory_share * gpu_share:.3f}"
+        arguments["--worker-cls"] = GPU_WORKER
+        flags.append("--specialize-active-lora")  # kernels for as many adapters as there are in a batch, not for all that could be
         if config.quantization != "none":
             arguments["--quantization"] = config.quantization
+        if not config.enforce_eager:
+            flags += ["--cudagraph-capture-sizes", *map(str, graph_sizes(config.max_num_seqs))]
     else:
         arguments |= {"--worker-cls": CPU_WORKER, "--distributed-executor-backend": CPU_EXECUTOR}
     if gpu_share is None or config.enforce_eager:
         flags.append("--enforce-eager")
     return [*(word for pair in arguments.items() for word in pair), *flags]
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Return the tokens of a batch for which there are CUDA graphs: up to twice as many as there are answers at once, as vLLM has it."""
+    most = min(2 * max_num_seqs, GRAPH_SIZES[-1])
+    return sorted({size for size in GRAPH_SIZES if size <= most} | {most})
 
 
 async def start_engine(arguments: list[str], adapters: Adapters, watch: Watch) -> tuple[Any, Any]:

@@ -16,11 +16,11 @@ import torch
 from train.unpacked import Scratch
 
 Inputs = dict[str, Any]
+Shape = tuple[Any, ...]
 Run = Callable[[Inputs, torch.Tensor], torch.Tensor]
 """Takes a batch and the number of answer tokens of its whole step, adds to the gradients, and returns the loss."""
 
-NUM_EAGER = 2  # kernels are compiled and chosen in the first ones, and the third is timed
-HOST_BOUND = 0.7  # of a micro-step's time: where the host took so much of it to ask, the GPU waited for it
+NUM_EAGER = 2  # kernels are compiled and chosen in the first ones
 MAX_GRAPHS = 16  # each takes memory beside torch's allocator; what comes beyond runs as it is
 
 
@@ -49,7 +49,7 @@ class MicroSteps:
         run: Does one.
         weights: What is trained.
         scratches: Of the model, whose contents a graph changes unseen.
-        wanted: `auto` looks first whether the GPU waits for the host.
+        wanted: `auto` tries one, and goes on with them where it is quicker: where the GPU waited for the host.
     """
 
     def __init__(self, run: Run, weights: Sequence[torch.Tensor], scratches: Sequence[Scratch], wanted: Literal["auto"] | bool) -> None:
@@ -57,31 +57,28 @@ class MicroSteps:
         self.is_on = False
         """Whether graphs are used: then gradients stay where they are."""
         self.num_steps = 0
-        self.seen: set[tuple[Any, ...]] = set()
-        """Shapes that came."""
-        self.captured: dict[tuple[Any, ...], Captured] = {}
+        self.seen: set[Shape] = set()
+        self.took_s: dict[Shape, float] = {}
+        """Of a step that is no graph, while it is not known whether one is quicker."""
+        self.captured: dict[Shape, Captured] = {}
         self.pool: Any = None
 
     @property
     def may_be(self) -> bool:
         """Whether graphs are used, or may still be."""
-        return self.is_on or (self.wanted is not False and self.num_steps <= NUM_EAGER)
+        return self.wanted is not False
 
     def step(self, inputs: Inputs, num_items: torch.Tensor) -> torch.Tensor:
         """Add a micro-step's gradients to the weights', and return its loss."""
         self.num_steps += 1
         shape = tuple((name, tuple(value.shape), value.dtype) for name, value in inputs.items())
+        if self.num_steps > NUM_EAGER and self.wanted == "auto":
+            return self._try(shape, inputs, num_items)
         came_before, captured = shape in self.seen, self.captured.get(shape)
         self.seen.add(shape)
-        if not self.is_on:
-            return self._run_and_look(inputs, num_items)
-        if captured is None and came_before and len(self.captured) < MAX_GRAPHS:
+        if captured is None and came_before and self.wanted and self.num_steps > NUM_EAGER and len(self.captured) < MAX_GRAPHS:
             captured = self._capture(shape, inputs, num_items)
-        if captured is None:
-            return self.run(inputs, num_items)
-        loss = captured.replay(inputs, num_items)
-        self._forget()
-        return loss
+        return self._replay(captured, inputs, num_items) if captured else self.run(inputs, num_items)
 
     def zero_gradients(self) -> None:
         """Begin a step: gradients to which graphs add stay where they are."""
@@ -98,28 +95,39 @@ class MicroSteps:
         if self.is_on:
             torch.cuda.empty_cache()
 
-    def _run_and_look(self, inputs: Inputs, num_items: torch.Tensor) -> torch.Tensor:
-        """Run as it is; the last time before graphs may be used, look how long the host takes to ask, and the GPU to do it."""
-        if self.wanted is False or self.num_steps != NUM_EAGER + 1:
-            return self.run(inputs, num_items)
+    def _try(self, shape: Shape, inputs: Inputs, num_items: torch.Tensor) -> torch.Tensor:
+        """Take the time of a step as it is, and of the next one of its shape as a graph; then it is known which is to be used."""
+        self.seen.add(shape)
+        captured = self._capture(shape, inputs, num_items) if shape in self.took_s else None
         torch.cuda.synchronize()
         began_s = time.perf_counter()
-        loss = self.run(inputs, num_items)
-        asked_s = time.perf_counter() - began_s
+        loss = self._replay(captured, inputs, num_items) if captured else self.run(inputs, num_items)
         torch.cuda.synchronize()
         took_s = time.perf_counter() - began_s
-        self.is_on = self.wanted is True or asked_s > HOST_BOUND * took_s
-        if self.is_on:
-            for weight in self.weights:  # one that got none must have a place too
-                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        if not captured:
+            self.took_s[shape] = took_s
+        elif took_s < self.took_s[shape]:
+            self.wanted = True
+        else:
+            captured = None  # or its memory would stay
+            self.drop()
+            self.wanted = self.is_on = False
+        return loss
+
+    def _replay(self, captured: Captured, inputs: Inputs, num_items: torch.Tensor) -> torch.Tensor:
+        loss = captured.replay(inputs, num_items)
+        self._forget()
         return loss
 
     def _forget(self) -> None:
         for scratch in self.scratches:
             scratch.forget()
 
-    def _capture(self, shape: tuple[Any, ...], inputs: Inputs, num_items: torch.Tensor) -> Captured | None:
+    def _capture(self, shape: Shape, inputs: Inputs, num_items: torch.Tensor) -> Captured | None:
         """Have the host ask once for all of it, without it being done; None where that cannot be, and then never again."""
+        self.is_on = True
+        for weight in self.weights:  # a graph adds to what is there
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         own = {name: value.clone() for name, value in inputs.items()}
         count = num_items.clone()
         graph = torch.cuda.CUDAGraph()

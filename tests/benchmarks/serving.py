@@ -26,10 +26,11 @@ from bench import make_model, run_cli, write_result
 from cluster.session import require_session
 from configs.cli import console
 from configs.loader import ROOT, load_chatbot
-from serve.engine import CPU_WORKER, OUTPUT_CHUNK, engine_arguments, engine_environment
+from serve.engine import BESIDE, OUTPUT_CHUNK, engine_arguments, engine_environment
 
 BARE_PORT = 8100
 NUM_PROMPTS = {1: 8, 64: 256, 256: 1024}
+OURS = ("--worker-cls", "--specialize-active-lora", "--cudagraph-capture-sizes")  # arguments that bare vLLM does without
 BARE_MODULE = "vllm.entrypoints.openai.api_server"
 WRITERS = {"bare": BARE_MODULE, "tandem": "ray::ServeReplica"}  # whose one loop writes all answers, and is the limit with many at once
 TOKENS_IN, TOKENS_OUT = 256, 128
@@ -42,16 +43,18 @@ Rounds = dict[str, list[float]]
 
 @contextlib.contextmanager
 def bare_vllm(config_file: str, overrides: Sequence[str] = (), modules: Sequence[str] = ()) -> Iterator[float]:
-    """Start vLLM's own API server with the arguments that a replica gets, and adapters by its own; yield the seconds that it took."""
+    """Start vLLM's own API server with a replica's arguments but `OURS`, and adapters by its own; yield the seconds that it took."""
     config, session = load_chatbot(config_file, overrides), require_session()
     shares = [float(card["gpu-share"]) for card in session.cards if card["pool"] == "serve" and "gpu-share" in card]
     share = min(shares) if shares else None
     arguments = engine_arguments(config.model, config.serve, Path(config.model.name), "bench", share)
-    if CPU_WORKER in arguments:  # ours, not vLLM's own
-        del arguments[arguments.index(CPU_WORKER) - 1 : arguments.index(CPU_WORKER) + 1]
+    for name in OURS:
+        if name in arguments:
+            begin = arguments.index(name)
+            end = next(place for place in range(begin + 1, len(arguments) + 1) if place == len(arguments) or arguments[place][:2] == "--")
+            del arguments[begin:end]
     environment = {**os.environ, **engine_environment(config.serve, share is not None, os.cpu_count() or 1)}
-    for name in OUTPUT_CHUNK:  # ours, not vLLM's own
-        del environment[name]
+    environment = {name: value for name, value in environment.items() if name not in OUTPUT_CHUNK | BESIDE}
     command = [sys.executable, "-m", BARE_MODULE, "--port", str(BARE_PORT), *arguments, *modules]
     started_s = time.monotonic()
     log = Path(tempfile.gettempdir()) / "tandem-bare-vllm.log"

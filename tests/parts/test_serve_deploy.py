@@ -13,7 +13,7 @@ from configs.errors import AccessError, ClusterError
 from configs.loader import load_chatbot
 from configs.schema import ChatbotConfig, ModelConfig, ScalingConfig, ServeConfig
 from serve.deploy import deploy, endpoint, failure_reason
-from serve.engine import engine_arguments, engine_environment
+from serve.engine import BESIDE, GRAPH_SIZES, engine_arguments, engine_environment, graph_sizes
 from serve.keys import KeyFile
 from tests.helpers.json_door import JsonDoor, listening
 
@@ -285,10 +285,21 @@ def test_an_engine_on_a_gpu_takes_its_share_of_the_memory(share, memory, tmp_pat
     options = pairs(engine_arguments(ModelConfig(), SERVE, tmp_path, "base", share))
     assert (options["--gpu-memory-utilization"], options["--quantization"], options["--dtype"]) == (memory, "fp8", "auto")
     assert "--enforce-eager" not in options
-    assert not {"--worker-cls", "--distributed-executor-backend"} & set(options)
+    assert "--distributed-executor-backend" not in options
+    assert options["--worker-cls"] == "serve.gpu_lora.BesideLoraWorker"
+    assert {"--specialize-active-lora", "--cudagraph-capture-sizes"} <= set(options)
     options = pairs(engine_arguments(ModelConfig(), ServeConfig(enforce_eager=True), tmp_path, "base", share))
     assert "--enforce-eager" in options
+    assert "--cudagraph-capture-sizes" not in options
     assert "--quantization" not in options
+
+
+@pytest.mark.parametrize(("at_once", "most"), [(1, 2), (8, 16), (100, 200), (256, 512), (1000, 512)])
+def test_graphs_are_for_as_many_tokens_as_twice_the_answers_at_once(at_once, most):
+    sizes = graph_sizes(at_once)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most
+    assert set(sizes) <= {*GRAPH_SIZES, most}
 
 
 def test_the_environment_of_an_engine_binds_threads_and_memory_on_the_cpu_alone():
@@ -296,5 +307,6 @@ def test_the_environment_of_an_engine_binds_threads_and_memory_on_the_cpu_alone(
     on_gpu = engine_environment(ServeConfig(), on_gpu=True, num_threads=7)
     assert (on_cpu["VLLM_CPU_KVCACHE_SPACE"], on_cpu["VLLM_CPU_OMP_THREADS_BIND"], on_cpu["OMP_NUM_THREADS"]) == ("3", "nobind", "7")
     assert not [name for name in on_gpu if "CPU" in name or "BIND" in name]
-    assert on_gpu.items() <= on_cpu.items()
+    assert on_gpu.items() - BESIDE.items() <= on_cpu.items()
+    assert BESIDE.items() <= on_gpu.items()
     assert all(isinstance(value, str) for value in on_cpu.values())
