@@ -122,6 +122,12 @@ class Step:
         """Whether activations are recomputed in the backward pass."""
         return self.train.gradient_checkpointing is True
 
+    @property
+    def may_be_graphs(self) -> bool:
+        """Whether steps may be CUDA graphs; see `train.model.pick_graphs`."""
+        varies = self.train.packing or not self._fuses or self.shape.changes_logits
+        return self.device.on_gpu and self.train.cuda_graphs is not False and self.train.num_workers == 1 and not varies
+
     def need(self) -> Need:
         """Return what is needed at the worst of the step's moments."""
         return max(self._moments(), key=lambda moment: moment.total_bytes)
@@ -129,7 +135,7 @@ class Step:
     def _moments(self) -> list[Need]:
         """The loss, the first and the last block on the way back, the optimizer's turn, and an evaluation."""
         kept, block, grads = self._kept_bytes(), self._backward_bytes(), self._num_adapter * FP32_BYTES
-        held = grads if self._accumulates or self._may_be_graphs else 0  # gradients of the micro-batches before, or where graphs add
+        held = grads if self._accumulates or self.may_be_graphs else 0  # gradients of the micro-batches before, or where graphs add
         num_rows = max(self.size, EVALUATION_TOKENS / self.rows.longest_tokens)
         return [
             self._moment(kept, held, self._logit_bytes(self.size)),
@@ -161,13 +167,7 @@ class Step:
     def _process_bytes(self) -> float:
         if not self.device.on_gpu:
             return CPU_PROCESS_BYTES
-        return CUDA_CONTEXT_BYTES + (STEP_GRAPHS_BYTES if self._may_be_graphs else 0)
-
-    @property
-    def _may_be_graphs(self) -> bool:
-        """Whether steps may be CUDA graphs; see `train.model.pick_graphs`."""
-        varies = self.train.packing or not self._fuses or self.shape.changes_logits
-        return self.device.on_gpu and self.train.cuda_graphs is not False and self.train.num_workers == 1 and not varies
+        return CUDA_CONTEXT_BYTES + (STEP_GRAPHS_BYTES if self.may_be_graphs else 0)
 
     @property
     def _num_adapter(self) -> int:

@@ -12,6 +12,7 @@ from configs.schema import TrainConfig
 RECOMPUTE_TIME = 1.42  # of a step without: 14,432 against 10,158 tokens/s on one H100, 8B shape, 4 rows of 2,048, Liger's kernels
 # Of a step that waits for launches, in three shapes with rows of 512 tokens (memory-h100-..-11-23.json).
 RECOMPUTE_LAUNCHES, NF4_LAUNCHES = 1.7, 1.4
+GRAPH_LAUNCH_S = 0.0006  # the same where steps are CUDA graphs: least time of a block (memory-h200-..-11-30b.json, the smallest shape)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Rate:
 
 # By a part of the accelerator's name. Each is made from a result in tests/benchmarks/results, which a test does anew.
 RATES = {
+    "H200": Rate(
+        train_flops_per_s=4.86e14,  # LoRA, 8B shape, 2 rows of 4,096: 15,742 tokens/s
+        launch_s=0.00477,  # rows of 512 tokens in three shapes, on average, without graphs; other hosts take half or twice as long
+        read_bytes_per_s=3.18e12,  # 211 tokens/s of the same shape in bf16, one request at a time
+        source="training-200-steps-h200-2026-11-30, memory-asked-h200-2026-11-30, serving-h200-2026-11-30",
+    ),
     "H100": Rate(
         train_flops_per_s=4.25e14,  # LoRA, 8B shape, 4 rows of 2,048: 14,265 tokens/s
         # Rows of 512 tokens in three shapes, on average; twice that behind another host (sweep-shared-base-h100-..-11-23.json).
@@ -70,6 +77,8 @@ def step_flops(step: Step) -> float:
 def step_s(step: Step, rate: Rate) -> float:
     """Return the seconds of a micro-batch: what it computes takes, or what launching it takes."""
     computed, launched = step_flops(step) / rate.train_flops_per_s * overhead(step), rate.launch_s * step.shape.num_blocks
+    if step.may_be_graphs:
+        return max(computed, min(launched, GRAPH_LAUNCH_S * step.shape.num_blocks))
     launched *= NF4_LAUNCHES if step.train.quantization == "nf4" else 1
     return max(computed, launched * RECOMPUTE_LAUNCHES if step.recomputes else launched)
 

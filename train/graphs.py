@@ -21,7 +21,8 @@ Run = Callable[[Inputs, torch.Tensor], torch.Tensor]
 """Takes a batch and the number of answer tokens of its whole step, adds to the gradients, and returns the loss."""
 
 NUM_EAGER = 2  # kernels are compiled and chosen in the first ones
-MAX_GRAPHS = 16  # each takes memory beside torch's allocator; what comes beyond runs as it is
+WORTH = 0.85  # of a step's time that one as a graph may take: for graphs, rows are filled up
+MAX_GRAPHS = 16  # each takes memory beside torch's allocator; the one that was replayed least lately leaves
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Captured:
 
 
 class MicroSteps:
-    """Runs micro-steps, those of a shape that comes again as a graph.
+    """Runs micro-steps as graphs, one for each shape: all of them, for what runs as it is would need as much memory beside the graphs' own.
 
     Args:
         run: Does one.
@@ -57,7 +58,6 @@ class MicroSteps:
         self.is_on = False
         """Whether graphs are used: then gradients stay where they are."""
         self.num_steps = 0
-        self.seen: set[Shape] = set()
         self.took_s: dict[Shape, float] = {}
         """Of a step that is no graph, while it is not known whether one is quicker."""
         self.captured: dict[Shape, Captured] = {}
@@ -72,11 +72,14 @@ class MicroSteps:
         """Add a micro-step's gradients to the weights', and return its loss."""
         self.num_steps += 1
         shape = tuple((name, tuple(value.shape), value.dtype) for name, value in inputs.items())
-        if self.num_steps > NUM_EAGER and self.wanted == "auto":
+        if self.num_steps <= NUM_EAGER or not self.wanted:
+            return self.run(inputs, num_items)
+        if self.wanted == "auto":
             return self._try(shape, inputs, num_items)
-        came_before, captured = shape in self.seen, self.captured.get(shape)
-        self.seen.add(shape)
-        if captured is None and came_before and self.wanted and self.num_steps > NUM_EAGER and len(self.captured) < MAX_GRAPHS:
+        captured = self.captured.pop(shape, None)
+        if captured:
+            self.captured[shape] = captured  # as the last
+        else:
             captured = self._capture(shape, inputs, num_items)
         return self._replay(captured, inputs, num_items) if captured else self.run(inputs, num_items)
 
@@ -97,7 +100,6 @@ class MicroSteps:
 
     def _try(self, shape: Shape, inputs: Inputs, num_items: torch.Tensor) -> torch.Tensor:
         """Take the time of a step as it is, and of the next one of its shape as a graph; then it is known which is to be used."""
-        self.seen.add(shape)
         captured = self._capture(shape, inputs, num_items) if shape in self.took_s else None
         torch.cuda.synchronize()
         began_s = time.perf_counter()
@@ -106,7 +108,7 @@ class MicroSteps:
         took_s = time.perf_counter() - began_s
         if not captured:
             self.took_s[shape] = took_s
-        elif took_s < self.took_s[shape]:
+        elif took_s < WORTH * self.took_s[shape]:
             self.wanted = True
         else:
             captured = None  # or its memory would stay
@@ -126,6 +128,8 @@ class MicroSteps:
     def _capture(self, shape: Shape, inputs: Inputs, num_items: torch.Tensor) -> Captured | None:
         """Have the host ask once for all of it, without it being done; None where that cannot be, and then never again."""
         self.is_on = True
+        if len(self.captured) == MAX_GRAPHS:
+            del self.captured[next(iter(self.captured))]
         for weight in self.weights:  # a graph adds to what is there
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         own = {name: value.clone() for name, value in inputs.items()}
@@ -133,13 +137,13 @@ class MicroSteps:
         graph = torch.cuda.CUDAGraph()
         self._forget()
         try:
-            # The thread that pins batches goes on meanwhile, and must not be taken for a part of it.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            # Kernels of a new shape may be compiled and loaded meanwhile, and the thread that pins batches goes on.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="relaxed"):
                 loss = self.run(own, count)
         except RuntimeError as error:
             logging.getLogger(__name__).warning("steps are not replayed as CUDA graphs: %s", str(error).partition("\n")[0])
-            self.wanted, self.is_on = False, False
-            self.captured.clear()
+            self.drop()
+            self.wanted = self.is_on = False
             return None
         self.pool = self.pool or graph.pool()
         self.captured[shape] = Captured(graph, own, count, loss)

@@ -18,7 +18,7 @@ from data.template import NO_LOSS, fit, tokenize
 from train.attention import spread
 
 Row = dict[str, list[int]]
-NUM_LENGTHS = 16
+NUM_LENGTHS = 8
 SEEDS_APART = 1_000_003  # so that no epoch of one seed is ordered like one of another
 
 

@@ -1,6 +1,7 @@
 """Steps as CUDA graphs: the losses of steps that are asked for kernel by kernel, whatever the rows' lengths, on a real GPU."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def make_config(**changes: object) -> ChatbotConfig:
     return ChatbotConfig.model_validate({"name": "bot", "data": {"source": "x"}, "train": settings | {"lora": {"rank": 4}} | changes})
 
 
-def train(folder: Path, nf4: bool, cuda_graphs: bool, **changes: object) -> tuple[OrderedTrainer, list[float]]:
+def train(folder: Path, nf4: bool, cuda_graphs: Literal["auto"] | bool, **changes: object) -> tuple[OrderedTrainer, list[float]]:
     """Train on the GPU in bf16, and return the losses of all steps and evaluations."""
     config = make_config(**changes)
     set_seed(0)
@@ -43,26 +44,48 @@ def train(folder: Path, nf4: bool, cuda_graphs: bool, **changes: object) -> tupl
     return trainer, [value for entry in trainer.state.log_history for name, value in entry.items() if name in ("loss", "eval_loss")]
 
 
+@pytest.fixture
+def captures(monkeypatch) -> list[object]:
+    """Shapes that were captured, in turn."""
+    found: list[object] = []
+    capture = MicroSteps._capture
+    monkeypatch.setattr(MicroSteps, "_capture", lambda self, shape, *others: found.append(shape) or capture(self, shape, *others))
+    return found
+
+
 @needs_gpu
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("nf4", [False, True])
-def test_graphs_have_the_losses_of_steps_without_them(nf4, recomputes, tmp_path):
+def test_graphs_have_the_losses_of_steps_without_them(nf4, recomputes, captures, tmp_path):
     changes = {"gradient_checkpointing": recomputes, "eval_every_steps": 6}
     _, wanted = train(tmp_path / "without", nf4, cuda_graphs=False, **changes)
     trainer, found = train(tmp_path / "with", nf4, cuda_graphs=True, **changes)
     assert trainer.micro_steps.is_on
-    assert len(trainer.micro_steps.seen) > 2, "rows are of several lengths"
+    assert len(set(captures)) > 1, "rows are of several lengths"
+    assert len(captures) > len(set(captures)), "an evaluation gave their memory back"
     assert found == pytest.approx(wanted, rel=2e-2)
     assert wanted[-1] < wanted[0], "it learns"
 
 
 @needs_gpu
-def test_a_shape_that_came_before_is_captured_and_an_evaluation_gives_the_memory_back(tmp_path):
+def test_of_more_shapes_than_there_may_be_graphs_the_one_used_least_lately_leaves(captures, monkeypatch, tmp_path):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
     trainer, _ = train(tmp_path, nf4=False, cuda_graphs=True)
     steps = trainer.micro_steps
-    assert 0 < len(steps.captured) <= min(len(steps.seen), graphs.MAX_GRAPHS)
+    assert list(steps.captured) == [captures[-1]]
+    assert len(captures) > len(set(captures)) > 1
     trainer.evaluate()
     assert not steps.captured
+
+
+@needs_gpu
+def test_graphs_are_used_where_they_are_quicker(captures, monkeypatch, tmp_path):
+    for worth, used in ((0.0, False), (1e9, True)):
+        monkeypatch.setattr(graphs, "WORTH", worth)
+        trainer, losses = train(tmp_path / str(used), nf4=False, cuda_graphs="auto")
+        assert trainer.micro_steps.is_on is used
+        assert losses[-1] < losses[0]
+        assert captures, "one is tried"
 
 
 @needs_gpu

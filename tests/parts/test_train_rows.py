@@ -43,7 +43,7 @@ def test_where_shapes_are_to_be_few_rows_are_as_long_as_the_next_length():
 def test_few_lengths_are_multiples_of_eight_up_to_the_longest(longest):
     lengths = few_lengths(longest)
     assert lengths[-1] == longest
-    assert len(lengths) <= 16
+    assert len(lengths) <= 8
     assert all(length % 8 == 0 for length in lengths[:-1])
     assert len({later - earlier for earlier, later in pairwise(lengths[:-1])}) <= 1
 

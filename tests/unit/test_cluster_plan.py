@@ -177,15 +177,20 @@ def test_the_rates_are_those_of_the_results():
         return json.loads((RESULTS / f"{file}.json").read_text())["figures"][name]
 
     shape = read_shape({**json.loads(SHAPE_FILE.read_text()), "vocab_size": 49152}, "bench")
-    h100, rows = RATES["H100"], Rows(2048, 2030)
-    step = Step(shape, TrainConfig(micro_batch_size=4, batch_size=4), rows, Device(on_gpu=True))
-    assert train_tokens_per_s(step, h100) == pytest.approx(
-        figure("training-h100-80gb-hbm3-2026-11-22", "lora_8b_seq2048_tokens_per_s"), rel=0.03
-    )
-    measured = json.loads((RESULTS / "memory-h100-80gb-hbm3-2026-11-23.json").read_text())["notes"]["rows"]
-    speeds = {row["setting"]: row["tokens_per_s"] for row in measured}
-    blocks_s = [num * 512 / speeds[f"lora_{name}_512"] / blocks for name, num, blocks in (("135m", 8, 30), ("1b", 4, 16), ("8b", 2, 32))]
-    assert h100.launch_s == pytest.approx(sum(blocks_s) / len(blocks_s), rel=0.03)
+    files = {
+        "H100": ("training-h100-80gb-hbm3-2026-11-22", "lora_8b_seq2048_tokens_per_s", "memory-h100-80gb-hbm3-2026-11-23", 4, 2048),
+        "H200": ("training-200-steps-h200-2026-11-30", "lora_8b_seq4096_tokens_per_s", "memory-asked-h200-2026-11-30", 2, 4096),
+    }
+    assert set(files) == set(RATES)
+    for name, (training, speed, memory, size, length) in files.items():
+        rate, rows = RATES[name], Rows(length, length - 18)
+        step = Step(shape, TrainConfig(micro_batch_size=size, batch_size=size), rows, Device(on_gpu=True))
+        assert train_tokens_per_s(step, rate) == pytest.approx(figure(training, speed), rel=0.03)
+        measured = json.loads((RESULTS / f"{memory}.json").read_text())["notes"]["rows"]
+        speeds = {row["setting"]: row["tokens_per_s"] for row in measured}
+        sizes = (("135m", 8, 30), ("1b", 4, 16), ("8b", 2, 32))
+        blocks_s = [num * 512 / speeds[f"lora_{which}_512"] / blocks for which, num, blocks in sizes]
+        assert rate.launch_s == pytest.approx(sum(blocks_s) / len(blocks_s), rel=0.03)
     assert CPU_CORE.train_flops_per_s > 0
     sources = [name for rate in (*RATES.values(), CPU_CORE) for name in rate.source.split(", ")]
     assert [name for name in sources if not (RESULTS / f"{name}.json").is_file()] == []
