@@ -1,6 +1,7 @@
 """What the plan says of a step's memory, against what the step takes: LoRA and QLoRA, three shapes, two lengths, recomputed or not.
 
-`PYTHONPATH=. python tests/benchmarks/memory.py [--shapes 135m 1b 8b | tiny] [--bases none nf4] [--steps N] [--only PART] [--rows FILE]`
+`PYTHONPATH=. python tests/benchmarks/memory.py [--shapes 135m 1b 8b | tiny] [--bases none nf4] [--steps N] [--only PART]
+[--without-graphs] [--rows FILE]`
 
 Measured is all that the driver counts as used when the step is at its worst: what torch's allocator holds then (`max_memory_reserved`), and
 what is used beside it (the context: driver, kernels, cuBLAS); the same is predicted. It is what runs out; tensors alone are less. The
@@ -18,9 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from bench import SHAPES, VOCABULARY, write_result
@@ -58,6 +59,7 @@ class Setting:
     length: int
     recomputes: bool
     extra: str = ""
+    cuda_graphs: Literal["auto"] | bool = "auto"
 
     @property
     def name(self) -> str:
@@ -70,7 +72,12 @@ class Setting:
     def config(self) -> ChatbotConfig:
         """The chatbot that would train like this."""
         size = MICRO_BATCHES[self.shape]
-        train: dict[str, Any] = {"batch_size": size, "micro_batch_size": size, "gradient_checkpointing": self.recomputes}
+        train: dict[str, Any] = {
+            "batch_size": size,
+            "micro_batch_size": size,
+            "gradient_checkpointing": self.recomputes,
+            "cuda_graphs": self.cuda_graphs,
+        }
         train |= {"quantization": self.quantization, **EXTRAS.get(self.extra, {})}
         data = {"source": "x", "max_length_tokens": self.length}
         return ChatbotConfig.model_validate({"name": "bench", "data": data, "train": train, "serve": {"max_model_len_tokens": 1 << 20}})
@@ -162,6 +169,8 @@ def measure_all(arguments: argparse.Namespace, file: Path) -> None:
     for shape in arguments.shapes:
         for quantization in arguments.bases:
             wanted = [setting for setting in settings_of(shape, quantization) if arguments.only in setting.name]
+            if arguments.without_graphs:
+                wanted = [replace(setting, cuda_graphs=False) for setting in wanted]
             wanted = [setting for setting in wanted if setting.name not in read_rows(file)]
             if not wanted:
                 continue
@@ -185,16 +194,17 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", choices=["none", "nf4"], default=["none", "nf4"])
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--only", default="", help="a part of the names of what is to be measured, such as qlora_8b")
+    parser.add_argument("--without-graphs", action="store_true", help="steps whose kernels are asked for one by one")
     parser.add_argument("--rows", type=Path, default=Path(tempfile.gettempdir()) / "tandem-memory-rows.jsonl")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended before all was measured"))
     try:
         measure_all(arguments, arguments.rows)
     finally:
-        write(list(read_rows(arguments.rows).values()))
+        write(list(read_rows(arguments.rows).values()), "memory-asked" if arguments.without_graphs else "memory")
 
 
-def write(rows: list[Row]) -> None:
+def write(rows: list[Row], name: str) -> None:
     """Write the result, of however many settings there are."""
     good = [row for row in rows if not row.failed]
     errors = [row.error_percent for row in good]
@@ -206,7 +216,7 @@ def write(rows: list[Row]) -> None:
         values = {"predicted_gib": row.predicted_gib, "measured_gib": row.measured_gib, "error_percent": row.error_percent}
         figures |= {f"{row.setting}_{name}": value for name, value in values.items()}
     notes = {"measured": "driver's used memory: most that torch's allocator held, and the context", "rows": [asdict(row) for row in rows]}
-    write_result("memory" if ON_GPU else "memory-rehearsal", figures, notes)
+    write_result(name if ON_GPU else "memory-rehearsal", figures, notes)
 
 
 if __name__ == "__main__":
