@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cluster.home import BYTES_PER_GIB
@@ -175,7 +175,9 @@ def test_dropout_needs_more_and_a_smaller_adapter_less(found, lora):
     plain = {**found, "gradient_checkpointing": False}
     rank = plain.pop("rank")
     changed, all_of_it = need(**plain, lora=LoraConfig(rank=rank, **lora)).gib, need(**plain, lora=LoraConfig(rank=rank)).gib
-    if "dropout" in lora:  # PEFT then multiplies, without a copy of the whole adapter, or of a block that is unpacked
+    if "dropout" in lora:
+        assume(plain["device"] == GPU or plain["quantization"] == "none")  # on a CPU a block is unpacked once more, and a layer less
+        # PEFT then multiplies, without a copy of the whole adapter, or of a block that is unpacked
         found, changed = (need(**plain, lora=LoraConfig(rank=rank, **each), cuda_graphs=False) for each in ({}, lora))
         assert changed.gib >= found.gib - (found.weights - changed.weights + found.adapter - changed.adapter) / BYTES_PER_GIB
     else:
