@@ -35,10 +35,12 @@ EVALUATION_TOKENS = 2048  # of a batch; micro-batches of a few short rows would 
 COMPILED_WIDTHS = 1.4
 # What torch's allocator holds beyond the tensors that are planned, with segments that grow: two workspaces of cuBLAS (32 MiB each on
 # Hopper), what lies between tensors, and as much as the largest layer's weight twice. Context: driver, cuBLAS and kernels of a training
-# process. Steps that are CUDA graphs have a memory of their own, and what the driver keeps of them. See results/memory-h200-*.
+# process. Steps that are CUDA graphs have a memory of their own, and what the driver keeps of them: with the 135M shape 100 MiB for one
+# length of rows, and 255 MiB with the 16 graphs that there may be. See results/memory-h200-*, memory-asked-h200-*.
 LOST_BYTES, LOST_LAYERS = 235 * MIB, 2
 CUDA_CONTEXT_BYTES = 770 * MIB
-STEP_GRAPHS_BYTES = 200 * MIB
+STEP_GRAPHS_BYTES = 250 * MIB
+GRAPH_ANSWER_PARTS = 4  # of a batch's tokens so many parts may carry loss where steps are graphs, so that there are few shapes
 # Python with torch, transformers and Ray's worker: what the 135M model's run is above its tensors (1.90 GiB in training-cpu-..-11-22.json).
 CPU_PROCESS_BYTES = 1150 * MIB
 
@@ -267,19 +269,26 @@ class Step:
         alone = [inputs * outputs for name, (inputs, outputs) in self.shape.linear_layers.items() if name not in together]
         return max(max(alone, default=0) * self.device.value_bytes, 0 if self.device.on_gpu else self._scratch_bytes())
 
+    @property
+    def _loss_tokens(self) -> int:
+        """Of one row; with those that fill them up where steps are graphs."""
+        most, longest = self.rows.most_loss_tokens, self.rows.longest_tokens
+        part = -(-longest // GRAPH_ANSWER_PARTS)
+        return min(longest, -(-most // part) * part) if self.may_be_graphs else most
+
     def _num_logits(self, num_rows: float) -> float:
         """How many logits of so many rows are there at once: those of some tokens that carry loss; of a model that changes them, all."""
-        shape, num_answers = self.shape, num_rows * self.rows.most_loss_tokens
+        shape = self.shape
         if shape.changes_logits:
             return num_rows * self.rows.longest_tokens * shape.vocabulary
-        return min(num_answers, chunk_tokens(shape.vocabulary)) * shape.vocabulary
+        return min(num_rows * self._loss_tokens, chunk_tokens(shape.vocabulary)) * shape.vocabulary
 
     def _logit_bytes(self, num_rows: float, learns: bool = True) -> float:
         """The logits, and where a step learns, what they are made of and its gradient, which on the way back is there in fp32 too."""
         number, value = self._num_logits(num_rows), self.device.value_bytes
         if self.shape.changes_logits:
             return number * (LOGIT_BYTES + 2 * value if learns else EVALUATION_LOGIT_BYTES)
-        states = num_rows * self.rows.most_loss_tokens * self.shape.width if learns else 0
+        states = num_rows * self._loss_tokens * self.shape.width if learns else 0
         return max(number * CHUNK_LOGIT_BYTES, states * FP32_BYTES) + 2 * states * value
 
 

@@ -5,14 +5,17 @@ Knows operations and bytes. Does not know memory. A card that is not in the tabl
 
 from dataclasses import dataclass
 
-from cluster.memory import Device, Step, weight_bytes
+from cluster.memory import BF16_BYTES, NF4_DOUBLE_BYTES, Device, Step, weight_bytes
 from cluster.shape import Shape
 from configs.schema import TrainConfig
 
 RECOMPUTE_TIME = 1.42  # of a step without: 14,432 against 10,158 tokens/s on one H100, 8B shape, 4 rows of 2,048, Liger's kernels
 # Of a step that waits for launches, in three shapes with rows of 512 tokens (memory-h100-..-11-23.json).
 RECOMPUTE_LAUNCHES, NF4_LAUNCHES = 1.7, 1.4
-GRAPH_LAUNCH_S = 0.0006  # the same where steps are CUDA graphs: least time of a block (memory-h200-..-11-30b.json, the smallest shape)
+# Where steps are CUDA graphs, the least time of a block, and of one that is recomputed (memory-h200-..-11-30b.json, the 135M shape).
+GRAPH_LAUNCH_S, RECOMPUTE_GRAPH = 0.00068, 1.23
+# A GPU's products are the slower the narrower a model is: by this rule the three shapes of that file are told within a fifth.
+RATED_WIDTH, HALF_WIDTH = 4096, 1400
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,20 @@ def step_flops(step: Step) -> float:
 def step_s(step: Step, rate: Rate) -> float:
     """Return the seconds of a micro-batch: what it computes takes, or what launching it takes."""
     computed, launched = step_flops(step) / rate.train_flops_per_s * overhead(step), rate.launch_s * step.shape.num_blocks
+    if step.device.on_gpu:
+        computed *= (1 + HALF_WIDTH / step.shape.width) / (1 + HALF_WIDTH / RATED_WIDTH)
+        computed += unpack_s(step, rate)
     if step.may_be_graphs:
-        return max(computed, min(launched, GRAPH_LAUNCH_S * step.shape.num_blocks))
+        return max(computed, min(rate.launch_s, GRAPH_LAUNCH_S * (RECOMPUTE_GRAPH if step.recomputes else 1)) * step.shape.num_blocks)
     launched *= NF4_LAUNCHES if step.train.quantization == "nf4" else 1
     return max(computed, launched * RECOMPUTE_LAUNCHES if step.recomputes else launched)
+
+
+def unpack_s(step: Step, rate: Rate) -> float:
+    """Return the seconds in which a base in 4 bit is read and written out in bf16, on the way forth and on the way back."""
+    if step.train.quantization != "nf4" or rate.read_bytes_per_s is None:
+        return 0.0
+    return 2 * step.shape.num_linear_weights * (NF4_DOUBLE_BYTES + BF16_BYTES) / rate.read_bytes_per_s
 
 
 def overhead(step: Step) -> float:

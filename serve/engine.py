@@ -22,7 +22,7 @@ CPU_WORKER, GPU_WORKER = "serve.cpu_lora.GroupedLoraWorker", "serve.gpu_lora.Bes
 BESIDE = {"VLLM_LORA_ENABLE_DUAL_STREAM": "1", "VLLM_LORA_DISABLE_PDL": "1"}
 """With the first vLLM leaves a linear layer and its adapters to one operation, in which `serve.gpu_lora` stands."""
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512)
-"""Tokens of a batch for which there are CUDA graphs, a third as many as vLLM's: each takes a start some tenths of a second. Reading the
+"""Tokens of a batch for which there are CUDA graphs, 16 where vLLM has 51: each takes a start some tenths of a second. Reading the
 weights takes a step longest, so that a batch which is filled up to the next size takes hardly longer."""
 # In the engine's own process, as on a GPU. For `uni` vLLM would start one more, to bind its threads to cores; ours are not bound.
 CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -71,7 +71,6 @@ def engine_arguments(model: ModelConfig, config: ServeConfig, folder: Path, base
     if gpu_share is not None:
         arguments["--gpu-memory-utilization"] = f"{config.gpu_memory_share * gpu_share:.3f}"
         arguments["--worker-cls"] = GPU_WORKER
-        flags.append("--specialize-active-lora")  # kernels for as many adapters as there are in a batch, not for all that could be
         if config.quantization != "none":
             arguments["--quantization"] = config.quantization
         if not config.enforce_eager:

@@ -20,9 +20,11 @@ Shape = tuple[Any, ...]
 Run = Callable[[Inputs, torch.Tensor], torch.Tensor]
 """Takes a batch and the number of answer tokens of its whole step, adds to the gradients, and returns the loss."""
 
-NUM_EAGER = 2  # kernels are compiled and chosen in the first ones
+NUM_EAGER = 2  # kernels are compiled and chosen in the first ones, and again in the first one of a shape
 WORTH = 0.85  # of a step's time that one as a graph may take: for graphs, rows are filled up
 MAX_GRAPHS = 16  # each takes memory beside torch's allocator; the one that was replayed least lately leaves
+# A capture takes about as long as a step that is none. After so many it is looked whether graphs were replayed twice as often.
+MANY_CAPTURES, REPLAYS_FOR_ONE = 4 * MAX_GRAPHS, 2
 
 
 @dataclass
@@ -57,9 +59,9 @@ class MicroSteps:
         self.run, self.weights, self.scratches, self.wanted = run, weights, scratches, wanted
         self.is_on = False
         """Whether graphs are used: then gradients stay where they are."""
-        self.num_steps = 0
-        self.took_s: dict[Shape, float] = {}
-        """Of a step that is no graph, while it is not known whether one is quicker."""
+        self.num_steps = self.num_captures = self.num_replays = 0
+        self.took_s: dict[Shape, float | None] = {}
+        """Of a step that is no graph, the second of its shape, while it is not known whether one is quicker."""
         self.captured: dict[Shape, Captured] = {}
         self.pool: Any = None
 
@@ -79,6 +81,8 @@ class MicroSteps:
         captured = self.captured.pop(shape, None)
         if captured:
             self.captured[shape] = captured  # as the last
+        elif self.num_captures >= MANY_CAPTURES and self.num_replays < REPLAYS_FOR_ONE * self.num_captures:
+            self._give_up()
         else:
             captured = self._capture(shape, inputs, num_items)
         return self._replay(captured, inputs, num_items) if captured else self.run(inputs, num_items)
@@ -93,30 +97,39 @@ class MicroSteps:
 
     def drop(self) -> None:
         """Give back the graphs' memory, for who needs as much of it once; they are captured anew when their shapes come again."""
+        if self.captured:
+            torch.cuda.synchronize()  # or memory goes while it is used
         self.captured.clear()
         self.pool = None
         if self.is_on:
             torch.cuda.empty_cache()
 
+    def _give_up(self) -> None:
+        """Use graphs no more."""
+        self._forget()
+        self.drop()
+        self.wanted = self.is_on = False
+
     def _try(self, shape: Shape, inputs: Inputs, num_items: torch.Tensor) -> torch.Tensor:
         """Take the time of a step as it is, and of the next one of its shape as a graph; then it is known which is to be used."""
-        captured = self._capture(shape, inputs, num_items) if shape in self.took_s else None
+        eager_s = self.took_s.get(shape)
+        captured = self._capture(shape, inputs, num_items) if eager_s else None
         torch.cuda.synchronize()
         began_s = time.perf_counter()
         loss = self._replay(captured, inputs, num_items) if captured else self.run(inputs, num_items)
         torch.cuda.synchronize()
         took_s = time.perf_counter() - began_s
-        if not captured:
-            self.took_s[shape] = took_s
-        elif took_s < WORTH * self.took_s[shape]:
-            self.wanted = True
-        else:
+        if captured and eager_s:
             captured = None  # or its memory would stay
-            self.drop()
-            self.wanted = self.is_on = False
+            self.wanted = True
+            if took_s >= WORTH * eager_s:
+                self._give_up()
+        elif self.wanted:
+            self.took_s[shape] = took_s if shape in self.took_s else None
         return loss
 
     def _replay(self, captured: Captured, inputs: Inputs, num_items: torch.Tensor) -> torch.Tensor:
+        self.num_replays += 1
         loss = captured.replay(inputs, num_items)
         self._forget()
         return loss
@@ -128,23 +141,28 @@ class MicroSteps:
     def _capture(self, shape: Shape, inputs: Inputs, num_items: torch.Tensor) -> Captured | None:
         """Have the host ask once for all of it, without it being done; None where that cannot be, and then never again."""
         self.is_on = True
+        self.num_captures += 1
         if len(self.captured) == MAX_GRAPHS:
+            torch.cuda.synchronize()
             del self.captured[next(iter(self.captured))]
         for weight in self.weights:  # a graph adds to what is there
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        own = {name: value.clone() for name, value in inputs.items()}
-        count = num_items.clone()
-        graph = torch.cuda.CUDAGraph()
         self._forget()
+        stream = torch.cuda.current_stream()
         try:
-            # Kernels of a new shape may be compiled and loaded meanwhile, and the thread that pins batches goes on.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="relaxed"):
-                loss = self.run(own, count)
+            self.captured[shape] = self._captured({name: value.clone() for name, value in inputs.items()}, num_items.clone())
         except RuntimeError as error:
-            logging.getLogger(__name__).warning("steps are not replayed as CUDA graphs: %s", str(error).partition("\n")[0])
-            self.drop()
-            self.wanted = self.is_on = False
-            return None
+            torch.cuda.set_stream(stream)  # which torch leaves where the end of a capture fails
+            cause = str(error.__context__ or error).partition("\n")[0]
+            logging.getLogger(__name__).warning("steps are not replayed as CUDA graphs: %s", cause)
+        if shape not in self.captured:
+            self._give_up()
+        return self.captured.get(shape)
+
+    def _captured(self, inputs: dict[str, torch.Tensor], num_items: torch.Tensor) -> Captured:
+        graph = torch.cuda.CUDAGraph()
+        # Kernels of a new shape may be compiled and loaded meanwhile, and the thread that pins batches goes on.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="relaxed"):
+            loss = self.run(inputs, num_items)
         self.pool = self.pool or graph.pool()
-        self.captured[shape] = Captured(graph, own, count, loss)
-        return self.captured[shape]
+        return Captured(graph, inputs, num_items, loss)

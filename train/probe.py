@@ -38,7 +38,7 @@ from train.reporting import peak_memory_gib, taken_memory_gib, wait_for_gpu
 from train.rows import Packer, Padder, Row, RowOrder
 from train.step import OrderedTrainer, training_arguments
 
-NUM_WARMUP_STEPS, NUM_STEPS = 4, 4
+NUM_WARMUP_STEPS, NUM_STEPS = 5, 4
 SPREAD = 0.02  # of made-up weights, as models are usually begun with
 
 

@@ -12,14 +12,13 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from cluster.memory import EVALUATION_TOKENS
+from cluster.memory import EVALUATION_TOKENS, GRAPH_ANSWER_PARTS
 from configs.schema import ChatbotConfig
 from train.graphs import MicroSteps
 from train.rows import Row, RowOrder, answer_places, few_lengths, fill_up
 from train.unpacked import scratches_of
 
 NUM_TOKENS = "num_tokens"
-NUM_ANSWER_PARTS = 4  # of a batch's tokens so many parts may carry loss, where shapes are to be few
 
 Batch = dict[str, Any]
 
@@ -106,7 +105,7 @@ class _Counted:
     def __call__(self, rows: Sequence[Row]) -> Batch:
         batch, num_parts = self.collate(rows), None
         if self.micro_steps.may_be:
-            batch, num_parts = fill_up(batch, self.lengths), NUM_ANSWER_PARTS
+            batch, num_parts = fill_up(batch, self.lengths), GRAPH_ANSWER_PARTS
         num_tokens = sum(len(row["input_ids"]) for row in rows)
         return {**batch, "answers": answer_places(batch["labels"], num_parts), NUM_TOKENS: num_tokens}
 

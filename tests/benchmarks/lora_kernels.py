@@ -17,8 +17,7 @@ from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op, utils
 
 from configs.cli import console
 from serve import gpu_lora
-from tests.gpu import test_gpu_lora
-from tests.gpu.test_gpu_lora import Punica, make_layer
+from tests.helpers.lora import choose, make_layer, make_punica
 
 NUM_SLOTS, NUM_BLOCKS, NUM_ROUNDS = 8, 3, 20
 BATCHES, RANKS, ADAPTERS = (1, 64, 256, 2048), (16, 64), (1, 8)
@@ -33,7 +32,7 @@ def layers_of(shape: str) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def as_vllm(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """Return outputs as vLLM's layer makes them, with sizes for all adapters that could be in the batch."""
+    """Return outputs as vLLM's layer makes them."""
     outputs = x @ layer.weight.t()
     rank = layer.lora_b_stacked[0].shape[-1]
     inner = torch.empty(len(layer.output_slices), len(x), rank, dtype=torch.float32, device=x.device)
@@ -65,14 +64,13 @@ def block_us(run: Callable[[], Any], as_graph: bool) -> float:
 
 def main() -> None:
     """Measure both ways for all batches, and write the result."""
-    test_gpu_lora.SLOTS = NUM_SLOTS
+    punica = make_punica([0], NUM_SLOTS)
     own_sizes = lora_shrink_op.get_lora_op_configs
     layers, figures = layers_of("8b"), {}
     for rank in RANKS:
         utils._LORA_A_PTR_DICT.clear()
         utils._LORA_B_PTR_DICT.clear()
-        nobody = torch.zeros(1, dtype=torch.int32, device="cuda")
-        blocks = [{name: make_layer(rank, nobody, *sizes, NUM_SLOTS) for name, sizes in layers.items()} for _ in range(NUM_BLOCKS)]
+        blocks = [{name: make_layer(punica, rank, *sizes, NUM_SLOTS) for name, sizes in layers.items()} for _ in range(NUM_BLOCKS)]
         for num_tokens in BATCHES:
             inputs = {name: torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16) for name, (width, _) in layers.items()}
 
@@ -82,9 +80,7 @@ def main() -> None:
             as_graph = num_tokens <= gpu_lora.MAX_BESIDE_TOKENS
             base_us = figures[f"base_{num_tokens}_tokens_us"] = block_us(each(lambda layer, x: x @ layer.weight.t()), as_graph)
             for num_adapters in (number for number in ADAPTERS if number <= num_tokens):
-                punica = Punica(torch.arange(num_tokens, device="cuda", dtype=torch.int32) % num_adapters)
-                for layer in (layer for block in blocks for layer in block.values()):
-                    layer.punica_wrapper = punica
+                choose(punica, [token % num_adapters for token in range(num_tokens)], NUM_SLOTS)
                 name = f"rank_{rank}_{num_tokens}_tokens_{num_adapters}_adapters"
                 for kernels in (lora_shrink_op, lora_expand_op):
                     kernels.get_lora_op_configs = own_sizes

@@ -30,7 +30,7 @@ from serve.engine import BESIDE, OUTPUT_CHUNK, engine_arguments, engine_environm
 
 BARE_PORT = 8100
 NUM_PROMPTS = {1: 8, 64: 256, 256: 1024}
-OURS = ("--worker-cls", "--specialize-active-lora", "--cudagraph-capture-sizes")  # arguments that bare vLLM does without
+OURS = ("--worker-cls", "--cudagraph-capture-sizes")  # arguments that bare vLLM does without
 BARE_MODULE = "vllm.entrypoints.openai.api_server"
 WRITERS = {"bare": BARE_MODULE, "tandem": "ray::ServeReplica"}  # whose one loop writes all answers, and is the limit with many at once
 TOKENS_IN, TOKENS_OUT = 256, 128

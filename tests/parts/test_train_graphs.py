@@ -1,5 +1,6 @@
 """Steps as CUDA graphs: the losses of steps that are asked for kernel by kernel, whatever the rows' lengths, on a real GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from transformers import set_seed
 
+from cluster.memory import Device, Rows, Step
+from cluster.shape import read_shape
 from configs.schema import ChatbotConfig
 from tests.parts.test_train_model import rows, tiny
 from tests.parts.test_train_unpacked import in_four_bit, llama
@@ -15,7 +18,7 @@ from train.attention import attend_without_masks
 from train.graphs import MicroSteps
 from train.model import add_adapter, pick_graphs
 from train.rows import Padder, RowOrder
-from train.step import OrderedTrainer, training_arguments
+from train.step import Batch, OrderedTrainer, training_arguments
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 ROWS = rows([6 + place * 5 % 17 for place in range(16)])
@@ -79,25 +82,82 @@ def test_of_more_shapes_than_there_may_be_graphs_the_one_used_least_lately_leave
 
 
 @needs_gpu
-def test_graphs_are_used_where_they_are_quicker(captures, monkeypatch, tmp_path):
-    for worth, used in ((0.0, False), (1e9, True)):
-        monkeypatch.setattr(graphs, "WORTH", worth)
-        trainer, losses = train(tmp_path / str(used), nf4=False, cuda_graphs="auto")
-        assert trainer.micro_steps.is_on is used
-        assert losses[-1] < losses[0]
-        assert captures, "one is tried"
+@pytest.mark.parametrize(("worth", "used"), [(0.0, False), (1e9, True)])
+def test_one_is_tried_and_used_or_not(worth, used, captures, monkeypatch, tmp_path):
+    monkeypatch.setattr(graphs, "WORTH", worth)
+    _, wanted = train(tmp_path / "without", nf4=True, cuda_graphs=False)
+    trainer, found = train(tmp_path / "with", nf4=True, cuda_graphs="auto")
+    assert trainer.micro_steps.is_on is used
+    assert found == pytest.approx(wanted, rel=2e-2)
+    assert captures, "one is tried"
 
 
 @needs_gpu
-def test_where_a_graph_cannot_be_captured_steps_go_on_without(monkeypatch, tmp_path, caplog):
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
+def test_what_asks_the_gpu_for_a_number_goes_on_without_graphs_and_learns_the_same(monkeypatch, tmp_path, caplog):
+    _, wanted = train(tmp_path / "without", nf4=True, cuda_graphs=False)
+    micro_step = OrderedTrainer._micro_step
 
-    monkeypatch.setattr(torch.cuda, "graph", fail)
-    trainer, losses = train(tmp_path, nf4=False, cuda_graphs=True)
-    assert trainer.state.global_step == trainer.state.max_steps
-    assert losses[-1] < losses[0]
-    assert "not replayed as CUDA graphs: operation not permitted" in caplog.text
+    def and_ask(self: OrderedTrainer, inputs: Batch, num_items: torch.Tensor) -> torch.Tensor:
+        loss = micro_step(self, inputs, num_items)
+        assert float(loss) > 0  # which cannot be done while a graph is captured
+        return loss
+
+    monkeypatch.setattr(OrderedTrainer, "_micro_step", and_ask)
+    trainer, found = train(tmp_path / "with", nf4=True, cuda_graphs=True)
+    assert "not replayed as CUDA graphs" in caplog.text
+    assert not trainer.micro_steps.is_on
+    assert found == pytest.approx(wanted, rel=2e-2)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@pytest.mark.parametrize(("as_graph_s", "used"), [(0.9, False), (0.5, True)])
+def test_a_graph_is_used_where_it_is_quicker_than_the_second_step_of_its_shape(as_graph_s, used, monkeypatch):
+    """Without a GPU: what is captured is no graph here, and takes the time that it is told to."""
+    clock, took_s = [0.0], {"first": 9.0, "second": 1.0, "graph": as_graph_s}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(graphs.time, "perf_counter", lambda: clock[0])
+    asked: list[str] = []
+
+    def run(inputs: Batch, num_items: torch.Tensor) -> torch.Tensor:
+        asked.append("as it is")
+        clock[0] += took_s["second" if len(asked) > graphs.NUM_EAGER + 1 else "first"]
+        return torch.tensor(0.0)
+
+    class Graph:
+        def replay(self, inputs: Batch, num_items: torch.Tensor) -> torch.Tensor:
+            asked.append("graph")
+            clock[0] += took_s["graph"]
+            return torch.tensor(0.0)
+
+    monkeypatch.setattr(MicroSteps, "_captured", lambda self, inputs, num_items: Graph())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    steps = MicroSteps(run, [], [], wanted="auto")
+    for _ in range(8):
+        steps.step({"x": torch.zeros(2)}, torch.tensor(1))
+    assert asked == ["as it is"] * (graphs.NUM_EAGER + 2) + ["graph"] + ["graph" if used else "as it is"] * (5 - graphs.NUM_EAGER)
+    assert steps.is_on is steps.may_be is used
+
+
+def test_shapes_that_never_come_again_end_the_use_of_graphs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    replayed: list[int] = []
+
+    class Graph:
+        def replay(self, inputs: Batch, num_items: torch.Tensor) -> torch.Tensor:
+            replayed.append(len(inputs["x"]))
+            return torch.tensor(0.0)
+
+    monkeypatch.setattr(MicroSteps, "_captured", lambda self, inputs, num_items: Graph())
+    steps = MicroSteps(lambda inputs, num_items: torch.tensor(0.0), [], [], wanted=True)
+    for length in range(1, 100):
+        steps.step({"x": torch.zeros(length)}, torch.tensor(1))
+        assert len(steps.captured) <= graphs.MAX_GRAPHS
+    assert len(replayed) == graphs.MANY_CAPTURES
+    assert not steps.may_be
+    assert not steps.captured
 
 
 def test_without_graphs_gradients_are_given_back_after_each_step():
@@ -116,9 +176,26 @@ def test_without_graphs_gradients_are_given_back_after_each_step():
     assert weight.grad is None
 
 
-@pytest.mark.parametrize("changes", [{"packing": True}, {"lora": {"dropout": 0.1}}, {"cuda_graphs": False}, {}])
-def test_what_is_not_the_same_each_time_is_no_graph(changes, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "model"),
+    [
+        ({}, {}),
+        ({"packing": True}, {}),
+        ({"lora": {"dropout": 0.1}}, {}),
+        ({"compile": True}, {}),
+        ({"cuda_graphs": False}, {}),
+        ({"num_workers": 2}, {}),
+        ({}, {"logit_scale": 0.5}),
+        ({}, {"attention_dropout": 0.1}),
+    ],
+)
+def test_what_is_not_the_same_each_time_is_no_graph_and_the_plan_knows(changes, model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    config = make_config(**changes)
-    assert pick_graphs(tiny(), config.train, num_workers=1) == (False if changes else "auto")
-    assert pick_graphs(tiny(), config.train, num_workers=2) is False
+    train, base = make_config(**changes).train, tiny()
+    for name, value in model.items():
+        setattr(base.config, name, value)
+    wanted = "auto" if not changes and not model else False
+    assert pick_graphs(base, train, train.num_workers) == wanted
+    shape = replace(read_shape(base.config.to_dict(), "tiny"), changes_logits="logit_scale" in model)
+    planned = Step(shape, train, Rows(LONGEST, LONGEST), Device(on_gpu=True)).may_be_graphs
+    assert planned == (wanted is not False or "attention_dropout" in model), "what a base draws the plan does not look for"

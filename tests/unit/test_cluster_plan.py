@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from cluster.survey import parse_cards, place_of
 from configs.errors import ClusterError, ConfigError
 from configs.loader import ROOT, load_chatbot, with_overrides, with_settings
 from configs.schema import TrainConfig
+from tests.unit.test_cluster_memory import LLAMA_FILE, ONE_B_FILE, SMALL_FILE
 
 SHAPE_FILE = ROOT / "configs" / "shapes" / "llama3_8b.json"
 LORA_FILE = ROOT / "configs" / "llama3_8b_lora.yaml"
@@ -194,6 +196,21 @@ def test_the_rates_are_those_of_the_results():
     assert CPU_CORE.train_flops_per_s > 0
     sources = [name for rate in (*RATES.values(), CPU_CORE) for name in rate.source.split(", ")]
     assert [name for name in sources if not (RESULTS / f"{name}.json").is_file()] == []
+
+
+def test_speeds_on_an_h200_are_told_within_a_fifth():
+    """Three shapes, two lengths, in 4 bit or not, recomputed or not, steps as CUDA graphs: what `tests/benchmarks/memory.py` measured."""
+    measured = json.loads((RESULTS / "memory-h200-2026-11-30b.json").read_text())["notes"]["rows"]
+    speeds, off = {row["setting"]: row["tokens_per_s"] for row in measured}, {}
+    for name, file, size in (("135m", SMALL_FILE, 8), ("1b", ONE_B_FILE, 4), ("8b", LLAMA_FILE, 2)):
+        shape = read_shape({**file, "vocab_size": 49152}, name)
+        for quantization, length, recomputes in product(("none", "nf4"), (512, 2048), (False, True)):
+            how = {"gradient_checkpointing": recomputes, "quantization": quantization, "micro_batch_size": size, "batch_size": size}
+            step = Step(shape, TrainConfig(**how), Rows(length, length - 1), Device(on_gpu=True))
+            setting = f"{'qlora' if quantization == 'nf4' else 'lora'}_{name}_{length}{'_recomputed' * recomputes}"
+            off[setting] = train_tokens_per_s(step, RATES["H200"]) / speeds[setting] - 1
+    assert len(off) == 24
+    assert {setting: value for setting, value in off.items() if abs(value) > 0.2} == {}
 
 
 def test_a_measured_card_trains_as_fast_as_it_did():
