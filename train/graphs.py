@@ -32,17 +32,23 @@ class Captured:
     """A graph, and where it reads and writes."""
 
     graph: Any
-    inputs: dict[str, torch.Tensor]
+    inputs: Inputs
     num_items: torch.Tensor
     loss: torch.Tensor
 
     def replay(self, inputs: Inputs, num_items: torch.Tensor) -> torch.Tensor:
         """Do it all again with other inputs of the same shapes."""
         for name, place in self.inputs.items():
-            place.copy_(inputs[name], non_blocking=True)
+            if isinstance(place, torch.Tensor):
+                place.copy_(inputs[name], non_blocking=True)
         self.num_items.copy_(num_items, non_blocking=True)
         self.graph.replay()
         return self.loss.clone()
+
+
+def _shape(value: Any) -> Any:
+    """Return what of an input makes another graph: all of it, where it is no tensor."""
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
 
 
 class MicroSteps:
@@ -73,7 +79,7 @@ class MicroSteps:
     def step(self, inputs: Inputs, num_items: torch.Tensor) -> torch.Tensor:
         """Add a micro-step's gradients to the weights', and return its loss."""
         self.num_steps += 1
-        shape = tuple((name, tuple(value.shape), value.dtype) for name, value in inputs.items())
+        shape = tuple((name, _shape(value)) for name, value in inputs.items())
         if self.num_steps <= NUM_EAGER or not self.wanted:
             return self.run(inputs, num_items)
         if self.wanted == "auto":
@@ -150,7 +156,8 @@ class MicroSteps:
         self._forget()
         stream = torch.cuda.current_stream()
         try:
-            self.captured[shape] = self._captured({name: value.clone() for name, value in inputs.items()}, num_items.clone())
+            own = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+            self.captured[shape] = self._captured(own, num_items.clone())
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # which torch leaves where the end of a capture fails
             cause = str(error.__context__ or error).partition("\n")[0]
@@ -159,7 +166,7 @@ class MicroSteps:
             self._give_up()
         return self.captured.get(shape)
 
-    def _captured(self, inputs: dict[str, torch.Tensor], num_items: torch.Tensor) -> Captured:
+    def _captured(self, inputs: Inputs, num_items: torch.Tensor) -> Captured:
         graph = torch.cuda.CUDAGraph()
         # Kernels of a new shape may be compiled and loaded meanwhile, and the thread that pins batches goes on.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="relaxed"):

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from configs.schema import DataConfig
 from data.conversations import read_prepared
 from data.template import NO_LOSS, fit, tokenize
-from train.attention import spread
+from train.attention import spread, widen
 
 Row = dict[str, list[int]]
 NUM_LENGTHS = 8
@@ -84,6 +84,25 @@ def fill_up(batch: dict[str, torch.Tensor], lengths: Sequence[int]) -> dict[str,
     longest = batch["labels"].shape[1]
     num_more = next((length for length in lengths if length >= longest), longest) - longest
     return {name: pad(values, (0, num_more), value=NO_LOSS if name == "labels" else 0) for name, values in batch.items()}
+
+
+def few_sizes(number: int) -> int:
+    """Return the next of few numbers, each at most an eighth more than the one before, and from 64 on a multiple of 8."""
+    between = 1 << max(3, (number - 1).bit_length() - 4)
+    return -(-number // between) * between
+
+
+def fill_up_packed(batch: dict[str, Any], longest: int) -> dict[str, Any]:
+    """Make a packed batch's tokens, (1, tokens), and its longest row, of few sizes, by rows that carry no loss, none over `longest`."""
+    rows, num_tokens = batch["rows"], batch["labels"].shape[1]
+    num_more = min(few_sizes(num_tokens), max(num_tokens, rows.num_rows * longest)) - num_tokens
+    length = max(rows.longest, min(few_sizes(rows.longest), longest))
+    return {
+        "input_ids": pad(batch["input_ids"], (0, num_more)),
+        "position_ids": torch.cat([batch["position_ids"], torch.arange(num_more)[None] % length], dim=1),
+        "labels": pad(batch["labels"], (0, num_more), value=NO_LOSS),
+        "rows": widen(rows, length, num_more),
+    }
 
 
 def answer_places(labels: torch.Tensor, num_parts: int | None = None) -> torch.Tensor:

@@ -4,7 +4,7 @@ Knows transformers' Trainer. Does not know Ray.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from cluster.memory import EVALUATION_TOKENS, GRAPH_ANSWER_PARTS
 from configs.schema import ChatbotConfig
 from train.graphs import MicroSteps
-from train.rows import Row, RowOrder, answer_places, few_lengths, fill_up
+from train.rows import Row, RowOrder, answer_places, few_lengths, fill_up, fill_up_packed
 from train.unpacked import scratches_of
 
 NUM_TOKENS = "num_tokens"
@@ -58,9 +58,14 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
         inputs = {name: value for name, value in self._prepare_inputs(inputs).items() if name != NUM_TOKENS}
+        if rows := inputs.pop("rows", None):  # a graph reads its tensor where it was captured
+            inputs |= {"places": rows.places, "spread": replace(rows, places=None)}
         return self.micro_steps.step(inputs, torch.as_tensor(num_items_in_batch, device=self.args.device))
 
     def _micro_step(self, inputs: Batch, num_items: torch.Tensor) -> torch.Tensor:
+        if "spread" in inputs:
+            inputs = {**inputs, "rows": replace(inputs["spread"], places=inputs["places"])}
+            del inputs["spread"], inputs["places"]
         loss: torch.Tensor = super().training_step(self.model, inputs, num_items)
         return loss
 
@@ -105,7 +110,8 @@ class _Counted:
     def __call__(self, rows: Sequence[Row]) -> Batch:
         batch, num_parts = self.collate(rows), None
         if self.micro_steps.may_be:
-            batch, num_parts = fill_up(batch, self.lengths), GRAPH_ANSWER_PARTS
+            filled = fill_up_packed(batch, self.lengths[-1]) if "rows" in batch else fill_up(batch, self.lengths)
+            batch, num_parts = filled, GRAPH_ANSWER_PARTS
         num_tokens = sum(len(row["input_ids"]) for row in rows)
         return {**batch, "answers": answer_places(batch["labels"], num_parts), NUM_TOKENS: num_tokens}
 

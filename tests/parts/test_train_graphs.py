@@ -184,6 +184,7 @@ def test_without_graphs_gradients_are_given_back_after_each_step():
         ({"lora": {"dropout": 0.1}}, {}),
         ({"compile": True}, {}),
         ({"cuda_graphs": False}, {}),
+        ({"packing": True, "cuda_graphs": True}, {}),
         ({"num_workers": 2}, {}),
         ({}, {"logit_scale": 0.5}),
         ({}, {"attention_dropout": 0.1}),
@@ -194,7 +195,7 @@ def test_what_is_not_the_same_each_time_is_no_graph_and_the_plan_knows(changes, 
     train, base = make_config(**changes).train, tiny()
     for name, value in model.items():
         setattr(base.config, name, value)
-    wanted = "auto" if not changes and not model else False
+    wanted = "auto" if not changes and not model else "packing" in changes and train.cuda_graphs is True
     assert pick_graphs(base, train, train.num_workers) == wanted
     shape = replace(read_shape(base.config.to_dict(), "tiny"), changes_logits="logit_scale" in model)
     planned = Step(shape, train, Rows(LONGEST, LONGEST), Device(on_gpu=True)).may_be_graphs

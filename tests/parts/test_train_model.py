@@ -25,7 +25,7 @@ from data.template import NO_LOSS
 from serve.adapters import BrokenAdapterError, check_adapter
 from train.attention import ATTENTION, CAUSAL, attend_without_masks, lay_end_to_end
 from train.model import add_adapter, has_logit_settings, load_base, packs_safely, pick_dtype
-from train.rows import Packer, Padder, answer_places, fill_up
+from train.rows import Packer, Padder, answer_places, fill_up, fill_up_packed
 
 VOCABULARY, NUM_LAYERS, RANK = 128, 2, 4
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -161,6 +161,17 @@ def test_rows_learn_the_same_filled_up_packed_and_alone(attention):
     total = sum(loss for loss, _ in singly), {name: sum(found[name] for _, found in singly) for name in filled_up[1]}
     assert_same(filled_up, total)
     assert_same(filled_up, step(with_adapter(packing()), Packer()(batch), num_items_in_batch=count))
+
+
+@pytest.mark.parametrize("lengths", [(12, 5, 9, 14), (6, 6, 6), (70, 33)], ids=["of many lengths", "of one", "long ones"])
+@pytest.mark.parametrize("make", [tiny, lambda: with_window(4)], ids=["all before", "a window"])
+def test_packed_rows_learn_the_same_among_rows_that_carry_no_loss(make, lengths):
+    batch, model = rows(lengths), with_adapter(packing(make()))
+    count = sum(label != NO_LOSS for row in batch for label in row["labels"][1:])
+    packed, filled = Packer()(batch), fill_up_packed(Packer()(batch), max(lengths))
+    assert filled["labels"].shape[1] >= packed["labels"].shape[1]
+    filled["answers"] = answer_places(filled["labels"], 4)
+    assert_same(step(model, filled, num_items_in_batch=count), step(model, packed, num_items_in_batch=count))
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
