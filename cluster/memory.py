@@ -237,8 +237,7 @@ class Step:
         """What a block's way back takes beside what was kept: gradients inside the MLP or attention, and a weight taken out of 4 bit."""
         shape, value = self.shape, self.device.value_bytes
         # Liger's kernel writes the gradients of gate and up where those were.
-        in_place = self.device.on_gpu and not self.train.compile
-        mlp = (1 if in_place else 3) * shape.inner_width + shape.width
+        mlp = (1 if self.device.on_gpu else 3) * shape.inner_width + shape.width
         attention = 5 * shape.query_width + shape.width
         found: float = self.num_tokens * max(mlp, attention) * value
         if self.train.quantization == "nf4":

@@ -54,7 +54,7 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Add a batch's gradients; the model is that of this trainer, which has one worker where steps may be graphs."""
-        if num_items_in_batch is None or not self.micro_steps.wanted:
+        if num_items_in_batch is None or not self.micro_steps.may_be:
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
         inputs = {name: value for name, value in self._prepare_inputs(inputs).items() if name != NUM_TOKENS}

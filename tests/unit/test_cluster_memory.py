@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.home import BYTES_PER_GIB
@@ -97,10 +97,10 @@ def test_known_figures_of_llama_3_8b():
 
 @pytest.mark.parametrize(("file", "graphs"), [("memory-h200-2026-11-30b", "auto"), ("memory-asked-h200-2026-11-30", False)])
 def test_what_was_measured_is_predicted_within_the_bound(file, graphs):
-    """At most 10 % over and 3 % under: what was taken of the card, and of that the tensors with two workspaces of cuBLAS."""
+    """At most 10 % over and 3 % under what was taken of the card; 3 % off the tensors there, without two workspaces of cuBLAS."""
     result = json.loads((ROOT / "tests" / "benchmarks" / "results" / f"{file}.json").read_text())
     measured = {row["setting"]: row for row in result["notes"]["rows"]}
-    errors = {}
+    errors, of_tensors = {}, {}
     for kind, quantization in (("lora", "none"), ("qlora", "nf4")):
         for (name, model), size in zip({"135m": SMALL_FILE, "1b": ONE_B_FILE, "8b": LLAMA_FILE}.items(), (8, 4, 2), strict=True):
             shape = read_shape({**model, "vocab_size": 49152}, name)
@@ -111,9 +111,10 @@ def test_what_was_measured_is_predicted_within_the_bound(file, graphs):
                     setting = f"{kind}_{name}_{length}{'_recomputed' * recomputes}"
                     errors[setting] = step.need().gib / measured[setting]["measured_gib"] - 1
                     if not graphs:  # which have workspaces of their own
-                        errors[f"{setting} tensors"] = tensors_gib(step.need()) / (measured[setting]["tensors_gib"] - 0.0625) - 1
-    assert len(errors) == (24 if graphs else 48)
+                        of_tensors[setting] = tensors_gib(step.need()) / (measured[setting]["tensors_gib"] - 0.0625) - 1
+    assert (len(errors), len(of_tensors)) == (24, 0 if graphs else 24)
     assert {name: error for name, error in errors.items() if not -0.03 <= error <= 0.10} == {}
+    assert {name: error for name, error in of_tensors.items() if abs(error) > 0.03} == {}
 
 
 shapes = st.sampled_from(sorted(SHAPES)).map(SHAPES.get)
@@ -176,17 +177,17 @@ def test_dropout_needs_more_and_a_smaller_adapter_less(found, lora):
     rank = plain.pop("rank")
     changed, all_of_it = need(**plain, lora=LoraConfig(rank=rank, **lora)).gib, need(**plain, lora=LoraConfig(rank=rank)).gib
     if "dropout" in lora:
-        assume(plain["device"] == GPU or plain["quantization"] == "none")  # on a CPU a block is unpacked once more, and a layer less
-        # PEFT then multiplies, without a copy of the whole adapter, or of a block that is unpacked
+        # PEFT then multiplies, without a copy of the whole adapter, or of a block that is unpacked; on a CPU that is there twice.
         found, changed = (need(**plain, lora=LoraConfig(rank=rank, **each), cuda_graphs=False) for each in ({}, lora))
-        assert changed.gib >= found.gib - (found.weights - changed.weights + found.adapter - changed.adapter) / BYTES_PER_GIB
+        unpacked = (found.weights - changed.weights) * (1 if plain["device"] == GPU else 2)
+        assert changed.gib >= found.gib - (unpacked + found.adapter - changed.adapter) / BYTES_PER_GIB
     else:
         assert changed <= all_of_it
 
 
 def test_compiled_blocks_of_the_8b_shape_held_2_74_gib_more_of_two_rows_of_4096_tokens():
     plain, compiled = (need(size=2, length=4096, precision="fp8", compile=compiles, cuda_graphs=False) for compiles in (False, True))
-    assert 2.74 <= compiled.gib - plain.gib <= 1.1 * 2.74
+    assert 2.74 <= compiled.gib - plain.gib < 3.0
 
 
 def test_an_engine_takes_its_share_and_leaves_the_rest_to_the_cache():
