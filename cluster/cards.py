@@ -15,7 +15,7 @@ import psutil
 
 from cluster.home import BYTES_PER_GIB
 from cluster.limits import memory_bytes, num_cpus
-from cluster.placement import HEAD
+from cluster.placement import HEAD, OWN_CORES
 from configs.errors import ClusterError
 from configs.schema import CardConfig, MachineConfig
 
@@ -59,6 +59,8 @@ class Card:
     gpu: Gpu | None = None
     gpu_share: float = 1.0
     machine: str = HEAD
+    cores: tuple[int, ...] = ()
+    """Its own; empty where it shares all with the others."""
 
     @property
     def accelerator(self) -> str:
@@ -69,18 +71,22 @@ class Card:
     def labels(self) -> dict[str, str]:
         """Labels by which Ray places work."""
         memory_gib = math.floor(self.memory_gib * 100) / 100
-        on_gpu = {}
+        more = {OWN_CORES: str(len(self.cores))} if self.cores and not self.gpu else {}
         if self.gpu:
             formats = {"bf16": self.gpu.has_bf16, "fp8": self.gpu.has_fp8}
-            on_gpu = {"gpu-share": f"{self.gpu_share:g}", **{name: str(has).lower() for name, has in formats.items()}}
+            more = {"gpu-share": f"{self.gpu_share:g}", **{name: str(has).lower() for name, has in formats.items()}}
         return {
             "machine": self.machine,
             "pool": self.pool,
             "card": self.name,
             "accelerator": self.accelerator,
             "memory-gib": f"{memory_gib:g}",
-            **on_gpu,
+            **more,
         }
+
+    def kept_to_cores(self, command: list[str]) -> list[str]:
+        """Return a command so that it, and all that it starts, computes on the card's own cores alone, if it has any."""
+        return ["taskset", "--cpu-list", ",".join(map(str, self.cores)), *command] if self.cores else command
 
 
 def find_gpus() -> list[Gpu]:
@@ -116,7 +122,7 @@ def find_cards(machine: MachineConfig, gpus: list[Gpu] | None = None) -> list[Ca
     """Make the machine's cards, serve cards first.
 
     Raises:
-        ClusterError: The config names a GPU that is not there, or names one GPU twice.
+        ClusterError: The config names a GPU or a core that is not there, or names one GPU twice.
     """
     gpus = find_gpus() if gpus is None else gpus
     wanted = _auto(gpus) if machine.cards == "auto" else machine.cards
@@ -126,15 +132,27 @@ def find_cards(machine: MachineConfig, gpus: list[Gpu] | None = None) -> list[Ca
     cards: list[Card] = []
     left = {gpu.index: gpu for gpu in gpus}
     for number, card in enumerate(sorted(wanted, key=lambda entry: entry.pool)):
+        cores = _own_cores(card)
         if card.gpu is None:
-            cards.append(Card(f"card{number}", card.pool, cpus, memory_gib))
+            cards.append(Card(f"card{number}", card.pool, len(cores) or cpus, memory_gib, cores=cores))
             continue
         shared_by = sum(other.gpu == card.gpu for other in wanted) if machine.cards == "auto" else 1
         gpu = _pick(card.gpu, left, gpus)
         if shared_by == 1:
             del left[gpu.index]
-        cards.append(Card(f"card{number}", card.pool, cpus, gpu.memory_gib / shared_by, gpu, 1 / shared_by))
+        of_gpu = (gpu.memory_gib / shared_by, gpu, 1 / shared_by)
+        cards.append(Card(f"card{number}", card.pool, len(cores) or cpus, *of_gpu, cores=cores))
     return cards
+
+
+def _own_cores(card: CardConfig) -> tuple[int, ...]:
+    there = os.sched_getaffinity(0)
+    if missing := sorted(set(card.core_numbers) - there):
+        what = f"there is no core {missing[0]} here for a {card.pool} card"
+        raise ClusterError(what, f"cores here: {', '.join(map(str, sorted(there)))}", "name others, or leave out `cores`")
+    if card.cores and not shutil.which("taskset"):
+        raise ClusterError("cards cannot have cores of their own here", "there is no `taskset`", "install util-linux, or leave out `cores`")
+    return card.core_numbers
 
 
 def _auto(gpus: list[Gpu]) -> list[CardConfig]:

@@ -1,6 +1,6 @@
 """What this machine, or the container that Tandem runs in, may use of cores and memory.
 
-Knows control groups (version 2). Does not know cards.
+Knows control groups (version 2) and which cores a process is kept to. Does not know cards.
 """
 
 import math
@@ -13,8 +13,8 @@ GROUP = Path("/sys/fs/cgroup")  # of a container its own; elsewhere that of the 
 
 
 def num_cpus() -> int:
-    """Return the cores that may be used, at least one."""
-    there = os.cpu_count() or 1
+    """Return the cores that this process may use, at least one."""
+    there = len(os.sched_getaffinity(0))
     words = _read("cpu.max").split()
     if len(words) == 2 and words[0].isdigit():
         return max(1, min(there, math.floor(int(words[0]) / int(words[1]))))

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from cluster.cards import Card
+from cluster.limits import num_cpus
 from cluster.memory import Step
 from cluster.rates import Rate, overhead, step_flops
 from configs.errors import ClusterError, last_lines
@@ -43,11 +44,11 @@ def measure_card(card: Card, config: ChatbotConfig, model: Mapping[str, Any]) ->
         ClusterError: They failed, such as for want of memory that others hold.
     """
     asked = json.dumps({"config": config.model_dump(mode="json"), "model": dict(model)})
-    num_threads = (os.cpu_count() or 1) // config.train.num_workers  # as a run has them
+    num_threads = len(card.cores) or max(1, num_cpus() // config.train.num_workers)  # as a run has them
     place = {"CUDA_VISIBLE_DEVICES": card.gpu.index if card.gpu else "", "OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
     ask = partial(subprocess.run, input=asked, capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT_S, check=False)
     try:
-        done = ask([sys.executable, "-m", PROBE], env={**os.environ, **place})
+        done = ask(card.kept_to_cores([sys.executable, "-m", PROBE]), env={**os.environ, **place})
     except subprocess.TimeoutExpired:
         raise ClusterError(f"{card.name} was not measured", f"its steps took over {TIMEOUT_S} s", "leave out --measure") from None
     if done.returncode:

@@ -63,7 +63,7 @@ def raylet_part(machine: MachineConfig, card: Card, role: list[str]) -> Part:
     """Return a card's raylet."""
     # nvidia-smi counts by bus, CUDA by speed unless told: with two kinds of GPU the cards would swap.
     extra = {"CUDA_VISIBLE_DEVICES": card.gpu.index if card.gpu else "", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    return card.name, [*RAY_START, *role, *_raylet_arguments(machine, card)], extra
+    return card.name, card.kept_to_cores([*RAY_START, *role, *_raylet_arguments(machine, card)]), extra
 
 
 def _raylet_arguments(machine: MachineConfig, card: Card) -> list[str]:

@@ -6,10 +6,13 @@ Knows Ray's resources and label selectors, and one variable of the environment. 
 import os
 from collections.abc import Mapping, Sequence
 
+from cluster.limits import num_cpus
+
 CARDS_VARIABLE = "TANDEM_CARDS"
 HEAD = "head"  # the label of the first machine's cards; one that joined has its own name
 CARD, SEAT = "card", "seat"
 """Ray's names for a card, which one has alone, and for the place beside it of an engine that can sleep."""
+OWN_CORES = "own-cores"  # label of a card without a GPU that has cores of its own: how many
 GPU_SHARE = 0.2
 """Of its card's GPU in Ray's books: it only shows the GPU to a process. Five fit: an engine that sleeps, the job that trains there, its
 worker where that stood by, another one that stands by, and one that still ends."""
@@ -51,3 +54,8 @@ def as_lent(labels: Mapping[str, str], idle_engine: str) -> dict[str, str]:
 def is_usable(labels: Mapping[str, str]) -> bool:
     """Whether a card with these labels is one of them."""
     return labels.get("card") in cards if (cards := given_cards()) else labels.get("pool") == "train"
+
+
+def num_threads(labels: Mapping[str, str], num_sharing: int) -> int:
+    """Return how many threads compute on a card without a GPU: as many as it has cores of its own, or else its share of all."""
+    return int(labels.get(OWN_CORES, 0)) or max(1, num_cpus() // num_sharing)

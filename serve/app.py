@@ -14,6 +14,7 @@ from typing import Any
 from ray import serve as ray_serve
 
 from cluster.activity import ActivityFile
+from cluster.limits import num_cpus
 from cluster.logs import set_up, streams
 from cluster.models import ensure_model, model_fingerprint
 from cluster.placement import CARD, GPU_SHARE, HEAD, SEAT
@@ -55,6 +56,7 @@ class Engine:
         self.model, self.serve = ModelConfig.model_validate(model), ServeConfig.model_validate(serve)
         self.base_name, self.gpu_share = base_name, gpu_share
         set_up()
+        os.environ["OMP_NUM_THREADS"] = str(num_cpus())  # of the card where this runs; Ray sets it to 1, and vLLM is not imported yet
         self.activity = ActivityFile()
         self.sleeper = Sleeper(RayCardHold(), self.activity) if sleeps else None
         self.engine: Any = None
@@ -143,7 +145,7 @@ def build(args: dict[str, Any]) -> Any:
     on_gpu, where = gpu_share is not None, {"machine": HEAD} if args.get("only_head") else {}
     num_requests = serve.max_num_seqs + serve.max_waiting_requests + NUM_ARRIVING
     # Streams of a replica are guarded without a word in between; see `serve.last_words`.
-    environment = engine_environment(serve, on_gpu, num_threads=os.cpu_count() or 1) | {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ""}
+    environment = engine_environment(serve, on_gpu) | {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ""}
     deployment = ray_serve.deployment(
         ray_serve.ingress()(Engine),
         name=DEPLOYMENT,

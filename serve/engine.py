@@ -29,7 +29,7 @@ CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 SLEEP_ARGUMENTS = ["--enable-sleep-mode"]
 
 
-def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> dict[str, str]:
+def engine_environment(config: ServeConfig, on_gpu: bool) -> dict[str, str]:
     """Return the environment that an engine's process needs before vLLM is imported."""
     shared = OUTPUT_CHUNK | {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # lets the resolver be asked; the routes of that name are closed in front
@@ -38,7 +38,6 @@ def engine_environment(config: ServeConfig, on_gpu: bool, num_threads: int) -> d
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CONFIGURE_LOGGING": "0",  # it would close the handlers of the process that it is imported into: the replica's log
         "HF_HUB_OFFLINE": "1",  # the base is local by now
-        "OMP_NUM_THREADS": str(num_threads),  # Ray sets it to 1
     }
     if on_gpu:
         return shared | BESIDE

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from train.worker import Task
 
 POLL_S = 0.5
+ANSWERS_WITHIN_S = 1.0
 # Of Ray Train's controller.
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # it takes one checkpoint at each look; by Ray's two seconds a run also ends later
@@ -108,7 +109,8 @@ def _fit(
     control = make_control(run_id)
     keep_best = bool(config.train.early_stopping_patience)
     ranking = {"checkpoint_score_attribute": "eval_loss", "checkpoint_score_order": "min"} if keep_best else {}
-    on_gpu = any("gpu-share" in card for card in session.cards if is_usable(card))
+    cards = [card for card in session.cards if is_usable(card)]
+    on_gpu = any("gpu-share" in card for card in cards)
     trainer = Trainer(
         train_worker,
         train_loop_config=task,
@@ -123,7 +125,7 @@ def _fit(
             storage_path=runs_place(task.storage),
             checkpoint_config=ray_train.CheckpointConfig(num_to_keep=config.train.num_checkpoints_kept, **ranking),
             failure_config=ray_train.FailureConfig(max_failures=config.train.max_failures),
-            worker_runtime_env={"env_vars": worker_environment(config.train, on_gpu)},
+            worker_runtime_env={"env_vars": worker_environment(config.train, cards)},
         ),
     )
     Workers.standby = standby
@@ -175,7 +177,7 @@ def _watch(control: Any, show: Callable[["Progress"], None]) -> Iterator[Callabl
         shown: Progress | None = None
         with suppress(ray.exceptions.RayError):  # the cluster is gone, and fit() tells why
             while not done.wait(POLL_S):
-                progress: Progress | None = ray.get(control.read.remote())
+                progress = _newest(control) or shown
                 if asked.is_set() and progress is None:
                     os.kill(os.getpid(), signal.SIGINT)  # as if somebody asked a second time
                     return
@@ -198,6 +200,17 @@ def _watch(control: Any, show: Callable[["Progress"], None]) -> Iterator[Callabl
     finally:
         done.set()
         watcher.join()
+
+
+def _newest(control: Any) -> "Progress | None":
+    """Return how far the workers are; None too where nobody answers in time, as while many processes start on few cores."""
+    import ray
+
+    try:
+        progress: Progress | None = ray.get(control.read.remote(), timeout=ANSWERS_WITHIN_S)
+    except ray.exceptions.GetTimeoutError:
+        return None
+    return progress
 
 
 def make_manifest(start: Start, run_id: str, checkpoint: Path, metrics: dict[str, float]) -> Manifest:

@@ -4,15 +4,14 @@ Knows Ray Train's actor of a worker, and the cards' labels. Does not know which 
 neither the card nor its GPU's memory.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module, util
 from typing import Any
 
-import psutil
 import ray
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
-from cluster.placement import CARD, GPU_SHARE, on_cards
+from cluster.placement import CARD, GPU_SHARE, num_threads, on_cards
 from configs.schema import TrainConfig
 
 SLOW_IMPORTS = ("mlflow.tracking", "transformers.models.llama.modeling_llama", "peft", "train.reporting", "train.step", "train.worker")
@@ -41,24 +40,25 @@ def begin_standby(train: TrainConfig, labels: Mapping[str, str]) -> Standby:
         num_cpus=0,
         num_gpus=GPU_SHARE if on_gpu else 0,
         label_selector=on_cards([labels[CARD]]),
-        runtime_env={"env_vars": worker_environment(train, on_gpu)},
+        runtime_env={"env_vars": worker_environment(train, [labels])},
     )
     actor = worker.remote()
     actor.execute.remote(_import_slowly, on_gpu)
     return Standby(actor, labels[CARD])
 
 
-def worker_environment(train: TrainConfig, on_gpu: bool) -> dict[str, str]:
-    """Return what a worker is to find as it imports torch; with a GPU it is nothing.
+def worker_environment(train: TrainConfig, cards: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return what a worker is to find as it imports torch, by the labels of the cards it may have; with a GPU it is nothing.
 
-    Without one, its share of the cores, and threads that sleep while they wait for each other: the engine's card has the same cores. No
-    compiler where it needs none: bitsandbytes, which PEFT imports, gets it ready for bases in 4 bit, and that takes a second.
+    Without one, its card's cores or else its share of all, and threads that sleep while they wait for each other: the engine's card may
+    have the same cores. No compiler where it needs none: bitsandbytes, which PEFT imports, gets it ready for bases in 4 bit, and that takes
+    a second.
     """
-    if on_gpu:
+    if any("gpu-share" in card for card in cards):
         return {}
-    num_threads = max(1, (psutil.cpu_count() or 1) // train.num_workers)
+    threads = min(num_threads(card, train.num_workers) for card in cards or [{}])
     compiles = train.quantization != "none"
-    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": str(int(not compiles))}
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": str(int(not compiles))}
 
 
 def _import_slowly(on_gpu: bool) -> None:

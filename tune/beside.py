@@ -11,10 +11,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 
-from cluster.placement import CARD, GPU_SHARE, card_selector
+from cluster.placement import CARD, GPU_SHARE, card_selector, num_threads
 from configs.errors import ModelError, RunError
 from configs.loader import with_settings
 from configs.schema import ChatbotConfig
@@ -120,7 +119,7 @@ class BaseActor:
         with self.loading:
             if self.base is None:
                 if not torch.cuda.is_available():
-                    torch.set_num_threads(max(1, (psutil.cpu_count() or 1) // self.num_cards))
+                    torch.set_num_threads(num_threads(ray.get_runtime_context().get_node_labels(), self.num_cards))
                 task = on_this_machine(self.task)
                 folder, train_file, heldout_file = map(Path, (task.model_folder, task.train_file, task.heldout_file))
                 self.base = share_base(self.task.config, folder, train_file, heldout_file, self.max_batch_tokens)

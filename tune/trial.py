@@ -13,9 +13,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from cluster.logs import set_up
+from cluster.placement import num_threads
 from cluster.registry import Registry
 from configs.errors import TandemError
 from configs.loader import with_settings
@@ -117,6 +116,7 @@ def trial_config(config: ChatbotConfig, settings: dict[str, Any], num_rows: int)
 
 def _make_room(num_cards: int) -> None:
     """Take this trial's share of the cores, and give back what an earlier trial in this process held."""
+    import ray
     import torch
 
     gc.collect()
@@ -126,6 +126,6 @@ def _make_room(num_cards: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     else:
-        num_threads = max(1, (psutil.cpu_count() or 1) // num_cards)
-        torch.set_num_threads(num_threads)
-        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+        threads = num_threads(ray.get_runtime_context().get_node_labels(), num_cards)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)

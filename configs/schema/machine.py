@@ -28,6 +28,15 @@ class CardConfig(Settings):
     """What the card is for."""
     gpu: str | None = Field(None, coerce_numbers_to_str=True)
     """Part of the GPU's name (`RTX 5090`) or its number; a share of the CPU if empty."""
+    cores: str | None = Field(None, coerce_numbers_to_str=True, pattern=r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$")
+    """Cores that nothing else of Tandem's cards computes on, such as `0-3,8`; all cards share them all if empty. Ray's own processes and
+    the drivers of jobs have those of the first card."""
+
+    @property
+    def core_numbers(self) -> tuple[int, ...]:
+        """Which cores these are; none if it shares them all."""
+        ranges = (part.partition("-") for part in (self.cores or "").split(",") if part)
+        return tuple(number for first, _, last in ranges for number in range(int(first), int(last or first) + 1))
 
 
 class LendingConfig(Settings):
@@ -143,6 +152,15 @@ class MachineConfig(Settings):
         # Where other machines may join, they may bring the other pool, or all cards.
         if is_loopback(self.listen_host) and {card.pool for card in self.cards} != {"serve", "train"}:
             raise ValueError("cards: at least one card of each pool is needed, serve and train")
+        return self
+
+    @model_validator(mode="after")
+    def _own_cores(self) -> Self:
+        owned = [number for card in self.cards if not isinstance(card, str) for number in card.core_numbers]
+        if twice := sorted({number for number in owned if owned.count(number) > 1}):
+            raise ValueError(f"cards: core {twice[0]} is named twice; cores belong to one card, or to all if `cores` is left out")
+        if any(not isinstance(card, str) and card.cores and not card.core_numbers for card in self.cards):
+            raise ValueError("cards: `cores` counts upwards, such as 0-3")
         return self
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
 """Adapters on the engine: what one and eight cost, beside bare vLLM with the same ones; how soon a new one answers, and an engine again.
 
 Random weights, rank 16 on every linear layer; 64 requests at once, 256 tokens in, 128 out. Wants a cluster that is up, and leaves a
-chatbot `bench` in its registry: give it a TANDEM_HOME of its own.
-`PYTHONPATH=. python tests/benchmarks/adapters.py [--shape 8b|tiny] [--eager]`
+chatbot `bench` in its registry: give it a TANDEM_HOME of its own. `--at-once 256 1` measures the base as `serving.py` does, too.
+`PYTHONPATH=. python tests/benchmarks/adapters.py [--shape 8b|tiny] [--eager] [--at-once N ...]`
 """
 
 import argparse
@@ -16,7 +16,19 @@ from statistics import median, quantiles
 
 import psutil
 from bench import SHAPES, make_model, run_cli, write_result
-from serving import BARE_PORT, QUOTAS, TOKENS_IN, TOKENS_OUT, bare_vllm, load, make_bench_config, proxy_name, take_key
+from serving import (
+    BARE_PORT,
+    NUM_PROMPTS,
+    QUOTAS,
+    TOKENS_IN,
+    TOKENS_OUT,
+    bare_vllm,
+    compare_base,
+    load,
+    make_bench_config,
+    proxy_name,
+    take_key,
+)
 
 from cluster.models import model_fingerprint
 from cluster.registry import Manifest, Registry, Version
@@ -154,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--at-once", type=int, nargs="*", default=[], choices=NUM_PROMPTS, help="requests to the base, measured as well")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="tandem-bench-"))
     base = make_model(arguments.shape)
@@ -176,10 +189,14 @@ def main() -> None:
         ports = {"bare": (BARE_PORT, "bench"), "tandem": (config.serve.port, base.name)}
         figures |= compare(ports, base, {"bare": bare_names, "tandem": names})
         write_result(name, figures, notes)  # so that a machine that is taken away leaves what was measured
-    figures |= loads(shelf, endpoint, folders[0])
-    write_result(name, figures, notes)
-    figures["start_again_s"] = start_again_s(endpoint, base.name)
-    write_result(name, figures, notes)
+        figures |= loads(shelf, endpoint, folders[0])
+        write_result(name, figures, notes)
+        figures["start_again_s"] = start_again_s(endpoint, base.name)
+        write_result(name, figures, notes)
+        for count in arguments.at_once:
+            found, notes[f"each_round_of_{count}"] = compare_base(ports, base, count, NUM_ROUNDS)
+            figures |= found
+            write_result(name, figures, notes)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 It starts a Tandem of its own twice, the second time with `lending.enabled=true`; in both two training jobs wait in line, of which the
 fixed split can only ever run one. A third of the time there are bursts of chat. A request counts as asleep that was sent while no engine
-answered: none was there, or it started. Where there are four GPUs, each way has two of them, at the same time.
+answered: none was there, or it started. Where there are four GPUs, each way has two of them, at the same time; so it is without a GPU
+where `--cores N` gives each card N cores of its own.
 """
 
 import argparse
@@ -81,8 +82,12 @@ class Watch:
 class Way:
     """One way to share the cards, under the same requests."""
 
-    def __init__(self, arguments: argparse.Namespace, lends: bool, gpus: Sequence[Gpu]) -> None:
+    def __init__(self, arguments: argparse.Namespace, lends: bool, gpus: Sequence[Gpu], number: int = 0) -> None:
         self.gpus = gpus
+        self.cards = "[{pool: serve}, {pool: train}]"
+        if num := arguments.cores:
+            cores = [f"{first}-{first + num - 1}" for first in (2 * number * num, (2 * number + 1) * num)]
+            self.cards = f"[{{pool: serve, cores: {cores[0]}}}, {{pool: train, cores: {cores[1]}}}]"
         self.folder = Path(tempfile.mkdtemp(prefix="tandem-lending-"))
         self.stack = Stack(self.folder / "home", self.folder, {name: free_port() for name in PORTS}, gpus=[gpu.index for gpu in gpus])
         self.lends, self.minutes, self.overrides = lends, arguments.minutes, arguments.overrides
@@ -95,7 +100,7 @@ class Way:
 
     def measure(self) -> dict[str, float]:
         """Run the trace, and return what came of it."""
-        cards = [] if self.gpus else ["cards=[{pool: serve}, {pool: train}]"]
+        cards = [] if self.gpus else [f"cards={self.cards}"]
         machine = [f"{name}={port}" for name, port in self.stack.ports.items() if name != "chat"]
         self._do("cluster", "up", "auto", *cards, *machine, self.lending)
         try:
@@ -238,11 +243,14 @@ def main() -> None:
     parser.add_argument("--quiet-s", type=float, default=10.0, help="lending.quiet_after_s")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="what is measured")
     parser.add_argument("--idle-engine", choices=["auto", "sleep", "stop"], default="auto", help="lending.idle_engine")
+    parser.add_argument("--cores", type=int, default=0, help="of each card its own, without GPUs; both ways then run at the same time")
     parser.add_argument("overrides", nargs="*", help="other settings, by dotted path")
     arguments = parser.parse_args()
     gpus = find_gpus()
-    if len(gpus) >= 2 * len(WAYS):
-        ways = {way: Way(arguments, way == "lending", gpus[2 * number :][:2]) for number, way in enumerate(arguments.ways)}
+    if arguments.cores and gpus:
+        parser.error("--cores is of cards without a GPU; CUDA_VISIBLE_DEVICES= hides those that are there")
+    if len(gpus) >= 2 * len(WAYS) or arguments.cores:
+        ways = {way: Way(arguments, way == "lending", gpus[2 * number :][:2], number) for number, way in enumerate(arguments.ways)}
         with ThreadPoolExecutor() as pool:
             found = dict(zip(ways, pool.map(Way.measure, ways.values()), strict=True))
     else:
@@ -252,7 +260,8 @@ def main() -> None:
         figures["steps_ratio"] = found["lending"]["steps_done"] / found["fixed"]["steps_done"]
         if "ttft_awake_p95_s" in found["lending"]:
             figures["ttft_awake_p95_ratio"] = found["lending"]["ttft_awake_p95_s"] / found["fixed"]["ttft_awake_p95_s"]
-    cards = "of their own memory and speed" if gpus else "that share the machine's cores"
+    shared = f"of {arguments.cores} cores each, both ways at once" if arguments.cores else "that share the machine's cores"
+    cards = "of their own memory and speed" if gpus else shared
     notes = {
         "minutes": arguments.minutes,
         "idle_engine": arguments.idle_engine,

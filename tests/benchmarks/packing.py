@@ -1,7 +1,8 @@
 """Rows of real lengths: useful tokens a second when packed, when sorted by length, and in a plain loop that pads; and held-out loss.
 
-The 135M model on the helpdesk data, and on conversations of which most are short and a few very long. Wants a cluster that is up.
-`PYTHONPATH=. python tests/benchmarks/packing.py [--model FOLDER] [--steps N] [--batch-size N]`
+The 135M model on the helpdesk data, and on conversations of which most are short and a few very long. Wants a cluster that is up. With
+`--graphs` packed steps run as CUDA graphs as well.
+`PYTHONPATH=. python tests/benchmarks/packing.py [--model FOLDER] [--steps N] [--batch-size N] [--graphs]`
 """
 
 import argparse
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--model", help="another base model than the config's")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--graphs", action="store_true")
     arguments = parser.parse_args()
     long_tailed = write_long_tailed(Path(tempfile.mkdtemp(prefix="tandem-bench-")) / "rows.jsonl")
     shared = ["train.lora.num_layers=null", f"train.batch_size={arguments.batch_size}", "train.gradient_checkpointing=false"]
@@ -44,9 +46,10 @@ def main() -> None:
     sets = {"helpdesk": [], "long_tailed": [f"data.source={long_tailed}", *long_rows]}
     figures: dict[str, float] = {}
     for name, settings in sets.items():
-        ways = {way: measure("configs/helpdesk.yaml", [*shared, *settings, f"train.packing={way == 'packed'}"], arguments.steps)
-                for way in ("packed", "by_length")}  # fmt: skip
-        for way, found in ways.items():
+        ways = {"packed": ["train.packing=true"], "by_length": ["train.packing=false"]}
+        ways |= {"packed_as_graphs": ["train.packing=true", "train.cuda_graphs=true"]} if arguments.graphs else {}
+        for way, how in ways.items():
+            found = measure("configs/helpdesk.yaml", [*shared, *settings, *how], arguments.steps)
             kept = ("tokens_per_s", "eval_loss", "peak_memory_gib")
             figures |= {f"{name}_{way}_{key}": found[key] for key in kept}
             if "ratio" in found:  # the plain loop may have failed, for want of memory

@@ -22,7 +22,14 @@ from configs.schema import ChatbotConfig
 from data.prepare import prepare
 
 NUM_WARMUP = 3
-OURS_ALONE = ("train.precision=", "train.compile=", "train.packing=", "train.max_memory_gib=", "train.micro_batch_size=")
+OURS_ALONE = (
+    "train.precision=",
+    "train.compile=",
+    "train.packing=",
+    "train.cuda_graphs=",
+    "train.max_memory_gib=",
+    "train.micro_batch_size=",
+)
 
 
 def measure_plain(config_file: str, overrides: list[str], steps: int, flags: tuple[str, ...]) -> dict[str, Any] | None:

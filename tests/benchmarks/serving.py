@@ -23,6 +23,7 @@ import httpx
 import psutil
 from bench import make_model, run_cli, write_result
 
+from cluster.limits import num_cpus
 from cluster.session import require_session
 from configs.cli import console
 from configs.loader import ROOT, load_chatbot
@@ -53,7 +54,7 @@ def bare_vllm(config_file: str, overrides: Sequence[str] = (), modules: Sequence
             begin = arguments.index(name)
             end = next(place for place in range(begin + 1, len(arguments) + 1) if place == len(arguments) or arguments[place][:2] == "--")
             del arguments[begin:end]
-    environment = {**os.environ, **engine_environment(config.serve, share is not None, os.cpu_count() or 1)}
+    environment = {**os.environ, **engine_environment(config.serve, share is not None), "OMP_NUM_THREADS": str(num_cpus())}
     environment = {name: value for name, value in environment.items() if name not in OUTPUT_CHUNK | BESIDE}
     command = [sys.executable, "-m", BARE_MODULE, "--port", str(BARE_PORT), *arguments, *modules]
     started_s = time.monotonic()
@@ -151,7 +152,7 @@ def make_bench_config(folder: Path, eager: bool) -> Path:
     return config
 
 
-def compare(ports: dict[str, tuple[int, str]], tokenizer: Path, count: int, num_rounds: int) -> tuple[dict[str, float], Rounds]:
+def compare_base(ports: dict[str, tuple[int, str]], tokenizer: Path, count: int, num_rounds: int) -> tuple[dict[str, float], Rounds]:
     """Load both in turn, so many times and once more before that; return the medians, and what each round gave.
 
     In turn, and each first once: a machine whose speed changes must not favour the one that was measured later.
@@ -194,7 +195,7 @@ def main() -> None:
     with bare_vllm(str(config)) as figures["bare_start_s"]:
         ports = {"bare": (BARE_PORT, "bench"), "tandem": (load_chatbot(config).serve.port, folder.name)}
         for count, num_rounds in zip(arguments.at_once, rounds_of, strict=True):
-            found, rounds = compare(ports, folder, count, num_rounds)
+            found, rounds = compare_base(ports, folder, count, num_rounds)
             figures |= found
             figures["ttft_added_ms"] = max(value for name, value in figures.items() if name.startswith("ttft_added_c"))
             each_round |= rounds

@@ -1,7 +1,8 @@
 """Training speed and memory of `python -m train` against a plain PyTorch + PEFT loop, in the same run.
 
 Without a GPU: the 135M model on the helpdesk data. With one: the 8B Llama shape with random weights, LoRA and QLoRA, rows of equal length.
-`PYTHONPATH=. python tests/benchmarks/training.py [--shape 8b|tiny] [--steps N] [--settings lora_seq4096 ...] [--without-plain | --liger]`
+`PYTHONPATH=. python tests/benchmarks/training.py [--shape 8b|tiny] [--steps N] [--settings lora_seq4096 ...] [--without-plain | --liger]
+[key=value ...]`
 """
 
 import argparse
@@ -123,23 +124,24 @@ def on_gpu(arguments: argparse.Namespace, settings: list[str]) -> None:
     curves: dict[str, dict[int, float]] = {}
     notes: dict[str, Any] = {
         "rank": 16,
-        "batch_size": "4, QLoRA 1",
+        "batch_size": "4, QLoRA 1, unless set otherwise",
         "steps": steps,
         "plain": "with Liger's kernels" if arguments.liger else "",
     }
     for name in settings:
         length, overrides = SETTINGS[name]
         config = write_config(work, folder, length)
-        version = train_ours(str(config), [ALONE, *overrides], steps)
+        overrides = [ALONE, *overrides, *arguments.overrides]
+        version = train_ours(str(config), overrides, steps)
         found, curves[name] = scores_of(version), losses_of(registry.client, version.run_id)
         if not arguments.without_plain:
             flags = ("--our-order", "--liger") if arguments.liger else ("--our-order",)  # rows are equally long: no order is quicker
-            found = beside_plain(version, str(config), [ALONE, *overrides], steps, *flags)
+            found = beside_plain(version, str(config), overrides, steps, *flags)
         figures |= {f"{named(name, shape)}_{key}": value for key, value in found.items()}
         if name in HEADLINES and shape == "8b":
             short, key = HEADLINES[name]
             figures[short] = found[key]
-        notes[name] = overrides
+        notes[name] = overrides[1:]
         figures |= loss_differences(curves, shape) | shares(figures, shape)
         # So that a setting that fails leaves what was measured of the others.
         write_result("training" if shape == "8b" else f"training-{shape}", figures, notes)
@@ -153,6 +155,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--without-plain", action="store_true", help="leave out the plain loop")
     parser.add_argument("--liger", action="store_true", help="give the plain loop Liger's kernels")
+    parser.add_argument("overrides", nargs="*", help="other settings for all, by dotted path")
     arguments = parser.parse_args()
     import torch
 

@@ -5,7 +5,6 @@ import signal
 import time
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError
@@ -62,7 +61,13 @@ class Method:
 
 @pytest.fixture
 def control(monkeypatch):
-    monkeypatch.setattr(ray, "get", lambda value: value)
+    def get(value, timeout=None):
+        if isinstance(value, Exception):
+            assert timeout, "it would wait for ever"
+            raise value
+        return value
+
+    monkeypatch.setattr(ray, "get", get)
     return SimpleNamespace(read=Method(None), ask_to_stop=Method(None))
 
 
@@ -91,6 +96,20 @@ def test_a_signal_just_after_the_first_progress_is_a_wish(control):
     """What the run has learnt is saved, though nobody has looked since how far it is."""
     control.read.answer = "step 1"
     with _watch(control, lambda progress: None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(lambda: control.ask_to_stop.calls)
+
+
+def test_where_nobody_answers_a_signal_ends_the_run_at_once_unless_it_had_got_on(control):
+    """On a core that many processes start on, the one that is asked may take a minute to be there; the card is wanted by then."""
+    control.read.answer = GetTimeoutError()
+    with pytest.raises(KeyboardInterrupt), _watch(control, lambda progress: None):
+        be_sent(signal.SIGTERM)
+    shown = []
+    control.read.answer = "step 1"
+    with _watch(control, shown.append):
+        wait_for(lambda: shown)
+        control.read.answer = GetTimeoutError()
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for(lambda: control.ask_to_stop.calls)
 
@@ -151,11 +170,13 @@ def test_a_worker_stands_by_for_one_who_works_where_it_is(monkeypatch):
 
 
 def test_on_a_gpu_a_worker_finds_nothing_and_else_its_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(psutil, "cpu_count", lambda: 8)
-    assert worker_environment(TrainConfig(num_workers=2), on_gpu=True) == {}
-    found = worker_environment(TrainConfig(num_workers=2), on_gpu=False)
-    assert found == {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": "1"}
-    assert worker_environment(TrainConfig(quantization="nf4"), on_gpu=False)["TORCHDYNAMO_DISABLE"] == "0"
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    two = TrainConfig(num_workers=2)
+    assert worker_environment(two, [{"gpu-share": "1"}]) == {}
+    expected = {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": "1"}
+    assert worker_environment(two, [{}, {}]) == worker_environment(two, []) == expected
+    assert worker_environment(TrainConfig(quantization="nf4"), [{}])["TORCHDYNAMO_DISABLE"] == "0"
+    assert worker_environment(two, [{"own-cores": "3"}, {"own-cores": "2"}])["OMP_NUM_THREADS"] == "2", "both go on together"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from cluster.cards import Gpu, find_cards, find_gpus
+from cluster.placement import num_threads
 from configs.errors import ClusterError
 from configs.loader import load_machine
 from configs.schema import CardConfig, MachineConfig
@@ -36,6 +37,42 @@ def test_without_a_gpu_the_cpu_makes_a_card_of_each_pool():
     ]
     assert all(card.num_cpus >= 1 and card.memory_gib > 0 for card in cards)
     assert cards[0].memory_gib == cards[1].memory_gib
+
+
+def test_cards_may_have_cores_of_their_own(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    cards = find_cards(MachineConfig(cards=[CardConfig(pool="train", cores="4-6,1"), CardConfig(pool="serve", cores="0")]), [])
+    assert [(card.pool, card.cores, card.num_cpus, card.labels["own-cores"]) for card in cards] == [
+        ("serve", (0,), 1, "1"),
+        ("train", (4, 5, 6, 1), 4, "4"),
+    ]
+    assert cards[1].kept_to_cores(["ray", "start"]) == ["taskset", "--cpu-list", "4,5,6,1", "ray", "start"]
+    assert all(num_threads(card.labels, num_sharing=2) == card.num_cpus for card in cards)
+    sharing = find_cards(MachineConfig(), [])[0]
+    assert (sharing.cores, sharing.kept_to_cores(["ray"]), num_threads(sharing.labels, 2)) == ((), ["ray"], 4)
+
+
+@pytest.mark.parametrize(
+    ("cores", "why"),
+    [
+        ("0-2,2", "core 2 is named twice"),
+        ("3-1", "counts upwards"),
+        ("0-", "pattern"),
+        ("-1", "pattern"),
+        ("", "pattern"),
+        ("0,9", "no core 9 here"),
+    ],
+)
+def test_cores_that_cannot_be_a_cards_own_are_refused(monkeypatch, cores, why):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    with pytest.raises((ValueError, ClusterError), match=why):
+        find_cards(MachineConfig(cards=[CardConfig(pool="serve", cores=cores), CardConfig(pool="train")]), [])
+
+
+def test_without_taskset_no_card_has_cores_of_its_own(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(ClusterError, match="util-linux"):
+        find_cards(MachineConfig(cards=[CardConfig(pool="serve", cores="0"), CardConfig(pool="train")]), [])
 
 
 def test_one_gpu_is_shared_half_and_half():
