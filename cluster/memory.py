@@ -127,7 +127,7 @@ class Step:
     @property
     def may_be_graphs(self) -> bool:
         """Whether steps may be CUDA graphs; see `train.model.pick_graphs`."""
-        varies = (self.train.packing and self.train.cuda_graphs == "auto") or not self._fuses or self.shape.changes_logits
+        varies = not self._fuses or self.shape.changes_logits
         return self.device.on_gpu and self.train.cuda_graphs is not False and self.train.num_workers == 1 and not varies
 
     def need(self) -> Need:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 ATTENTION, CAUSAL = "tandem_rows", "tandem_causal"
-ROWS_APART = 4
 TRIED_TOKENS = 16
 TRIED = (5, 3)  # tokens of two rows
 TRIED_CLOSE = 0.1  # of a row's outcome; bf16 and other kernels make some hundredths, other tokens all of it
@@ -49,15 +48,11 @@ def spread(lengths: Sequence[int]) -> Spread:
     return Spread(len(lengths), longest, torch.cat([torch.arange(length) + number * longest for number, length in enumerate(lengths)]))
 
 
-def widen(rows: Spread, longest: int, num_more: int) -> Spread:
-    """Return where tokens are once rows are filled up to another length, and so many more tokens lie behind them in rows of their own.
-
-    There are some rows without a token too, so that there are few numbers of rows.
-    """
+def widen(rows: Spread, longest: int, num_more: int, num_rows_more: int) -> Spread:
+    """Return where tokens are once rows are filled up to another length, and so many more tokens lie behind them in rows of their own."""
     places = torch.arange(rows.num_rows * rows.longest) if rows.places is None else rows.places
     places = places // rows.longest * longest + places % rows.longest
-    num_rows = rows.num_rows + -(-num_more // longest)
-    return Spread(-(-num_rows // ROWS_APART) * ROWS_APART, longest, torch.cat([places, torch.arange(num_more) + rows.num_rows * longest]))
+    return Spread(rows.num_rows + num_rows_more, longest, torch.cat([places, torch.arange(num_more) + rows.num_rows * longest]))
 
 
 def lay_end_to_end(base: Any) -> bool:

@@ -46,6 +46,13 @@ class Captured:
         return self.loss.clone()
 
 
+def _leave_capture(stream: Any) -> None:
+    """Undo what torch leaves behind where the end of a capture fails: its stream, and random numbers that wait for that end."""
+    torch.cuda.set_stream(stream)
+    numbers = torch.cuda.default_generators[torch.cuda.current_device()]
+    numbers.graphsafe_set_state(numbers.clone_state())  # whose copy begins without a capture
+
+
 def _shape(value: Any) -> Any:
     """Return what of an input makes another graph: all of it, where it is no tensor."""
     return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
@@ -159,7 +166,7 @@ class MicroSteps:
             own = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
             self.captured[shape] = self._captured(own, num_items.clone())
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # which torch leaves where the end of a capture fails
+            _leave_capture(stream)
             cause = str(error.__context__ or error).partition("\n")[0]
             logging.getLogger(__name__).warning("steps are not replayed as CUDA graphs: %s", cause)
         if shape not in self.captured:

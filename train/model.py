@@ -194,7 +194,6 @@ def draws_numbers(base: Any) -> bool:
 def pick_graphs(base: Any, train: TrainConfig, num_workers: int) -> Literal["auto"] | bool:
     """Return whether steps may be CUDA graphs: what is done must be the same each time, and depend on the batch's shape alone."""
     varies = train.lora.dropout or is_compiled(train) or draws_numbers(base) or has_logit_settings(base)
-    varies = varies or (train.packing and train.cuda_graphs == "auto")  # not tried on a GPU yet: on request alone
     return train.cuda_graphs if torch.cuda.is_available() and num_workers == 1 and not varies else False
 
 

@@ -87,21 +87,31 @@ def fill_up(batch: dict[str, torch.Tensor], lengths: Sequence[int]) -> dict[str,
 
 
 def few_sizes(number: int) -> int:
-    """Return the next of few numbers, each at most an eighth more than the one before, and from 64 on a multiple of 8."""
-    between = 1 << max(3, (number - 1).bit_length() - 4)
+    """Return the next of few numbers: multiples of 8, and two from each power of two to the next."""
+    between = 1 << max(3, (number - 1).bit_length() - 2)
     return -(-number // between) * between
+
+
+def halved(longest: int, needed: int) -> int:
+    """Return the longest halved as often as leaves what is needed."""
+    while (half := -(-longest // 2)) >= max(needed, 2):
+        longest = half
+    return longest
 
 
 def fill_up_packed(batch: dict[str, Any], longest: int) -> dict[str, Any]:
     """Make a packed batch's tokens, (1, tokens), and its longest row, of few sizes, by rows that carry no loss, none over `longest`."""
     rows, num_tokens = batch["rows"], batch["labels"].shape[1]
-    num_more = min(few_sizes(num_tokens), max(num_tokens, rows.num_rows * longest)) - num_tokens
-    length = max(rows.longest, min(few_sizes(rows.longest), longest))
+    most = max(num_tokens, rows.num_rows * longest)
+    num_filled = min(few_sizes(num_tokens), most)
+    num_more, length = num_filled - num_tokens, halved(max(rows.longest, longest), rows.longest)
+    # Of one size as many, though most add less than a third; and no more than so many rows can be.
+    num_rows_more = -(-max(num_more, min(num_filled // 3, most - num_filled)) // length)
     return {
         "input_ids": pad(batch["input_ids"], (0, num_more)),
         "position_ids": torch.cat([batch["position_ids"], torch.arange(num_more)[None] % length], dim=1),
         "labels": pad(batch["labels"], (0, num_more), value=NO_LOSS),
-        "rows": widen(rows, length, num_more),
+        "rows": widen(rows, length, num_more, num_rows_more),
     }
 
 

@@ -14,10 +14,9 @@ from configs.schema import ChatbotConfig
 from tests.parts.test_train_model import rows, tiny
 from tests.parts.test_train_unpacked import in_four_bit, llama
 from train import graphs
-from train.attention import attend_without_masks
 from train.graphs import MicroSteps
-from train.model import add_adapter, pick_graphs
-from train.rows import Padder, RowOrder
+from train.model import add_adapter, pick_graphs, suit_attention
+from train.rows import Packer, Padder, RowOrder
 from train.step import Batch, OrderedTrainer, training_arguments
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
@@ -37,12 +36,12 @@ def train(folder: Path, nf4: bool, cuda_graphs: Literal["auto"] | bool, **change
     base = in_four_bit(llama(), dtype=torch.bfloat16, device="cuda") if nf4 else tiny()
     base = base.to("cuda", torch.bfloat16)
     base.is_loaded_in_4bit = nf4
-    attend_without_masks(base, LONGEST)
+    assert suit_attention(base, config.train.packing, LONGEST)
     model = add_adapter(base, config.train.lora, gradient_checkpointing=config.train.gradient_checkpointing is True)
     arguments = training_arguments(config, folder, 1, len(ROWS), LONGEST, autocast=True)
     arguments.save_strategy = "no"
-    order = RowOrder(ROWS, 4, 0, by_length=True)
-    trainer = OrderedTrainer(order, Padder(0), cuda_graphs, model=model, args=arguments, train_dataset=ROWS, eval_dataset=ROWS)
+    order, collate = RowOrder(ROWS, 4, 0, by_length=not config.train.packing), Packer() if config.train.packing else Padder(0)
+    trainer = OrderedTrainer(order, collate, cuda_graphs, model=model, args=arguments, train_dataset=ROWS, eval_dataset=ROWS)
     trainer.train()
     return trainer, [value for entry in trainer.state.log_history for name, value in entry.items() if name in ("loss", "eval_loss")]
 
@@ -66,6 +65,15 @@ def test_graphs_have_the_losses_of_steps_without_them(nf4, recomputes, captures,
     assert trainer.micro_steps.is_on
     assert len(set(captures)) > 1, "rows are of several lengths"
     assert len(captures) > len(set(captures)), "an evaluation gave their memory back"
+    assert found == pytest.approx(wanted, rel=2e-2)
+    assert wanted[-1] < wanted[0], "it learns"
+
+
+@needs_gpu
+def test_packed_rows_as_graphs_have_the_losses_of_those_without(captures, tmp_path):
+    _, wanted = train(tmp_path / "without", nf4=False, cuda_graphs=False, packing=True)
+    trainer, found = train(tmp_path / "with", nf4=False, cuda_graphs=True, packing=True)
+    assert trainer.micro_steps.num_replays > len(captures) > 0
     assert found == pytest.approx(wanted, rel=2e-2)
     assert wanted[-1] < wanted[0], "it learns"
 
@@ -108,6 +116,7 @@ def test_what_asks_the_gpu_for_a_number_goes_on_without_graphs_and_learns_the_sa
     assert not trainer.micro_steps.is_on
     assert found == pytest.approx(wanted, rel=2e-2)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.rand(2, device="cuda").max() < 1, "random numbers do not wait for the end of a capture"
 
 
 @pytest.mark.parametrize(("as_graph_s", "used"), [(0.9, False), (0.5, True)])
@@ -195,7 +204,7 @@ def test_what_is_not_the_same_each_time_is_no_graph_and_the_plan_knows(changes, 
     train, base = make_config(**changes).train, tiny()
     for name, value in model.items():
         setattr(base.config, name, value)
-    wanted = "auto" if not changes and not model else "packing" in changes and train.cuda_graphs is True
+    wanted = train.cuda_graphs if changes.keys() <= {"packing", "cuda_graphs"} and not model else False
     assert pick_graphs(base, train, train.num_workers) == wanted
     shape = replace(read_shape(base.config.to_dict(), "tiny"), changes_logits="logit_scale" in model)
     planned = Step(shape, train, Rows(LONGEST, LONGEST), Device(on_gpu=True)).may_be_graphs

@@ -10,7 +10,7 @@ from configs.schema import DataConfig
 from data.conversations import to_jsonl
 from data.template import NO_LOSS, load_tokenizer
 from tests.helpers.data import chat, tokenizer_folder
-from train.rows import Packer, Padder, RowOrder, answer_places, few_lengths, few_sizes, fill_up, fill_up_packed, read_rows
+from train.rows import Packer, Padder, RowOrder, answer_places, few_lengths, few_sizes, fill_up, fill_up_packed, halved, read_rows
 
 N = NO_LOSS
 ROWS = [
@@ -61,23 +61,35 @@ def test_places_are_filled_up_with_such_as_carry_no_loss(num_parts):
 
 def test_packed_rows_are_filled_up_to_few_sizes_by_rows_that_carry_no_loss():
     batch = fill_up_packed(Packer()(ROWS * 30), 4)  # 270 tokens in 90 rows of 4 at most
-    assert batch["input_ids"].shape == batch["position_ids"].shape == batch["labels"].shape == (1, 288)
-    assert batch["labels"][0, 270:].tolist() == [N] * 18
+    assert batch["input_ids"].shape == batch["position_ids"].shape == batch["labels"].shape == (1, 360)
+    assert batch["labels"][0, 270:].tolist() == [N] * 90
     rows = batch["rows"]
-    assert (rows.num_rows, rows.longest) == (96, 4)
+    assert (rows.num_rows, rows.longest) == (113, 4)
     assert rows.places[:5].tolist() == [0, 1, 2, 3, 4]
-    assert len(set(rows.places.tolist())) == 288
-    assert rows.places[270:].tolist() == list(range(360, 378))
+    assert len(set(rows.places.tolist())) == 360
+    assert rows.places[270:].tolist() == list(range(360, 450))
     alike = fill_up_packed(Packer()(ROWS[:1] * 3), 4)
     assert alike["labels"].shape == (1, 12), "no longer than so many rows can be"
     assert alike["rows"].places.tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("number", [1, 7, 8, 9, 63, 64, 65, 1000, 2049, 65535])
-def test_few_sizes_are_at_most_an_eighth_more(number):
+def test_few_sizes_are_at_most_half_as_much_again(number):
     size = few_sizes(number)
-    assert number <= size <= max(number + 7, number * 9 / 8)
+    assert number <= size <= max(number + 7, number * 3 / 2)
     assert size % 8 == 0
+
+
+def test_of_sizes_there_are_two_from_each_power_of_two_to_the_next():
+    assert sorted({few_sizes(number) for number in range(1025, 4097)}) == [1536, 2048, 3072, 4096]
+
+
+@pytest.mark.parametrize(
+    ("longest", "needed", "wanted"),
+    [(2048, 130, 256), (2048, 129, 256), (2048, 128, 128), (75, 38, 38), (75, 39, 75), (5, 1, 2), (1, 1, 1)],
+)
+def test_lengths_of_packed_rows_are_the_longest_one_halved(longest, needed, wanted):
+    assert halved(longest, needed) == wanted
 
 
 def test_packing_makes_one_row_whose_positions_begin_anew():
