@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from cluster.home import home_folder, write_text
 from cluster.job_queue import QueuedJob
 from cluster.limits import num_idle_cores
 from cluster.machines import Raylets, remember, with_lost
-from cluster.placement import CARDS_VARIABLE, as_lent
+from cluster.placement import CARDS_VARIABLE, OWN_CORES, as_lent
 from cluster.rule import TRAIN, Card, Chat
 from cluster.session import Session, is_alive, is_joined, known_cards
 from cluster.turn import EARLY_VARIABLE
@@ -83,7 +83,7 @@ class RayGround:
         chat = _chat(application, self.engines, bounds)
         lent = [as_lent(card, self.idle_engine) for card in cards]
         num_answering = _num_answering(self.engines, served.get("proxies") or {})
-        return Sight(_cards(lent, raylets, self.engines, used), chat, bounds, drivers, lost_chat, num_answering, num_idle_cores())
+        return Sight(_cards(lent, raylets, self.engines, used), chat, bounds, drivers, lost_chat, num_answering, _num_idle_cores(cards))
 
     def submit(self, job: QueuedJob) -> None:
         """Start a job's process; Ray takes a submission's name only once."""
@@ -177,6 +177,11 @@ def _engines(application: dict[str, Any], joined: Set[str]) -> tuple[Engine, ...
         for replica in replicas
         if replica.get("node_id")
     )
+
+
+def _num_idle_cores(cards: Sequence[Mapping[str, str]]) -> float:
+    """Return how many cores have nothing to do; none where cards have their own: what gets ready on a card then takes those of its chat."""
+    return 0.0 if any(OWN_CORES in card for card in cards) else num_idle_cores()
 
 
 def _num_answering(engines: Iterable[Engine], proxies: Mapping[str, Mapping[str, Any]]) -> int:

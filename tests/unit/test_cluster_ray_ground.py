@@ -12,7 +12,7 @@ from cluster.activity import ActivityFile, read_activity, tell_to_sleep
 from cluster.arbiter import LOST, Driver
 from cluster.chat_wish import forget_wish, keep_wish
 from cluster.placement import CARDS_VARIABLE, SLEEPING_GIB, as_lent, card_selector, is_usable
-from cluster.ray_ground import ENTRYPOINT, RayGround, _bounds, _cards, _chat, _driver, _engines, _is_used
+from cluster.ray_ground import ENTRYPOINT, RayGround, _bounds, _cards, _chat, _driver, _engines, _is_used, _num_idle_cores
 from cluster.rule import Chat
 from serve.activity import Noted
 from tests.helpers.json_door import JsonDoor, listening
@@ -233,6 +233,13 @@ def test_a_serve_cards_gpu_is_lent_without_what_a_sleeping_engine_keeps():
     assert as_lent(train, "auto") == train
     on_cpu = {"pool": "serve", "memory-gib": "8"}
     assert as_lent(on_cpu, "sleep") == on_cpu
+
+
+def test_where_cards_have_their_own_cores_none_is_idle_for_a_job_that_gets_ready(monkeypatch):
+    """It would take those of the chat whose card it will have."""
+    monkeypatch.setattr("cluster.ray_ground.num_idle_cores", lambda: 9.0)
+    assert _num_idle_cores([{"card": "card0"}, {"card": "card1"}]) == 9.0
+    assert _num_idle_cores([{"card": "card0", "own-cores": "3"}, {"card": "card1"}]) == 0.0
 
 
 def test_a_process_trains_on_the_cards_that_it_was_given(monkeypatch):
