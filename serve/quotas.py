@@ -24,6 +24,12 @@ TIMEOUT_S = 5.0
 START_TIMEOUT_S = 60.0
 
 
+Asked = tuple[str, dict[str, int], int]
+"""A key's hash, its quotas by kind, and the tokens of a request's prompt."""
+Spent = tuple[str, int, int]
+"""A key's hash, its quota of tokens, and the tokens of an answer."""
+
+
 @dataclass(frozen=True)
 class Standing:
     """How one quota of a key stands; `reset_s` is the time until it is whole again."""
@@ -70,6 +76,12 @@ class Counter:
         """Count more tokens, also those over the limit."""
         self.limiter.hit(RateLimitItemPerMinute(limit), key, TOKENS, cost=num_tokens)
 
+    def take_all(self, asked: list[Asked], spent: list[Spent]) -> list[Admission]:
+        """Count what was spent, and then requests, in their order: all that came to a replica while it waited for the last answer."""
+        for one in spent:
+            self.spend(*one)
+        return [self.take(*one) for one in asked]
+
     def _standing(self, item: RateLimitItemPerMinute, key: str, kind: str) -> Standing:
         window = self.limiter.get_window_stats(item, key, kind)
         return Standing(item.amount, window.remaining, max(0.0, window.reset_time - time.time()))
@@ -99,10 +111,16 @@ def quotas_of(key: Key) -> dict[str, int]:
 
 
 class ClusterQuotas:
-    """The counter of this cluster: an actor that is started when the first key with quotas is used."""
+    """The counter of this cluster: an actor that is started when the first key with quotas is used.
+
+    It is asked once at a time, and what comes meanwhile together: calls to an actor are most of what keys cost the loop that answers.
+    """
 
     def __init__(self) -> None:
         self._actor: Any = None
+        self._asked: list[tuple[Key, int, asyncio.Future[Admission]]] = []
+        self._spent: list[Spent] = []
+        self._sender: asyncio.Task[None] | None = None
 
     async def take(self, key: Key, num_tokens: int) -> Admission:
         """Count one request of a key that has quotas, and its prompt's tokens, unless a quota is spent.
@@ -110,23 +128,44 @@ class ClusterQuotas:
         Raises:
             QuotaError: The counter does not answer.
         """
-        from ray.exceptions import RayError
-
-        timeout_s = TIMEOUT_S if self._actor else START_TIMEOUT_S
-        try:
-            self._actor = self._actor or await asyncio.to_thread(_counter)
-            asked = self._actor.take.remote(key.sha256, quotas_of(key), num_tokens)
-            admission: Admission = await asyncio.wait_for(asked, timeout_s)
-        except (RayError, TimeoutError, ValueError) as error:
-            raise QuotaError(str(error)) from None
-        for kind, standing in admission.standings.items():
-            QUOTA_USED.set(1 - standing.remaining / standing.limit, key=key.name, quota=kind)
-        return admission
+        answer: asyncio.Future[Admission] = asyncio.get_running_loop().create_future()
+        self._asked.append((key, num_tokens, answer))
+        self._send_soon()
+        return await answer
 
     def spend(self, key: Key, num_tokens: int) -> None:
         """Count an answer's tokens, without waiting."""
-        if self._actor is not None and key.tpm is not None and num_tokens:
-            self._actor.spend.remote(key.sha256, key.tpm, num_tokens)
+        if key.tpm is not None and num_tokens:
+            self._spent.append((key.sha256, key.tpm, num_tokens))
+            self._send_soon()
+
+    def _send_soon(self) -> None:
+        if self._sender is None or self._sender.done():
+            self._sender = asyncio.create_task(self._send())
+
+    async def _send(self) -> None:
+        while self._asked or self._spent:
+            asked, spent, self._asked, self._spent = self._asked, self._spent, [], []
+            try:
+                admissions = await self._ask([(key.sha256, quotas_of(key), num_tokens) for key, num_tokens, _ in asked], spent)
+            except Exception as error:
+                for _, _, answer in asked:
+                    if not answer.done():
+                        answer.set_exception(QuotaError(str(error)))
+                continue
+            for (_, _, answer), admission in zip(asked, admissions, strict=True):
+                if not answer.done():
+                    answer.set_result(admission)
+            newest = {key.name: admission.standings for (key, _, _), admission in zip(asked, admissions, strict=True)}
+            for name, standings in newest.items():
+                for kind, standing in standings.items():
+                    QUOTA_USED.set(1 - standing.remaining / standing.limit, key=name, quota=kind)
+
+    async def _ask(self, asked: list[Asked], spent: list[Spent]) -> list[Admission]:
+        timeout_s = TIMEOUT_S if self._actor else START_TIMEOUT_S
+        self._actor = self._actor or await asyncio.to_thread(_counter)
+        found: list[Admission] = await asyncio.wait_for(self._actor.take_all.remote(asked, spent), timeout_s)
+        return found
 
 
 def _counter() -> Any:

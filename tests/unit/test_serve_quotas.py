@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from serve.keys import KeyFile
+from serve.keys import Key, KeyFile
 from serve.meter import Meter
 from serve.protocols import PROTOCOLS
-from serve.quotas import Counter, QuotaError
+from serve.quotas import ClusterQuotas, Counter, QuotaError
 from tests.helpers.front import ASKED, BASE, Answer, HereQuotas, chat, make_front, refused
 
 CHAT = PROTOCOLS["/v1/chat/completions"]
@@ -220,3 +220,56 @@ def test_a_full_queue_is_503_and_a_place_is_free_again_after_an_answer(shelf, tm
     assert [answer.status for answer in answers] == [200, 200, 503, 200]
     assert answers[2].json["error"]["code"] == "overloaded"
     assert answers[2].headers[b"retry-after"] == b"1"
+
+
+class Actor:
+    """The counter, as an actor answers: later, and once it was told to; or it fails."""
+
+    def __init__(self) -> None:
+        self.counter, self.calls, self.may_answer, self.fails = Counter(), [], asyncio.Event(), False
+        self.take_all = self
+
+    async def remote(self, asked, spent):
+        self.calls.append((len(asked), len(spent)))
+        await self.may_answer.wait()
+        if self.fails:
+            raise ValueError("it is gone")
+        return self.counter.take_all(asked, spent)
+
+
+def test_requests_that_come_while_the_counter_is_asked_are_asked_together_and_each_has_its_own_answer():
+    async def ask_many():
+        quotas, actor, key = ClusterQuotas(), Actor(), Key(name="alice", sha256="hash", created_s=0, rpm=4, tpm=1000)
+        quotas._actor = actor
+        first = asyncio.create_task(quotas.take(key, 1))
+        await asyncio.sleep(0.01)
+        others = [asyncio.create_task(quotas.take(key, 10)) for _ in range(4)]
+        quotas.spend(key, 100)
+        await asyncio.sleep(0.01)
+        assert actor.calls == [(1, 0)]
+        actor.may_answer.set()
+        admissions = [await first, *[await one for one in others]]
+        assert [one.spent for one in admissions] == [None] * 4 + ["requests"]
+        assert [one.standings["tokens"].remaining for one in admissions[:4]] == [999, 889, 879, 869]
+        quotas.spend(key, 0)
+        quotas.spend(key, 9)
+        await asyncio.sleep(0.01)
+        assert actor.calls == [(1, 0), (4, 1), (0, 1)]
+
+    asyncio.run(ask_many())
+
+
+def test_a_counter_that_fails_fails_whoever_waits_and_is_asked_again():
+    async def ask_many():
+        quotas, actor, key = ClusterQuotas(), Actor(), Key(name="alice", sha256="hash", created_s=0, rpm=9)
+        quotas._actor, actor.fails = actor, True
+        actor.may_answer.set()
+        found = await asyncio.gather(*[quotas.take(key, 1) for _ in range(3)], return_exceptions=True)
+        assert [type(one) for one in found] == [QuotaError] * 3
+        left = asyncio.create_task(quotas.take(key, 1))
+        await asyncio.sleep(0)
+        left.cancel()
+        actor.fails = False
+        assert (await quotas.take(key, 1)).standings["requests"].remaining in (7, 8)
+
+    asyncio.run(ask_many())
