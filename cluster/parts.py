@@ -35,14 +35,20 @@ def parts_of(machine: MachineConfig, cards: list[Card], session: Session) -> Ite
         yield MLFLOW, *mlflow_command(LOOPBACK, machine.mlflow_port)
     head = ["--head", "--port", str(machine.ray_port), "--dashboard-host", machine.listen_host]
     head += ["--dashboard-port", str(machine.dashboard_port), "--temp-dir", str(ray_folder()), *head_arguments()]
-    if not cards:
+    name = head_name(cards)
+    if name == HEAD:
         yield HEAD, [*RAY_START, *head, *_bare_arguments(machine)], {"CUDA_VISIBLE_DEVICES": ""}
-    for number, card in enumerate(cards):
-        yield raylet_part(machine, card, head if number == 0 else ["--address", session.ray_address])
+    for card in cards:
+        yield raylet_part(machine, card, head if card.name == name else ["--address", session.ray_address])
     yield ARBITER, BESIDE_COMMANDS[ARBITER], {}  # which samples this machine too
     if not is_loopback(machine.listen_host):
         target = "" if Environment().mlflow_tracking_uri else session.mlflow_url
         yield GATE, gate_command(machine.listen_host, machine.mlflow_port, target, "door"), {}
+
+
+def head_name(cards: list[Card]) -> str:
+    """Return which part is Ray's head: the first card, unless there is none, or cards have cores that nothing else is to compute on."""
+    return HEAD if not cards or any(card.cores for card in cards) else cards[0].name
 
 
 def mlflow_command(host: str, port: int) -> tuple[list[str], dict[str, str]]:

@@ -21,8 +21,7 @@ from cluster.cards import Card, find_cards
 from cluster.chat_wish import forget_wish
 from cluster.haproxy import proxy_environment
 from cluster.home import home_folder, log_folder, require_disk, write_text
-from cluster.parts import BESIDE_COMMANDS, LOOPBACK, parts_of, ray_folder, stack_environment
-from cluster.placement import HEAD
+from cluster.parts import BESIDE_COMMANDS, LOOPBACK, head_name, parts_of, ray_folder, stack_environment
 from cluster.processes import Process, find_shells, port_owner, send_signal
 from cluster.session import (
     BESIDE,
@@ -101,7 +100,7 @@ def start(machine: MachineConfig, say: Callable[[str], None], named: str | None 
                 process = spawn(name, command, {**shared, **extra})
                 session = replace(session, processes=(*session.processes, process))
                 keep_session(session)  # at once: an `up` that is killed leaves what the next `up` or `down` ends
-                if name == (cards[0].name if cards else HEAD):
+                if name == head_name(cards):
                     wait_until(session, lambda up: answers(f"{up.dashboard_url}/api/version"), "Ray's dashboard")
                 # One after the other: two that start at once may choose the same socket, and one of them dies.
                 wait_until(session, _has_its_raylets, f"the raylet of {name}")

@@ -29,8 +29,7 @@ class CardConfig(Settings):
     gpu: str | None = Field(None, coerce_numbers_to_str=True)
     """Part of the GPU's name (`RTX 5090`) or its number; a share of the CPU if empty."""
     cores: str | None = Field(None, coerce_numbers_to_str=True, pattern=r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$")
-    """Cores that nothing else of Tandem's cards computes on, such as `0-3,8`; all cards share them all if empty. Ray's own processes and
-    the drivers of jobs have those of the first card."""
+    """Cores on which the card computes, and no other card, such as `0-3,8`; all cards share all of them if empty."""
 
     @property
     def core_numbers(self) -> tuple[int, ...]:

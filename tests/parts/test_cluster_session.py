@@ -17,9 +17,9 @@ from threading import Thread
 import psutil
 import pytest
 
-from cluster.cards import find_cards
+from cluster.cards import Card, find_cards
 from cluster.home import write_text
-from cluster.parts import parts_of
+from cluster.parts import head_name, parts_of
 from cluster.processes import Process, port_owner
 from cluster.session import ARBITER, Session, answers, read_session, require_session, token_file, write_exports
 from cluster.stack import _require_free_ports, spawn, start, stop
@@ -370,6 +370,21 @@ def test_a_shell_with_the_exports_can_start_the_next_cluster(home):
     exports = (home / "env").read_text()
     assert f"export RAY_AUTH_TOKEN_PATH={token_file()}\n" in exports
     assert "MLFLOW_TRACKING_URI" not in exports
+
+
+def test_where_cards_have_cores_of_their_own_rays_head_is_none_of_them(home):
+    cards = [Card("card0", "serve", 2, 4.0, cores=(0, 1)), Card("card1", "train", 2, 4.0, cores=(2, 3))]
+    commands = {name: command for name, command, _ in parts_of(MachineConfig(), cards, session_of())}
+    assert head_name(cards) == "head"
+    assert "--head" in commands["head"]
+    assert "machine=head" in commands["head"], "and no label of a card"
+    assert [commands[name][:3] for name in ("card0", "card1")] == [["taskset", "--cpu-list", "0,1"], ["taskset", "--cpu-list", "2,3"]]
+    assert not any("--head" in commands[name] for name in ("card0", "card1"))
+    sharing = [replace(card, cores=()) for card in cards]
+    commands = {name: command for name, command, _ in parts_of(MachineConfig(), sharing, session_of())}
+    assert head_name(sharing) == "card0"
+    assert "--head" in commands["card0"]
+    assert "head" not in commands
 
 
 def test_each_card_sees_the_gpu_that_nvidia_smi_numbered():

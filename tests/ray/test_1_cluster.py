@@ -1,12 +1,15 @@
 """The stack itself: up, up again, status, what listens, what is refused."""
 
 import json
+import os
 import re
 
 import httpx
+import pytest
 
+from cluster.cards import find_gpus
 from cluster.processes import Process, quiet_port
-from tests.ray.stack import Stack, wait_for
+from tests.ray.stack import Stack, make_config, wait_for
 
 
 def test_a_second_up_changes_nothing(stack: Stack):
@@ -64,6 +67,28 @@ def test_another_stack_that_wants_a_taken_port_is_refused_and_leaves_nothing(sta
     assert f"port {stack.ports['mlflow_port']} (mlflow_port) is held by" in done.stderr
     assert "mlflow_port=" in done.stderr
     assert not (tmp_path / "home" / "cluster.json").exists()
+
+
+@pytest.mark.skipif(bool(find_gpus()), reason="it is of cards that are none of a GPU's")
+def test_a_card_with_cores_of_its_own_trains_there_and_rays_head_is_elsewhere(stack: Stack, tiny_model, tmp_path):
+    other = Stack(tmp_path / "home", tmp_path, {name: quiet_port() for name in stack.ports})
+    everywhere, core = os.sched_getaffinity(0), min(os.sched_getaffinity(0))
+    machine = [f"{name}={port}" for name, port in other.ports.items() if name != "chat"]
+    try:
+        up = other.run("cluster", "up", "auto", f"cards=[{{pool: serve}}, {{pool: train, cores: {core}}}]", *machine)
+        assert up.returncode == 0, up.stderr
+        session = json.loads((other.home / "cluster.json").read_text())
+        raylets = {}
+        for entry in session["processes"]:
+            for member in Process(**entry).family():
+                if any(word.endswith("/raylet") for word in member.cmdline()):
+                    raylets[entry["name"]] = set(member.cpu_affinity())
+        assert raylets == {"head": everywhere, "card0": everywhere, "card1": {core}}
+        trained = other.run("train", str(make_config(tmp_path, tiny_model, other.ports["chat"])))
+        assert trained.returncode == 0, trained.stderr
+        assert "registered as tiny:1" in trained.stdout
+    finally:
+        other.run("cluster", "down")
 
 
 def test_more_workers_than_train_cards_are_refused_at_once(stack: Stack, config):
