@@ -71,17 +71,18 @@ class Card:
     def labels(self) -> dict[str, str]:
         """Labels by which Ray places work."""
         memory_gib = math.floor(self.memory_gib * 100) / 100
-        more = {OWN_CORES: str(len(self.cores))} if self.cores and not self.gpu else {}
+        own_cores, of_gpu = {OWN_CORES: str(len(self.cores))} if self.cores else {}, {}
         if self.gpu:
             formats = {"bf16": self.gpu.has_bf16, "fp8": self.gpu.has_fp8}
-            more = {"gpu-share": f"{self.gpu_share:g}", **{name: str(has).lower() for name, has in formats.items()}}
+            of_gpu = {"gpu-share": f"{self.gpu_share:g}", **{name: str(has).lower() for name, has in formats.items()}}
         return {
             "machine": self.machine,
             "pool": self.pool,
             "card": self.name,
             "accelerator": self.accelerator,
             "memory-gib": f"{memory_gib:g}",
-            **more,
+            **own_cores,
+            **of_gpu,
         }
 
     def kept_to_cores(self, command: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ def num_cpus() -> int:
 
 
 def num_idle_cores() -> float:
-    """Return how many of them had nothing to do since this was asked last; 0 in a group with a limit, where nobody knows."""
+    """Return how many of them had nothing to do since this was asked last; 0 where a process may not use them all, and nobody knows."""
     there = os.cpu_count() or 1
     return float(there * psutil.cpu_times_percent().idle / 100) if num_cpus() == there else 0.0
 

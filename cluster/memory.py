@@ -215,6 +215,8 @@ class Step:
         found = (2 * shape.query_width + 2 * kv_width) * value + FP32_BYTES * shape.num_heads
         if shape.has_qk_norm:
             found += (shape.query_width + shape.kv_width) * value
+        if self.train.packing:  # the outcome of rows that are filled up, and of their tokens alone
+            found += shape.query_width * value
         if plain:  # the softmax in fp32, and in the model's format
             return found + shape.num_heads * self.rows.longest_tokens * (FP32_BYTES + (value if value == BF16_BYTES else 0))
         return found

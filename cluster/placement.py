@@ -1,6 +1,6 @@
 """Which cards a process may train on: those that the queue gave it, or else any of the train pool; and what it asks Ray for there.
 
-Knows Ray's resources and label selectors, and one variable of the environment. Does not know who gives cards.
+Knows Ray's resources and label selectors, how many cores there are, and one variable of the environment. Does not know who gives cards.
 """
 
 import os
@@ -12,7 +12,7 @@ CARDS_VARIABLE = "TANDEM_CARDS"
 HEAD = "head"  # the label of the first machine's cards; one that joined has its own name
 CARD, SEAT = "card", "seat"
 """Ray's names for a card, which one has alone, and for the place beside it of an engine that can sleep."""
-OWN_CORES = "own-cores"  # label of a card without a GPU that has cores of its own: how many
+OWN_CORES = "own-cores"  # label of a card that has cores of its own: how many
 GPU_SHARE = 0.2
 """Of its card's GPU in Ray's books: it only shows the GPU to a process. Five fit: an engine that sleeps, the job that trains there, its
 worker where that stood by, another one that stands by, and one that still ends."""

@@ -5,6 +5,7 @@ without quotas never asks it. Does not know HTTP.
 """
 
 import asyncio
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ class ClusterQuotas:
     """The counter of this cluster: an actor that is started when the first key with quotas is used.
 
     It is asked once at a time, and what comes meanwhile together: calls to an actor are most of what keys cost the loop that answers.
+    While it does not answer, a request waits for what was asked before, too; tokens that were spent meanwhile are not counted.
     """
 
     def __init__(self) -> None:
@@ -142,10 +144,19 @@ class ClusterQuotas:
     def _send_soon(self) -> None:
         if self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send())
+            self._sender.add_done_callback(self._ended)
+
+    def _ended(self, sender: asyncio.Task[None]) -> None:
+        """Nobody waits for ever, whatever ended the one who asks."""
+        if not sender.cancelled() and (error := sender.exception()):
+            logging.getLogger(__name__).error("quotas are not told of: %s", error)
+        if self._asked:
+            self._send_soon()
 
     async def _send(self) -> None:
         while self._asked or self._spent:
-            asked, spent, self._asked, self._spent = self._asked, self._spent, [], []
+            asked = [one for one in self._asked if not one[2].done()]  # whose client is still there
+            spent, self._asked, self._spent = self._spent, [], []
             try:
                 admissions = await self._ask([(key.sha256, quotas_of(key), num_tokens) for key, num_tokens, _ in asked], spent)
             except Exception as error:
@@ -156,16 +167,20 @@ class ClusterQuotas:
             for (_, _, answer), admission in zip(asked, admissions, strict=True):
                 if not answer.done():
                     answer.set_result(admission)
-            newest = {key.name: admission.standings for (key, _, _), admission in zip(asked, admissions, strict=True)}
-            for name, standings in newest.items():
-                for kind, standing in standings.items():
-                    QUOTA_USED.set(1 - standing.remaining / standing.limit, key=name, quota=kind)
+            _tell({key.name: admission for (key, _, _), admission in zip(asked, admissions, strict=True)})
 
     async def _ask(self, asked: list[Asked], spent: list[Spent]) -> list[Admission]:
         timeout_s = TIMEOUT_S if self._actor else START_TIMEOUT_S
         self._actor = self._actor or await asyncio.to_thread(_counter)
         found: list[Admission] = await asyncio.wait_for(self._actor.take_all.remote(asked, spent), timeout_s)
         return found
+
+
+def _tell(newest: dict[str, Admission]) -> None:
+    """Keep for the metrics how each key's quotas stand, by its name."""
+    for name, admission in newest.items():
+        for kind, standing in admission.standings.items():
+            QUOTA_USED.set(1 - standing.remaining / standing.limit, key=name, quota=kind)
 
 
 def _counter() -> Any:

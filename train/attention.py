@@ -48,11 +48,17 @@ def spread(lengths: Sequence[int]) -> Spread:
     return Spread(len(lengths), longest, torch.cat([torch.arange(length) + number * longest for number, length in enumerate(lengths)]))
 
 
-def widen(rows: Spread, longest: int, num_more: int, num_rows_more: int) -> Spread:
-    """Return where tokens are once rows are filled up to another length, and so many more tokens lie behind them in rows of their own."""
+def widen(rows: Spread, longest: int, num_more: int) -> tuple[Spread, torch.Tensor]:
+    """Return where tokens are once rows are filled up to another length, and so many more tokens stand where rows have none.
+
+    And these tokens' positions, (num_more,).
+    """
     places = torch.arange(rows.num_rows * rows.longest) if rows.places is None else rows.places
     places = places // rows.longest * longest + places % rows.longest
-    return Spread(rows.num_rows + num_rows_more, longest, torch.cat([places, torch.arange(num_more) + rows.num_rows * longest]))
+    is_free = torch.ones(rows.num_rows * longest, dtype=torch.bool)
+    is_free[places] = False
+    added = is_free.nonzero().flatten()[:num_more]
+    return Spread(rows.num_rows, longest, torch.cat([places, added])), added % longest
 
 
 def lay_end_to_end(base: Any) -> bool:
@@ -154,7 +160,7 @@ def attend(
     def fill_up(states: torch.Tensor) -> torch.Tensor:  # (1, heads, tokens, width) -> (rows, heads, longest, width)
         states = states[0].transpose(0, 1)
         if rows.places is not None:
-            states = states.new_zeros(rows.num_rows * rows.longest, *states.shape[1:]).index_copy_(0, rows.places, states)
+            states = _Put.apply(states, rows.places, rows.num_rows * rows.longest)
         return states.reshape(rows.num_rows, rows.longest, *states.shape[1:]).transpose(1, 2)
 
     mixed, _ = sdpa_attention_forward(module, fill_up(query), fill_up(key), fill_up(value), mask, **settings)
@@ -178,4 +184,22 @@ class _Take(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (places,) = context.saved_tensors
-        return gradient.new_zeros(context.num_values, *gradient.shape[1:]).index_copy_(0, places, gradient), None
+        return _put(gradient, places, context.num_values), None
+
+
+class _Put(torch.autograd.Function):  # type: ignore[misc]
+    """Puts values at places among noughts; `index_copy_` itself would keep them for the way back, where only places are needed."""
+
+    @staticmethod
+    def forward(context: Any, values: torch.Tensor, places: torch.Tensor, num_places: int) -> torch.Tensor:
+        context.save_for_backward(places)
+        return _put(values, places, num_places)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (places,) = context.saved_tensors
+        return gradient.index_select(0, places), None, None
+
+
+def _put(values: torch.Tensor, places: torch.Tensor, num_places: int) -> torch.Tensor:
+    return values.new_zeros(num_places, *values.shape[1:]).index_copy_(0, places, values)

@@ -21,7 +21,7 @@ Run = Callable[[Inputs, torch.Tensor], torch.Tensor]
 """Takes a batch and the number of answer tokens of its whole step, adds to the gradients, and returns the loss."""
 
 NUM_EAGER = 2  # kernels are compiled and chosen in the first ones, and again in the first one of a shape
-WORTH = 0.85  # of a step's time that one as a graph may take: for graphs, rows are filled up
+WORTH = 0.75  # of a step's time that one as a graph may take: for graphs, both times, rows and packed batches are filled up
 MAX_GRAPHS = 16  # each takes memory beside torch's allocator; the one that was replayed least lately leaves
 # A capture takes about as long as a step that is none. After so many it is looked whether graphs were replayed twice as often.
 MANY_CAPTURES, REPLAYS_FOR_ONE = 4 * MAX_GRAPHS, 2

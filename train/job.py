@@ -175,14 +175,15 @@ def _watch(control: Any, show: Callable[["Progress"], None]) -> Iterator[Callabl
 
     def watch() -> None:
         shown: Progress | None = None
+        reader = _Reader(control)
         with suppress(ray.exceptions.RayError):  # the cluster is gone, and fit() tells why
             while not done.wait(POLL_S):
-                progress = _newest(control) or shown
-                if asked.is_set() and progress is None:
+                progress = reader.newest() or shown
+                if asked.is_set() and progress is None and not done.is_set():
                     os.kill(os.getpid(), signal.SIGINT)  # as if somebody asked a second time
                     return
                 if asked.is_set():
-                    ray.get(control.ask_to_stop.remote(ASKED))
+                    control.ask_to_stop.remote(ASKED)  # again and again
                 if progress and progress != shown:
                     show(progress)
                 shown = progress
@@ -202,15 +203,22 @@ def _watch(control: Any, show: Callable[["Progress"], None]) -> Iterator[Callabl
         watcher.join()
 
 
-def _newest(control: Any) -> "Progress | None":
-    """Return how far the workers are; None too where nobody answers in time, as while many processes start on few cores."""
-    import ray
+class _Reader:
+    """Asks how far the workers are, without waiting long: the one to answer may still start, behind many others on few cores."""
 
-    try:
-        progress: Progress | None = ray.get(control.read.remote(), timeout=ANSWERS_WITHIN_S)
-    except ray.exceptions.GetTimeoutError:
-        return None
-    return progress
+    def __init__(self, control: Any) -> None:
+        self.control, self.asked = control, None
+
+    def newest(self) -> "Progress | None":
+        """Return how far they are; None too while nobody answers what was asked."""
+        import ray
+
+        self.asked = self.asked or self.control.read.remote()
+        if not ray.wait([self.asked], timeout=ANSWERS_WITHIN_S)[0]:
+            return None
+        answered, self.asked = self.asked, None
+        progress: Progress | None = ray.get(answered)
+        return progress
 
 
 def make_manifest(start: Start, run_id: str, checkpoint: Path, metrics: dict[str, float]) -> Manifest:

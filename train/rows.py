@@ -100,18 +100,19 @@ def halved(longest: int, needed: int) -> int:
 
 
 def fill_up_packed(batch: dict[str, Any], longest: int) -> dict[str, Any]:
-    """Make a packed batch's tokens, (1, tokens), and its longest row, of few sizes, by rows that carry no loss, none over `longest`."""
+    """Make a packed batch's tokens, (1, tokens), and its longest row, of few sizes, by tokens without loss behind the ends of rows.
+
+    `longest` is that of all rows there are.
+    """
     rows, num_tokens = batch["rows"], batch["labels"].shape[1]
-    most = max(num_tokens, rows.num_rows * longest)
-    num_filled = min(few_sizes(num_tokens), most)
-    num_more, length = num_filled - num_tokens, halved(max(rows.longest, longest), rows.longest)
-    # Of one size as many, though most add less than a third; and no more than so many rows can be.
-    num_rows_more = -(-max(num_more, min(num_filled // 3, most - num_filled)) // length)
+    length = halved(max(rows.longest, longest), rows.longest)
+    num_more = min(few_sizes(num_tokens), rows.num_rows * length) - num_tokens
+    widened, positions = widen(rows, length, num_more)
     return {
         "input_ids": pad(batch["input_ids"], (0, num_more)),
-        "position_ids": torch.cat([batch["position_ids"], torch.arange(num_more)[None] % length], dim=1),
+        "position_ids": torch.cat([batch["position_ids"], positions[None]], dim=1),
         "labels": pad(batch["labels"], (0, num_more), value=NO_LOSS),
-        "rows": widen(rows, length, num_more, num_rows_more),
+        "rows": widened,
     }
 
 

@@ -1,5 +1,6 @@
 """One machine: its cards, where its services listen, lending, logs, and what a Kubernetes cluster needs to be told."""
 
+from collections import Counter
 from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
@@ -29,13 +30,20 @@ class CardConfig(Settings):
     gpu: str | None = Field(None, coerce_numbers_to_str=True)
     """Part of the GPU's name (`RTX 5090`) or its number; a share of the CPU if empty."""
     cores: str | None = Field(None, coerce_numbers_to_str=True, pattern=r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$")
-    """Cores on which the card computes, and no other card, such as `0-3,8`; all cards share all of them if empty."""
+    """Cores on which the card computes, and no other card, such as `'0-3,8'`; each card has its own, or all cards share all of them."""
 
     @property
     def core_numbers(self) -> tuple[int, ...]:
         """Which cores these are; none if it shares them all."""
         ranges = (part.partition("-") for part in (self.cores or "").split(",") if part)
         return tuple(number for first, _, last in ranges for number in range(int(first), int(last or first) + 1))
+
+    @model_validator(mode="after")
+    def _counts_upwards(self) -> Self:
+        ranges = (part.partition("-") for part in (self.cores or "").split(",") if part)
+        if any(last and int(last) < int(first) for first, _, last in ranges):
+            raise ValueError(f"cores={self.cores} does not count upwards, as 0-3 does")
+        return self
 
 
 class LendingConfig(Settings):
@@ -155,11 +163,13 @@ class MachineConfig(Settings):
 
     @model_validator(mode="after")
     def _own_cores(self) -> Self:
-        owned = [number for card in self.cards if not isinstance(card, str) for number in card.core_numbers]
-        if twice := sorted({number for number in owned if owned.count(number) > 1}):
-            raise ValueError(f"cards: core {twice[0]} is named twice; cores belong to one card, or to all if `cores` is left out")
-        if any(not isinstance(card, str) and card.cores and not card.core_numbers for card in self.cards):
-            raise ValueError("cards: `cores` counts upwards, such as 0-3")
+        if self.cards == "auto":
+            return self
+        if any(card.cores for card in self.cards) and not all(card.cores for card in self.cards):
+            raise ValueError("cards: each has `cores` of its own, or none has")
+        counted = Counter(number for card in self.cards for number in card.core_numbers)
+        if twice := sorted(number for number, times in counted.items() if times > 1):
+            raise ValueError(f"cards: core {twice[0]} is named twice; each belongs to one card")
         return self
 
     @model_validator(mode="after")

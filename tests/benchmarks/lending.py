@@ -10,6 +10,7 @@ where `--cores N` gives each card N cores of its own.
 
 import argparse
 import json
+import os
 import tempfile
 import threading
 import time
@@ -86,8 +87,9 @@ class Way:
         self.gpus = gpus
         self.cards = "[{pool: serve}, {pool: train}]"
         if num := arguments.cores:
-            cores = [f"{first}-{first + num - 1}" for first in (2 * number * num, (2 * number + 1) * num)]
-            self.cards = f"[{{pool: serve, cores: {cores[0]}}}, {{pool: train, cores: {cores[1]}}}]"
+            there = sorted(os.sched_getaffinity(0))[2 * number * num :]
+            serve, train = (",".join(map(str, cores)) for cores in (there[:num], there[num : 2 * num]))
+            self.cards = f"[{{pool: serve, cores: '{serve}'}}, {{pool: train, cores: '{train}'}}]"
         self.folder = Path(tempfile.mkdtemp(prefix="tandem-lending-"))
         self.stack = Stack(self.folder / "home", self.folder, {name: free_port() for name in PORTS}, gpus=[gpu.index for gpu in gpus])
         self.lends, self.minutes, self.overrides = lends, arguments.minutes, arguments.overrides

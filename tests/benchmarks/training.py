@@ -108,9 +108,9 @@ def named(setting: str, shape: str) -> str:
     return f"{kind}_{shape}_{tokens}"
 
 
-def on_cpu(steps: int) -> None:
+def on_cpu(steps: int, overrides: list[str]) -> None:
     """The 135M model on the helpdesk data."""
-    found = measure("configs/helpdesk.yaml", ["train.lora.num_layers=null"], steps)  # as the plain loop: all blocks
+    found = measure("configs/helpdesk.yaml", ["train.lora.num_layers=null", *overrides], steps)  # as the plain loop: all blocks
     write_result("training", {f"lora_135m_{name}": value for name, value in found.items()})
 
 
@@ -164,7 +164,7 @@ def main() -> None:
         usual = [name for name in SETTINGS if "fp8" not in name or has_fp8]
         on_gpu(arguments, arguments.settings or usual)
     else:
-        on_cpu(arguments.steps)
+        on_cpu(arguments.steps, arguments.overrides)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from train.job import _failure, _watch
 from train.standby import Standby, worker_environment
 
 RUN = "0" * 32
+SILENT = "no answer yet"
 TRACE = "Traceback:\n" + "\n\n".join(f"  frame {number}" for number in range(40)) + "\nValueError: the loss is not a number"
 
 
@@ -61,13 +62,8 @@ class Method:
 
 @pytest.fixture
 def control(monkeypatch):
-    def get(value, timeout=None):
-        if isinstance(value, Exception):
-            assert timeout, "it would wait for ever"
-            raise value
-        return value
-
-    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ray, "wait", lambda asked, timeout: ([] if asked == [SILENT] else asked, []))
     return SimpleNamespace(read=Method(None), ask_to_stop=Method(None))
 
 
@@ -102,14 +98,14 @@ def test_a_signal_just_after_the_first_progress_is_a_wish(control):
 
 def test_where_nobody_answers_a_signal_ends_the_run_at_once_unless_it_had_got_on(control):
     """On a core that many processes start on, the one that is asked may take a minute to be there; the card is wanted by then."""
-    control.read.answer = GetTimeoutError()
+    control.read.answer = SILENT
     with pytest.raises(KeyboardInterrupt), _watch(control, lambda progress: None):
         be_sent(signal.SIGTERM)
     shown = []
     control.read.answer = "step 1"
     with _watch(control, shown.append):
         wait_for(lambda: shown)
-        control.read.answer = GetTimeoutError()
+        control.read.answer = SILENT
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for(lambda: control.ask_to_stop.calls)
 

@@ -1,5 +1,6 @@
 """Cards of every kind of machine, from GPUs that are written by hand."""
 
+import os
 import re
 
 import pytest
@@ -52,27 +53,38 @@ def test_cards_may_have_cores_of_their_own(monkeypatch):
     assert (sharing.cores, sharing.kept_to_cores(["ray"]), num_threads(sharing.labels, 2)) == ((), ["ray"], 4)
 
 
+def test_a_gpus_card_may_have_cores_of_its_own_too(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    wanted = [CardConfig(pool="serve", gpu="0", cores="0-1"), CardConfig(pool="train", gpu="1", cores="2-7")]
+    cards = find_cards(MachineConfig(cards=wanted), [SMALL, LARGE])
+    assert [(card.num_cpus, card.labels["own-cores"], card.labels["gpu-share"]) for card in cards] == [(2, "2", "1"), (6, "6", "1")]
+
+
 @pytest.mark.parametrize(
-    ("cores", "why"),
+    ("cores", "others", "why"),
     [
-        ("0-2,2", "core 2 is named twice"),
-        ("3-1", "counts upwards"),
-        ("0-", "pattern"),
-        ("-1", "pattern"),
-        ("", "pattern"),
-        ("0,9", "no core 9 here"),
+        ("0-2,2", "3", "core 2 is named twice"),
+        ("0-2", "2-3", "core 2 is named twice"),
+        ("3-1", "4", "count upwards"),
+        ("0,5-3", "6", "count upwards"),
+        ("0-", "1", "pattern"),
+        ("-1", "2", "pattern"),
+        ("", "1", "pattern"),
+        ("0,9", "1", "no core 9 here"),
+        ("0", None, "or none has"),
     ],
 )
-def test_cores_that_cannot_be_a_cards_own_are_refused(monkeypatch, cores, why):
+def test_cores_that_cannot_be_a_cards_own_are_refused(monkeypatch, cores, others, why):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     with pytest.raises((ValueError, ClusterError), match=why):
-        find_cards(MachineConfig(cards=[CardConfig(pool="serve", cores=cores), CardConfig(pool="train")]), [])
+        find_cards(MachineConfig(cards=[CardConfig(pool="serve", cores=cores), CardConfig(pool="train", cores=others)]), [])
 
 
 def test_without_taskset_no_card_has_cores_of_its_own(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda _: None)
+    first, *_, last = sorted(os.sched_getaffinity(0))
     with pytest.raises(ClusterError, match="util-linux"):
-        find_cards(MachineConfig(cards=[CardConfig(pool="serve", cores="0"), CardConfig(pool="train")]), [])
+        find_cards(MachineConfig(cards=[CardConfig(pool="serve", cores=str(first)), CardConfig(pool="train", cores=str(last))]), [])
 
 
 def test_one_gpu_is_shared_half_and_half():

@@ -30,6 +30,7 @@ def test_a_group_with_more_cores_than_the_machine_has_the_machines(tmp_path, mon
 
 def test_cores_are_idle_by_how_busy_the_machine_is_and_where_there_is_a_limit_nobody_knows(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "GROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(os.cpu_count())))
     monkeypatch.setattr(psutil, "cpu_times_percent", lambda: SimpleNamespace(user=25.0, idle=75.0))
     assert limits.num_idle_cores() == 0.75 * (os.cpu_count() or 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 128)

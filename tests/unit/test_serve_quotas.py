@@ -266,10 +266,36 @@ def test_a_counter_that_fails_fails_whoever_waits_and_is_asked_again():
         actor.may_answer.set()
         found = await asyncio.gather(*[quotas.take(key, 1) for _ in range(3)], return_exceptions=True)
         assert [type(one) for one in found] == [QuotaError] * 3
-        left = asyncio.create_task(quotas.take(key, 1))
-        await asyncio.sleep(0)
-        left.cancel()
         actor.fails = False
-        assert (await quotas.take(key, 1)).standings["requests"].remaining in (7, 8)
+        assert (await quotas.take(key, 1)).standings["requests"].remaining == 8
+        actor.may_answer.clear()
+        waiting = [asyncio.create_task(quotas.take(key, 1)) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        left = asyncio.create_task(quotas.take(key, 1))
+        await asyncio.sleep(0.01)
+        left.cancel()
+        last = asyncio.create_task(quotas.take(key, 1))
+        await asyncio.sleep(0.01)
+        actor.may_answer.set()
+        assert [(await one).standings["requests"].remaining for one in waiting] == [7, 6, 5]
+        assert (await last).standings["requests"].remaining == 4, "whose client has left is not counted"
 
     asyncio.run(ask_many())
+
+
+def test_nobody_waits_for_ever_whatever_ends_the_one_who_asks(monkeypatch):
+    async def ask_twice():
+        quotas, actor, key = ClusterQuotas(), Actor(), Key(name="alice", sha256="hash", created_s=0, rpm=9)
+        quotas._actor = actor
+        first = asyncio.create_task(quotas.take(key, 1))
+        await asyncio.sleep(0.01)
+        second = asyncio.create_task(quotas.take(key, 1))
+        await asyncio.sleep(0.01)
+        actor.may_answer.set()
+        await asyncio.wait_for(asyncio.gather(first, second), 5)
+
+    def fail(*_):
+        raise RuntimeError("no metrics here")
+
+    monkeypatch.setattr("serve.quotas._tell", fail)
+    asyncio.run(ask_twice())
