@@ -8,6 +8,7 @@ and gradients stay where they are. Knows tensors and how long they took. Does no
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,7 +51,8 @@ def _leave_capture(stream: Any) -> None:
     """Undo what torch leaves behind where the end of a capture fails: its stream, and random numbers that wait for that end."""
     torch.cuda.set_stream(stream)
     numbers = torch.cuda.default_generators[torch.cuda.current_device()]
-    numbers.graphsafe_set_state(numbers.clone_state())  # whose copy begins without a capture
+    with suppress(RuntimeError):  # training itself draws none on a GPU
+        numbers.graphsafe_set_state(numbers.clone_state())  # whose copy begins without a capture
 
 
 def _shape(value: Any) -> Any:

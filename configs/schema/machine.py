@@ -1,16 +1,18 @@
 """One machine: its cards, where its services listen, lending, logs, and what a Kubernetes cluster needs to be told."""
 
+import re
 from collections import Counter
 from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.schema.base import Name, Port, Settings
 
 RAY_WORKER_PORTS = range(10002, 20000)
+CORES = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")  # one, or from one to another
 
 
 @lru_cache(maxsize=64)  # it is asked at each request
@@ -29,7 +31,7 @@ class CardConfig(Settings):
     """What the card is for."""
     gpu: str | None = Field(None, coerce_numbers_to_str=True)
     """Part of the GPU's name (`RTX 5090`) or its number; a share of the CPU if empty."""
-    cores: str | None = Field(None, coerce_numbers_to_str=True, pattern=r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*$")
+    cores: str | None = Field(None, coerce_numbers_to_str=True)
     """Cores on which the card computes, and no other card, such as `'0-3,8'`; each card has its own, or all cards share all of them."""
 
     @property
@@ -38,12 +40,13 @@ class CardConfig(Settings):
         ranges = (part.partition("-") for part in (self.cores or "").split(",") if part)
         return tuple(number for first, _, last in ranges for number in range(int(first), int(last or first) + 1))
 
-    @model_validator(mode="after")
-    def _counts_upwards(self) -> Self:
-        ranges = (part.partition("-") for part in (self.cores or "").split(",") if part)
-        if any(last and int(last) < int(first) for first, _, last in ranges):
-            raise ValueError(f"cores={self.cores} does not count upwards, as 0-3 does")
-        return self
+    @field_validator("cores")
+    @classmethod
+    def _names_cores(cls, cores: str | None) -> str | None:
+        parts = [] if cores is None else [CORES.fullmatch(part) for part in cores.split(",")]
+        if not all(part and int(part[2] or part[1]) >= int(part[1]) for part in parts):
+            raise ValueError(f"{cores!r} names no cores; write them like '0-3,8'")
+        return cores
 
 
 class LendingConfig(Settings):
