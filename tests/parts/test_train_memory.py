@@ -94,7 +94,7 @@ def kept_bytes(config: ChatbotConfig, length: int, lengths: tuple[int, ...]) -> 
 )
 def test_a_step_keeps_what_the_plan_says(precision, length, equal, train):
     config = make_config(precision, **train)
-    lengths = (length, length if equal or train.get("packing") else length - 20)
+    lengths = (length, length if equal else length - 20)
     step = Step(SHAPE, config.train, Rows(length, 1), Device(on_gpu=False, value_bytes=2 if precision == "bf16" else 4))
     assert step._kept_bytes() == pytest.approx(kept_bytes(config, length, lengths), rel=CLOSE)
 
