@@ -94,15 +94,19 @@ class Shelf:
 
 
 def compare(ports: dict[str, tuple[int, str]], base: Path, adapters: dict[str, Sequence[str]]) -> dict[str, float]:
-    """Load both servers in turn, for the base, for one adapter and for all of them in turn; return medians, and shares of the base."""
+    """Load both servers in turn, for the base, for one adapter and for all of them in turn; return medians, and shares of the base.
+
+    A first round is not counted: kernels are compiled in it.
+    """
     rounds: dict[str, list[float]] = {}
-    for number in range(NUM_ROUNDS):
+    for number in range(NUM_ROUNDS + 1):
         for server, (port, model) in sorted(ports.items(), reverse=number % 2 == 1):
             kinds = (("base", ()), ("one_adapter", adapters[server][:1]), ("eight_adapters", adapters[server]))
             for place, (kind, names) in enumerate(kinds):
                 found = load(port, model, base, NUM_AT_ONCE, number * len(kinds) + place, names)
-                rounds.setdefault(f"{server}_{kind}_tokens_per_s", []).append(found["tokens_per_s"])
-                console.print(f"{server}, {kind}: {found}")
+                console.print(f"{server}, {kind}{'' if number else ', not counted'}: {found}")
+                if number:
+                    rounds.setdefault(f"{server}_{kind}_tokens_per_s", []).append(found["tokens_per_s"])
     figures = {name: median(found) for name, found in rounds.items()}
     for kind in ("one_adapter", "eight_adapters"):
         figures[f"{kind}_ratio"] = figures[f"tandem_{kind}_tokens_per_s"] / figures["tandem_base_tokens_per_s"]
