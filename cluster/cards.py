@@ -71,10 +71,11 @@ class Card:
     def labels(self) -> dict[str, str]:
         """Labels by which Ray places work."""
         memory_gib = math.floor(self.memory_gib * 100) / 100
-        own_cores, of_gpu = {OWN_CORES: str(len(self.cores))} if self.cores else {}, {}
+        own_cores = {OWN_CORES: str(len(self.cores))} if self.cores else {}
+        on_gpu = {}
         if self.gpu:
             formats = {"bf16": self.gpu.has_bf16, "fp8": self.gpu.has_fp8}
-            of_gpu = {"gpu-share": f"{self.gpu_share:g}", **{name: str(has).lower() for name, has in formats.items()}}
+            on_gpu = {"gpu-share": f"{self.gpu_share:g}", **{name: str(has).lower() for name, has in formats.items()}}
         return {
             "machine": self.machine,
             "pool": self.pool,
@@ -82,7 +83,7 @@ class Card:
             "accelerator": self.accelerator,
             "memory-gib": f"{memory_gib:g}",
             **own_cores,
-            **of_gpu,
+            **on_gpu,
         }
 
     def kept_to_cores(self, command: list[str]) -> list[str]:
@@ -134,15 +135,15 @@ def find_cards(machine: MachineConfig, gpus: list[Gpu] | None = None) -> list[Ca
     left = {gpu.index: gpu for gpu in gpus}
     for number, card in enumerate(sorted(wanted, key=lambda entry: entry.pool)):
         cores = _own_cores(card)
+        num_cores = len(cores) or cpus
         if card.gpu is None:
-            cards.append(Card(f"card{number}", card.pool, len(cores) or cpus, memory_gib, cores=cores))
+            cards.append(Card(f"card{number}", card.pool, num_cores, memory_gib, cores=cores))
             continue
         shared_by = sum(other.gpu == card.gpu for other in wanted) if machine.cards == "auto" else 1
         gpu = _pick(card.gpu, left, gpus)
         if shared_by == 1:
             del left[gpu.index]
-        of_gpu = (gpu.memory_gib / shared_by, gpu, 1 / shared_by)
-        cards.append(Card(f"card{number}", card.pool, len(cores) or cpus, *of_gpu, cores=cores))
+        cards.append(Card(f"card{number}", card.pool, num_cores, gpu.memory_gib / shared_by, gpu, 1 / shared_by, cores=cores))
     return cards
 
 

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from cluster.cards import Card
-from cluster.limits import num_cpus
 from cluster.memory import Step
+from cluster.placement import num_threads
 from cluster.rates import Rate, overhead, step_flops
 from configs.errors import ClusterError, last_lines
 from configs.loader import ROOT
@@ -44,8 +44,8 @@ def measure_card(card: Card, config: ChatbotConfig, model: Mapping[str, Any]) ->
         ClusterError: They failed, such as for want of memory that others hold.
     """
     asked = json.dumps({"config": config.model_dump(mode="json"), "model": dict(model)})
-    num_threads = len(card.cores) or max(1, num_cpus() // config.train.num_workers)  # as a run has them
-    place = {"CUDA_VISIBLE_DEVICES": card.gpu.index if card.gpu else "", "OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
+    threads = num_threads(card.labels, config.train.num_workers)  # as a run has them
+    place = {"CUDA_VISIBLE_DEVICES": card.gpu.index if card.gpu else "", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     ask = partial(subprocess.run, input=asked, capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT_S, check=False)
     try:
         done = ask(card.kept_to_cores([sys.executable, "-m", PROBE]), env={**os.environ, **place})

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.cards import Card, cpu_has_bf16, find_cards
-from cluster.limits import num_cpus
 from cluster.measure import measure_card
 from cluster.memory import Device, Rows
+from cluster.placement import num_threads
 from cluster.plan import Place, require_fit, settle, suited, value_bytes
 from cluster.rates import find_rate
 from cluster.shape import Shape
@@ -49,7 +49,7 @@ def place_of(card: Card, precision: str) -> Place:
     """Return a card of this machine as the plan sees it."""
     has_bf16 = card.gpu.has_bf16 if card.gpu else cpu_has_bf16()
     device = Device(card.gpu is not None, value_bytes(precision, has_bf16))
-    rate, has_fp8 = find_rate(card.accelerator, len(card.cores) or num_cpus()), bool(card.gpu and card.gpu.has_fp8)
+    rate, has_fp8 = find_rate(card.accelerator, num_threads(card.labels, num_sharing=1)), bool(card.gpu and card.gpu.has_fp8)
     return Place(f"{card.name} ({card.accelerator})", card.memory_gib, device, rate, has_fp8=has_fp8)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from ray import serve as ray_serve
 
 from cluster.activity import ActivityFile
-from cluster.limits import num_cpus
 from cluster.logs import set_up, streams
 from cluster.models import ensure_model, model_fingerprint
 from cluster.placement import CARD, GPU_SHARE, HEAD, SEAT
@@ -27,7 +26,7 @@ from serve.alive import Alive, leave_with
 from serve.counted import count_request
 from serve.deploy import DEPLOYMENT
 from serve.desk import HeadKeys, feedback_of_head, find_desk, watch_keys
-from serve.engine import SLEEP_ARGUMENTS, engine_arguments, engine_environment, start_engine
+from serve.engine import SLEEP_ARGUMENTS, engine_arguments, engine_environment, start_engine, take_threads
 from serve.feedback import FeedbackDesk
 from serve.front import LAST_WORDS, Doors, Front
 from serve.keys import KeyFile
@@ -56,7 +55,7 @@ class Engine:
         self.model, self.serve = ModelConfig.model_validate(model), ServeConfig.model_validate(serve)
         self.base_name, self.gpu_share = base_name, gpu_share
         set_up()
-        os.environ["OMP_NUM_THREADS"] = str(num_cpus())  # of the card where this runs; Ray sets it to 1, and vLLM is not imported yet
+        take_threads()
         self.activity = ActivityFile()
         self.sleeper = Sleeper(RayCardHold(), self.activity) if sleeps else None
         self.engine: Any = None

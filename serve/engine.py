@@ -5,9 +5,11 @@ import vLLM. Does not know Ray.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from cluster.limits import num_cpus
 from cluster.metrics import is_in_cluster
 from configs.schema import ModelConfig, ServeConfig
 from serve.adapters import Adapters
@@ -46,6 +48,11 @@ def engine_environment(config: ServeConfig, on_gpu: bool) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
+
+
+def take_threads() -> None:
+    """Let this process's engine have a thread for each core that it may use, by the environment; Ray says one, and vLLM is yet to come."""
+    os.environ["OMP_NUM_THREADS"] = str(num_cpus())
 
 
 def engine_arguments(model: ModelConfig, config: ServeConfig, folder: Path, base_name: str, gpu_share: float | None) -> list[str]:

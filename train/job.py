@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from train.worker import Task
 
 POLL_S = 0.5
-ANSWERS_WITHIN_S = 1.0
+ANSWERS_WITHIN_S = 1.0  # else it may be a minute, and the card is wanted
 # Of Ray Train's controller.
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # it takes one checkpoint at each look; by Ray's two seconds a run also ends later

@@ -37,8 +37,8 @@ class CardConfig(Settings):
     @property
     def core_numbers(self) -> tuple[int, ...]:
         """Which cores these are; none if it shares them all."""
-        ranges = (part.partition("-") for part in (self.cores or "").split(",") if part)
-        return tuple(number for first, _, last in ranges for number in range(int(first), int(last or first) + 1))
+        ranges = CORES.findall(self.cores or "")
+        return tuple(number for first, last in ranges for number in range(int(first), int(last or first) + 1))
 
     @field_validator("cores")
     @classmethod

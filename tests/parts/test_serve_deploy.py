@@ -1,6 +1,7 @@
 """What Ray Serve and vLLM are told, and what is told of them: against a dashboard of our own."""
 
 import json
+import os
 import socket
 from dataclasses import replace
 from http.server import ThreadingHTTPServer
@@ -13,7 +14,7 @@ from configs.errors import AccessError, ClusterError
 from configs.loader import load_chatbot
 from configs.schema import ChatbotConfig, ModelConfig, ScalingConfig, ServeConfig
 from serve.deploy import deploy, endpoint, failure_reason
-from serve.engine import BESIDE, GRAPH_SIZES, engine_arguments, engine_environment, graph_sizes
+from serve.engine import BESIDE, GRAPH_SIZES, engine_arguments, engine_environment, graph_sizes, take_threads
 from serve.keys import KeyFile
 from tests.helpers.json_door import JsonDoor, listening
 
@@ -305,10 +306,19 @@ def test_graphs_are_for_as_many_tokens_as_twice_the_answers_at_once(at_once, mos
     assert set(sizes) <= {*GRAPH_SIZES, most}
 
 
+def test_an_engine_has_a_thread_for_each_core_that_its_process_may_use(monkeypatch, tmp_path):
+    monkeypatch.setattr("cluster.limits.GROUP", tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(7)))
+    take_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
 def test_the_environment_of_an_engine_binds_threads_and_memory_on_the_cpu_alone():
     on_cpu = engine_environment(ServeConfig(kv_cache_gib=3), on_gpu=False)
     on_gpu = engine_environment(ServeConfig(), on_gpu=True)
     assert (on_cpu["VLLM_CPU_KVCACHE_SPACE"], on_cpu["VLLM_CPU_OMP_THREADS_BIND"]) == ("3", "nobind")
+    assert "OMP_NUM_THREADS" not in on_cpu, "the head does not know the cores of an engine's card"
     assert not [name for name in on_gpu if "CPU" in name or "BIND" in name]
     assert on_gpu.items() - BESIDE.items() <= on_cpu.items()
     assert BESIDE.items() <= on_gpu.items()

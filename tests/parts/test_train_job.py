@@ -165,7 +165,8 @@ def test_a_worker_stands_by_for_one_who_works_where_it_is(monkeypatch):
     assert elsewhere.take(["card1"]) is None
 
 
-def test_on_a_gpu_a_worker_finds_nothing_and_else_its_share_of_the_cores(monkeypatch):
+def test_on_a_gpu_a_worker_finds_nothing_and_else_its_share_of_the_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr("cluster.limits.GROUP", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     two = TrainConfig(num_workers=2)
     assert worker_environment(two, [{"gpu-share": "1"}]) == {}

@@ -85,12 +85,13 @@ def kept_bytes(config: ChatbotConfig, length: int, lengths: tuple[int, ...]) -> 
         (512, True, {}),
         (512, False, {}),
         (128, False, {}),
+        (512, True, {"packing": True}),
         (512, False, {"packing": True}),
         (512, True, {"lora": {"dropout": 0.1}}),
         (512, True, {"lora": {"target_modules": ["gate_proj", "up_proj", "down_proj"]}}),
         (512, True, {"lora": {"num_layers": 4}}),
     ],
-    ids=["equal", "padded", "plain attention", "packed", "dropout", "MLP", "last blocks"],
+    ids=["equal", "padded", "plain attention", "packed", "packed of two lengths", "dropout", "MLP", "last blocks"],
 )
 def test_a_step_keeps_what_the_plan_says(precision, length, equal, train):
     config = make_config(precision, **train)

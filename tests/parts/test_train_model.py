@@ -165,7 +165,7 @@ def test_rows_learn_the_same_filled_up_packed_and_alone(attention):
 
 @pytest.mark.parametrize("lengths", [(12, 5, 9, 14), (6, 6, 6), (70, 33)], ids=["of many lengths", "of one", "long ones"])
 @pytest.mark.parametrize("make", [tiny, lambda: with_window(4)], ids=["all before", "a window"])
-def test_packed_rows_learn_the_same_among_rows_that_carry_no_loss(make, lengths):
+def test_packed_rows_learn_the_same_among_tokens_that_carry_no_loss(make, lengths):
     batch, model = rows(lengths), with_adapter(packing(make()))
     count = sum(label != NO_LOSS for row in batch for label in row["labels"][1:])
     packed, filled = Packer()(batch), fill_up_packed(Packer()(batch), max(lengths))

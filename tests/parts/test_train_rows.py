@@ -59,7 +59,7 @@ def test_places_are_filled_up_with_such_as_carry_no_loss(num_parts):
     assert len(filled) == min(9, -(-4 // (12 // num_parts)) * (12 // num_parts))
 
 
-def test_packed_rows_are_filled_up_to_few_sizes_by_rows_that_carry_no_loss():
+def test_packed_rows_are_filled_up_to_few_sizes_by_tokens_that_carry_no_loss():
     batch = fill_up_packed(Packer()(ROWS * 30), 4)  # 270 tokens in 90 rows of 4 at most
     assert batch["input_ids"].shape == batch["position_ids"].shape == batch["labels"].shape == (1, 360)
     assert batch["labels"][0, 270:].tolist() == [N] * 90
